@@ -1,0 +1,63 @@
+"""pld-ray: knowledge-distillation experiments on Ray.
+
+The losses work on their own: `from pld_ray import PLDLoss`. Experiments are run by the command
+`pld-ray`, or from Python by `load_experiment`, `plan` and `pld_ray.sweep.run`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pld_ray.losses import (
+        DISTLoss,
+        DKDLoss,
+        KDLoss,
+        ListMLELoss,
+        PLDLoss,
+        PListMLELoss,
+        create_loss,
+    )
+    from pld_ray.spec import Experiment, Trial, load_experiment, plan
+    from pld_ray.store import Store
+
+__version__ = "0.1.0"
+
+_home = {
+    **dict.fromkeys(
+        [
+            "DISTLoss",
+            "DKDLoss",
+            "KDLoss",
+            "ListMLELoss",
+            "PLDLoss",
+            "PListMLELoss",
+            "create_loss",
+        ],
+        "losses",
+    ),
+    **dict.fromkeys(["Experiment", "Trial", "load_experiment", "plan"], "spec"),
+    "Store": "store",
+}
+__all__ = [  # noqa: PLE0604 - loaded on use by __getattr__, so that the command line starts at once
+    "DISTLoss",
+    "DKDLoss",
+    "Experiment",
+    "KDLoss",
+    "ListMLELoss",
+    "PLDLoss",
+    "PListMLELoss",
+    "Store",
+    "Trial",
+    "create_loss",
+    "load_experiment",
+    "plan",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _home:
+        import importlib
+
+        return getattr(importlib.import_module(f"{__name__}.{_home[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,168 @@
+"""The registry of losses: each by its name in YAML, with its typed parameters.
+
+Adding a loss: write its module in this folder, describe its parameters here, add it to `Loss`.
+This file imports no torch, so that plans are made without it; the modules are loaded on use:
+
+    from pld_ray.losses import PLDLoss
+    loss = PLDLoss(temperature=1.0)(student_logits, teacher_logits, labels)
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from pld_ray.losses.correlation import DISTLoss
+    from pld_ray.losses.cross_entropy import CELoss, LabelSmoothingLoss
+    from pld_ray.losses.decoupled import DKDLoss
+    from pld_ray.losses.divergence import KDLoss
+    from pld_ray.losses.plackett_luce import ListMLELoss, PLDLoss, PListMLELoss
+
+Temperature = Annotated[float, Field(gt=0)]
+Weight = Annotated[float, Field(ge=0)]
+Standardize = Literal["none", "both", "teacher"]
+
+
+class LossParams(BaseModel):
+    """Parameters common to all losses; the fields of each are its constructor's arguments."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    needs_teacher: ClassVar[bool] = True
+    module: ClassVar[str]  # "file:class" in this folder
+    label: ClassVar[str]  # as the paper's tables print it
+    name: str
+
+
+class CE(LossParams):
+    """Cross-entropy with the labels; no teacher."""
+
+    needs_teacher = False
+    module = "cross_entropy:CELoss"
+    label = "CE"
+    name: Literal["ce"]
+
+
+class LS(LossParams):
+    """Cross-entropy with label smoothing; no teacher."""
+
+    needs_teacher = False
+    module = "cross_entropy:LabelSmoothingLoss"
+    label = "LS"
+    name: Literal["ls"]
+    smoothing: float = Field(0.1, ge=0, lt=1)
+
+
+class KD(LossParams):
+    """Knowledge distillation (Hinton et al. 2015) under three divergences."""
+
+    module = "divergence:KDLoss"
+    label = "KD"
+    name: Literal["kd"]
+    temperature: Temperature = 4.0
+    ce_weight: float = Field(0.1, ge=0, le=1)
+    divergence: Literal["forward_kl", "reverse_kl", "jensen_shannon"] = "forward_kl"
+    standardize: Standardize = "none"
+
+
+class DIST(LossParams):
+    """Correlation with a stronger teacher (Huang et al. 2022)."""
+
+    module = "correlation:DISTLoss"
+    label = "DIST"
+    name: Literal["dist"]
+    temperature: Temperature = 4.0
+    ce_weight: Weight = 1.0
+    beta: Weight = 2.0
+    gamma: Weight = 2.0
+    tau_squared: bool = True
+    standardize: Standardize = "none"
+
+
+class DKD(LossParams):
+    """Decoupled knowledge distillation (Zhao et al. 2022)."""
+
+    module = "decoupled:DKDLoss"
+    label = "DKD"
+    name: Literal["dkd"]
+    temperature: Temperature = 4.0
+    ce_weight: Weight = 1.0
+    alpha: Weight = 1.0
+    beta: Weight = 8.0
+    warmup_epochs: int = Field(0, ge=0)
+    standardize: Standardize = "none"
+
+
+class PLD(LossParams):
+    """Plackett-Luce distillation: the ranking weighted by the teacher's softmax."""
+
+    module = "plackett_luce:PLDLoss"
+    label = "PLD"
+    name: Literal["pld"]
+    temperature: Temperature = 1.0
+    standardize: Standardize = "none"
+
+
+class ListMLE(LossParams):
+    """The same ranking with equal weights 1/C (Xia et al. 2008)."""
+
+    module = "plackett_luce:ListMLELoss"
+    label = "ListMLE"
+    name: Literal["listmle"]
+    standardize: Standardize = "none"
+
+
+class PListMLE(LossParams):
+    """The same ranking with fixed decreasing weights (Lan et al. 2014)."""
+
+    module = "plackett_luce:PListMLELoss"
+    label = "P-ListMLE"
+    name: Literal["plistmle"]
+    standardize: Standardize = "none"
+
+
+Loss = Annotated[
+    CE | LS | KD | DIST | DKD | PLD | ListMLE | PListMLE,
+    Field(discriminator="name"),
+]
+REGISTRY: dict[str, type[LossParams]] = {
+    get_args(params.model_fields["name"].annotation)[0]: params
+    for params in get_args(get_args(Loss)[0])
+}
+
+
+def create_loss(params: LossParams) -> nn.Module:
+    """Return the torch module that computes the loss described by `params`."""
+    return _load(params.module)(**params.model_dump(exclude={"name"}))
+
+
+def _load(module: str) -> Any:
+    file, _, name = module.partition(":")
+    return getattr(importlib.import_module(f"{__name__}.{file}"), name)
+
+
+_modules = {params.module.partition(":")[2]: params.module for params in REGISTRY.values()}
+__all__ = [  # noqa: PLE0604 - loaded on use by __getattr__
+    "REGISTRY",
+    "CELoss",
+    "DISTLoss",
+    "DKDLoss",
+    "KDLoss",
+    "LabelSmoothingLoss",
+    "ListMLELoss",
+    "Loss",
+    "LossParams",
+    "PLDLoss",
+    "PListMLELoss",
+    "create_loss",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _modules:
+        return _load(_modules[name])
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,63 @@
+"""Knowledge distillation: a divergence between the softened distributions, mixed with CE."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pld_ray.losses.common import check_inputs, check_params, standardize_pair
+
+
+def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """KL(p || q) averaged over the batch, from log-probabilities [B, C]."""
+    return F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
+
+
+class KDLoss(nn.Module):
+    """w CE + (1 - w) tau^2 D, with p = softmax(teacher / tau), q = softmax(student / tau).
+
+    D is KL(p || q) ("forward_kl": Hinton et al. 2015), KL(q || p) ("reverse_kl") or
+    (KL(p || m) + KL(q || m)) / 2 with m = (p + q) / 2 ("jensen_shannon"): paper, Table 11.
+    With `standardize` the divergence sees z-scored logits and CE the student's own (Sun et al.).
+    """
+
+    def __init__(
+        self,
+        temperature: float = 4.0,
+        ce_weight: float = 0.1,
+        divergence: str = "forward_kl",
+        standardize: str = "none",
+    ) -> None:
+        super().__init__()
+        check_params(
+            "kd",
+            temperature=temperature,
+            ce_weight=ce_weight,
+            divergence=divergence,
+            standardize=standardize,
+        )
+        self.temperature = temperature
+        self.ce_weight = ce_weight
+        self.divergence = divergence
+        self.standardize = standardize
+
+    def forward(self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor) -> Tensor:
+        """[B, C] student and teacher logits and [B] labels to a scalar."""
+        check_inputs(student_logits, teacher_logits, labels)
+        student, teacher = standardize_pair(student_logits, teacher_logits, self.standardize)
+        log_p = F.log_softmax(teacher / self.temperature, -1)
+        log_q = F.log_softmax(student / self.temperature, -1)
+        if self.divergence == "forward_kl":
+            distance = kl_divergence(log_p, log_q)
+        elif self.divergence == "reverse_kl":
+            distance = kl_divergence(log_q, log_p)
+        else:
+            log_m = torch.logaddexp(log_p, log_q) - math.log(2)
+            distance = (kl_divergence(log_p, log_m) + kl_divergence(log_q, log_m)) / 2
+        loss = (1 - self.ce_weight) * self.temperature**2 * distance
+        if self.ce_weight > 0:
+            loss = loss + self.ce_weight * F.cross_entropy(student_logits, labels)
+        return loss

@@ -1,0 +1,55 @@
+"""How good a student is: sums over validation samples that workers can add up."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+BINS = 15  # of confidence, for the calibration error (Guo et al. 2017)
+
+
+def sums(logits: Tensor, labels: Tensor, teacher_logits: Tensor | None) -> Tensor:
+    """What `averages` needs of a batch: logits [B, C], labels [B]; returns [6 + 3 BINS] float64."""
+    log_q = F.log_softmax(logits.float(), 1)
+    confidence, predicted = log_q.max(1)
+    confidence = confidence.exp().double()
+    right = (predicted == labels).double()
+    best = log_q.topk(min(5, log_q.shape[1]), 1).indices
+    scalars = [
+        torch.ones_like(right).sum(),
+        right.sum(),
+        (best == labels[:, None]).any(1).double().sum(),
+        F.nll_loss(log_q, labels, reduction="sum").double(),
+    ]
+    if teacher_logits is None:
+        scalars += [right.new_zeros(())] * 2
+    else:
+        log_p = F.log_softmax(teacher_logits.float(), 1)
+        scalars.append(F.kl_div(log_q, log_p, reduction="sum", log_target=True).double())
+        scalars.append((log_p.argmax(1) == predicted).double().sum())
+    bins = (confidence * BINS).ceil().long().clamp(1, BINS) - 1
+    table = right.new_zeros(3, BINS)
+    for row, value in enumerate((torch.ones_like(right), confidence, right)):
+        table[row].index_add_(0, bins, value)
+    return torch.cat([torch.stack(scalars), table.flatten()])
+
+
+def averages(total: Tensor, has_teacher: bool) -> dict[str, float]:
+    """Top-1 and top-5 in percent, loss in nats, ece in [0, 1], from summed `sums`.
+
+    kl_teacher_student is KL(teacher || student) at temperature 1 (paper, Table 12), agreement the
+    percentage of samples on which both have the same first class.
+    """
+    values = total.tolist()
+    count, right, right5, loss, kl, agree = values[:6]
+    _, confidence, hits = total[6:].view(3, BINS).cpu()
+    found = {
+        "top1": 100 * right / count,
+        "top5": 100 * right5 / count,
+        "val_loss": loss / count,
+        "ece": float((confidence - hits).abs().sum() / count),
+    }
+    if has_teacher:
+        found |= {"kl_teacher_student": kl / count, "agreement": 100 * agree / count}
+    return found

@@ -1,0 +1,321 @@
+"""Networks by name: timm's, and the CIFAR networks of the distillation literature.
+
+The CIFAR networks are those of the CRD and mdistiller repositories, registered with timm, so that
+`timm.create_model("resnet8x4", num_classes=100)` finds them once this module is imported. They
+take any image size and number of channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import timm
+import torch
+from safetensors.torch import load_file
+from timm.models import register_model
+from torch import Tensor, nn
+
+from pld_ray.errors import InputError, nearest
+from pld_ray.spec import Model, Weights
+
+
+class CifarNet(nn.Module):
+    """stem, stages, head: what the CIFAR networks have in common, under timm's names."""
+
+    def __init__(
+        self, stem: nn.Module, stages: list[nn.Module], head: nn.Module, width: int, classes: int
+    ) -> None:
+        super().__init__()
+        self.stem = stem
+        self.stages = nn.ModuleList(stages)
+        self.head = head  # what follows the last stage, before pooling
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.fc = nn.Linear(width, classes)
+        self.num_features = width
+        self.num_classes = classes
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def get_classifier(self) -> nn.Module:
+        """The last linear layer."""
+        return self.fc
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Images [B, channels, H, W] to the last feature map [B, width, h, w]."""
+        x = self.stem(x)
+        for stage in self.stages:
+            x = stage(x)
+        return self.head(x)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """The last feature map to logits [B, C], or to its pooled features [B, width]."""
+        x = self.pool(x).flatten(1)
+        return x if pre_logits else self.fc(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images [B, channels, H, W] to logits [B, C]."""
+        return self.forward_head(self.forward_features(x))
+
+
+def _conv(inputs: int, outputs: int, size: int, stride: int = 1, groups: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(inputs, outputs, size, stride, size // 2, groups=groups, bias=False)
+
+
+def _conv_bn(inputs: int, outputs: int, size: int, stride: int = 1, groups: int = 1) -> list[Any]:
+    return [_conv(inputs, outputs, size, stride, groups), nn.BatchNorm2d(outputs)]
+
+
+class Residual(nn.Module):
+    """act(main(x) + shortcut(x)), the shortcut a 1x1 convolution where the shape changes."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int, main: list[Any], act: bool) -> None:
+        super().__init__()
+        self.main = nn.Sequential(*main)
+        same = stride == 1 and inputs == outputs
+        self.shortcut = (
+            nn.Identity() if same else nn.Sequential(*_conv_bn(inputs, outputs, 1, stride))
+        )
+        self.act = nn.ReLU() if act else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, inputs, H, W] to [B, outputs, H / stride, W / stride]."""
+        return self.act(self.main(x) + self.shortcut(x))
+
+
+class PreActivation(nn.Module):
+    """A wide-resnet block (Zagoruyko and Komodakis 2016): norm and ReLU before each convolution."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.pre = nn.Sequential(nn.BatchNorm2d(inputs), nn.ReLU())
+        self.main = nn.Sequential(
+            *_conv_bn(inputs, outputs, 3, stride), nn.ReLU(), _conv(outputs, outputs, 3)
+        )
+        self.shortcut = None if inputs == outputs else _conv(inputs, outputs, 1, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, inputs, H, W] to [B, outputs, H / stride, W / stride]."""
+        pre = self.pre(x)
+        return self.main(pre) + (x if self.shortcut is None else self.shortcut(pre))
+
+
+def _basic(inputs: int, outputs: int, stride: int) -> Residual:
+    main = [*_conv_bn(inputs, outputs, 3, stride), nn.ReLU(), *_conv_bn(outputs, outputs, 3)]
+    return Residual(inputs, outputs, stride, main, act=True)
+
+
+def _bottleneck(inputs: int, outputs: int, stride: int) -> Residual:
+    middle = outputs // 4
+    main = [*_conv_bn(inputs, middle, 1), nn.ReLU(), *_conv_bn(middle, middle, 3, stride)]
+    main += [nn.ReLU(), *_conv_bn(middle, outputs, 1)]
+    return Residual(inputs, outputs, stride, main, act=True)
+
+
+def _inverted(inputs: int, outputs: int, stride: int, expansion: int) -> nn.Module:
+    wide = inputs * expansion
+    main = [*_conv_bn(inputs, wide, 1), nn.ReLU(), *_conv_bn(wide, wide, 3, stride, groups=wide)]
+    main += [nn.ReLU(), *_conv_bn(wide, outputs, 1)]
+    if stride == 1 and inputs == outputs:
+        return Residual(inputs, outputs, stride, main, act=False)
+    return nn.Sequential(*main)
+
+
+def _stages(block: Any, inputs: int, widths: list[int], depths: list[int]) -> list[nn.Module]:
+    """One stage for each width; every stage but the first halves the image."""
+    stages: list[nn.Module] = []
+    for i, (width, depth) in enumerate(zip(widths, depths, strict=True)):
+        blocks = [block(inputs, width, 1 if i == 0 else 2)]
+        blocks += [block(width, width, 1) for _ in range(depth - 1)]
+        stages.append(nn.Sequential(*blocks))
+        inputs = width
+    return stages
+
+
+def _resnet(
+    depth: int, wide: int = 1, num_classes: int = 100, in_chans: int = 3, **_: Any
+) -> CifarNet:
+    """ResNet-(6n + 2) for 32x32 (He et al. 2016); `wide` 4 is the x4 of CRD."""
+    stem = 16 if wide == 1 else 32
+    widths = [16 * wide, 32 * wide, 64 * wide]
+    stages = _stages(_basic, stem, widths, [(depth - 2) // 6] * 3)
+    first = nn.Sequential(*_conv_bn(in_chans, stem, 3), nn.ReLU())
+    return CifarNet(first, stages, nn.Identity(), widths[-1], num_classes)
+
+
+def _wrn(depth: int, wide: int, num_classes: int = 100, in_chans: int = 3, **_: Any) -> CifarNet:
+    """Wide ResNet-(6n + 4) (Zagoruyko and Komodakis 2016)."""
+    widths = [16 * wide, 32 * wide, 64 * wide]
+    stages = _stages(PreActivation, 16, widths, [(depth - 4) // 6] * 3)
+    head = nn.Sequential(nn.BatchNorm2d(widths[-1]), nn.ReLU())
+    return CifarNet(_conv(in_chans, 16, 3), stages, head, widths[-1], num_classes)
+
+
+@register_model
+def resnet8(pretrained: bool = False, **kwargs: Any) -> CifarNet:
+    """ResNet-8 for 32x32 images."""
+    return _resnet(8, **kwargs)
+
+
+@register_model
+def resnet20(pretrained: bool = False, **kwargs: Any) -> CifarNet:
+    """ResNet-20 for 32x32 images."""
+    return _resnet(20, **kwargs)
+
+
+@register_model
+def resnet32(pretrained: bool = False, **kwargs: Any) -> CifarNet:
+    """ResNet-32 for 32x32 images."""
+    return _resnet(32, **kwargs)
+
+
+@register_model
+def resnet56(pretrained: bool = False, **kwargs: Any) -> CifarNet:
+    """ResNet-56 for 32x32 images."""
+    return _resnet(56, **kwargs)
+
+
+@register_model
+def resnet110(pretrained: bool = False, **kwargs: Any) -> CifarNet:
+    """ResNet-110 for 32x32 images."""
+    return _resnet(110, **kwargs)
+
+
+@register_model
+def resnet8x4(pretrained: bool = False, **kwargs: Any) -> CifarNet:
+    """ResNet-8 with four times the channels."""
+    return _resnet(8, 4, **kwargs)
+
+
+@register_model
+def resnet32x4(pretrained: bool = False, **kwargs: Any) -> CifarNet:
+    """ResNet-32 with four times the channels."""
+    return _resnet(32, 4, **kwargs)
+
+
+@register_model
+def wrn_16_2(pretrained: bool = False, **kwargs: Any) -> CifarNet:
+    """Wide ResNet of depth 16, width 2."""
+    return _wrn(16, 2, **kwargs)
+
+
+@register_model
+def wrn_40_1(pretrained: bool = False, **kwargs: Any) -> CifarNet:
+    """Wide ResNet of depth 40, width 1."""
+    return _wrn(40, 1, **kwargs)
+
+
+@register_model
+def wrn_40_2(pretrained: bool = False, **kwargs: Any) -> CifarNet:
+    """Wide ResNet of depth 40, width 2."""
+    return _wrn(40, 2, **kwargs)
+
+
+@register_model
+def resnet50_cifar(
+    pretrained: bool = False, num_classes: int = 100, in_chans: int = 3, **_: Any
+) -> CifarNet:
+    """ResNet-50 with a 3x3 stem of stride 1 and no max-pooling, for 32x32 images."""
+    stages = _stages(_bottleneck, 64, [256, 512, 1024, 2048], [3, 4, 6, 3])
+    stem = nn.Sequential(*_conv_bn(in_chans, 64, 3), nn.ReLU())
+    return CifarNet(stem, stages, nn.Identity(), 2048, num_classes)
+
+
+@register_model
+def mobilenetv2_cifar(
+    pretrained: bool = False, num_classes: int = 100, in_chans: int = 3, **_: Any
+) -> CifarNet:
+    """MobileNetV2 of half width (Sandler et al. 2018), expansion 6, for 32x32 images.
+
+    The stem halves the image and the third stage does not, as in the CRD repository.
+    """
+    stages: list[nn.Module] = []
+    inputs = 16
+    table = [(1, 16, 1, 1), (6, 24, 2, 1), (6, 32, 3, 2), (6, 64, 4, 2)]
+    table += [(6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1)]
+    for expansion, channels, depth, stride in table:
+        width = channels // 2
+        blocks = [_inverted(inputs, width, stride, expansion)]
+        blocks += [_inverted(width, width, 1, expansion) for _ in range(depth - 1)]
+        stages.append(nn.Sequential(*blocks))
+        inputs = width
+    stem = nn.Sequential(*_conv_bn(in_chans, 16, 3, 2), nn.ReLU())
+    head = nn.Sequential(*_conv_bn(inputs, 1280, 1), nn.ReLU())
+    return CifarNet(stem, stages, head, 1280, num_classes)
+
+
+# ---------------------------------------------------------------- by name
+
+
+def create_model(
+    model: Model | Weights, classes: int, channels: int, image_size: int, pretrained: bool = False
+) -> nn.Module:
+    """The network `model` names, for images [channels, image_size, image_size].
+
+    Raises InputError for a name timm does not know or arguments the network does not take.
+    """
+    base = model.name.split(".")[0]
+    if not timm.is_model(model.name):
+        hint = nearest(base, timm.list_models())
+        raise InputError(f"model {model.name!r} is not known to timm; {hint}")
+    args = {"num_classes": classes, "in_chans": channels, **model.args}
+    config = timm.get_pretrained_cfg(model.name)
+    if config is not None and config.fixed_input_size:  # a vision transformer's position table
+        args.setdefault("img_size", image_size)
+    try:
+        return timm.create_model(model.name, pretrained=pretrained, **args)
+    except (TypeError, ValueError, AssertionError) as error:
+        raise InputError(
+            f"model {model.name!r} cannot be made with {args}: {error or 'unsupported size'}"
+        ) from None
+
+
+def load_teacher(teacher: Weights, classes: int, channels: int, image_size: int) -> nn.Module:
+    """A teacher from timm's pretrained weights or a safetensors file."""
+    if teacher.weights == "pretrained":
+        return create_model(teacher, classes, channels, image_size, pretrained=True)
+    model = create_model(teacher, classes, channels, image_size)
+    model.load_state_dict(load_file(teacher.weights))
+    return model
+
+
+def check_model(model: Model | Weights, classes: int, channels: int, image_size: int) -> int:
+    """Make the network without memory and return its number of parameters.
+
+    Raises InputError also for a teacher whose weights are for another number of classes.
+    """
+    with torch.device("meta"):
+        network = create_model(model, classes, channels, image_size)
+    if isinstance(model, Weights):
+        _check_weights(model, network, classes)
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
+def _check_weights(teacher: Weights, network: nn.Module, classes: int) -> None:
+    if teacher.weights == "pretrained":
+        config = timm.get_pretrained_cfg(teacher.name)
+        if config is None or not config.has_weights:
+            raise InputError(f"teacher {teacher.name!r} has no pretrained weights in timm")
+        if config.num_classes != classes:
+            raise InputError(
+                f"teacher {teacher.name!r} knows {config.num_classes} classes and the data has "
+                f"{classes}: student and teacher must share their classes"
+            )
+        return
+    try:
+        stored: Mapping[str, Tensor] = load_file(teacher.weights)
+    except Exception as error:  # safetensors raises its own type and OSError
+        raise InputError(f"teacher weights {teacher.weights!r} cannot be read: {error}") from None
+    wanted = network.state_dict()
+    for name in wanted.keys() | stored.keys():
+        want = tuple(wanted[name].shape) if name in wanted else None
+        got = tuple(stored[name].shape) if name in stored else None
+        if want == got:
+            continue
+        detail = f"tensor {name!r} has shape {got} in the file and {want} in the network"
+        if want and got and want[1:] == got[1:]:
+            detail += f": {got[0]} classes there, {want[0]} in the data?"
+        raise InputError(
+            f"teacher weights {teacher.weights!r} do not fit {teacher.name!r}: {detail}"
+        )

@@ -1,0 +1,327 @@
+"""Training one trial, on one worker or many: one function, read top to bottom.
+
+    stream(seed, epoch) -> student, teacher -> loss -> optimizer        every step
+    validation -> metrics -> checkpoint -> report                      every epoch
+    weights, then record                                               at the end
+
+A trial is a pure function of its spec: weights are drawn from `seed`, every epoch's random numbers
+from (seed, epoch, worker). So a trial that was killed goes on from its last epoch and ends with
+the same bits as one that was not.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from pld_ray import __version__, metrics
+from pld_ray.data import Images, Stream, batches, hashes, order
+from pld_ray.losses import create_loss
+from pld_ray.models import create_model, load_teacher
+from pld_ray.spec import Schedule, Trial
+from pld_ray.store import Store
+
+VAL_BATCH = 512
+
+Report = Callable[[dict[str, Any]], None]
+
+
+class TrainingError(RuntimeError):
+    """The trial cannot go on, and would not if it were tried again."""
+
+
+def train(trial: Trial, images: Images, store: Store, report: Report) -> None:
+    """Run a trial to its end, from its last checkpoint if there is one.
+
+    With several workers every one of them calls this with torch.distributed initialised; the
+    first writes to the store. `report` is called after every epoch with its metrics, by all.
+    Raises TrainingError when the loss is not finite.
+    """
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    device = _device()
+    torch.backends.cudnn.deterministic = True
+    bfloat16 = trial.precision == "bfloat16" or (
+        trial.precision == "auto" and device.type == "cuda"
+    )
+    layout = torch.channels_last if trial.channels_last else torch.contiguous_format
+    autocast = torch.autocast(device.type, torch.bfloat16) if bfloat16 else nullcontext()
+
+    _seed(trial.seed, epoch=0, rank=0)  # the first weights are the same on every worker
+    student = create_model(trial.student, *images.shape).to(device, memory_format=layout)
+    teacher = _teacher(trial, images, store)
+    if teacher is not None:
+        teacher = teacher.to(device, memory_format=layout).eval().requires_grad_(False)
+    loss_function = create_loss(trial.loss)
+    optimizer = create_optimizer_v2(student, **_optimizer_arguments(trial))
+    steps = len(list(batches(order(0, 0, len(images.train)), trial.batch_size, trial.drop_last)))
+    if steps == 0:
+        raise TrainingError(
+            f"batch_size is {trial.batch_size} and there are {len(images.train)} training images: "
+            "with drop_last that leaves no batch"
+        )
+    scheduler = _scheduler(trial.schedule, optimizer, trial.epochs, steps)
+    ema = ModelEmaV3(student, decay=trial.ema) if trial.ema else None
+
+    parallel: nn.Module = student
+    if world > 1:
+        parallel = DistributedDataParallel(
+            student, device_ids=[device] if device.type == "cuda" else None
+        )
+    forward = torch.compile(parallel) if trial.compile else parallel
+    stream = Stream(images, trial.data, trial.seed, device)
+    clock = Clock(device)
+    history: list[dict[str, Any]] = []
+    state = store.load_checkpoint(trial)
+    if state is None:
+        if rank == 0:
+            store.start(trial)
+    else:
+        history = state["history"]
+        student.load_state_dict(state["student"])
+        optimizer.load_state_dict(state["optimizer"])
+        if ema is not None:
+            ema.load_state_dict(state["ema"])
+    val_index = order(0, 0, len(images.val))[rank::world]
+    teacher_val = _teacher_on_val(teacher, stream, val_index, autocast)
+
+    for epoch in range(len(history), trial.epochs):
+        started = time.perf_counter()
+        _seed(trial.seed, epoch + 1, rank)
+        if hasattr(loss_function, "set_epoch"):
+            loss_function.set_epoch(epoch)
+        parallel.train()
+        train_loss = torch.zeros((), dtype=torch.float64, device=device)
+        seen = 0
+        epoch_order = order(trial.seed, epoch, len(images.train))
+        for step, batch in enumerate(batches(epoch_order, trial.batch_size, trial.drop_last)):
+            with clock("data"):
+                share = batch[rank::world]
+                if len(share) == 0:
+                    raise TrainingError(
+                        f"the last batch has {len(batch)} samples for {world} workers: "
+                        "set drop_last: true"
+                    )
+                x, labels = stream.train(share, epoch)
+                x = x.contiguous(memory_format=layout)
+            teacher_logits = None
+            if teacher is not None:
+                with clock("teacher"), torch.no_grad(), autocast:
+                    teacher_logits = teacher(x).float()
+            with clock("student"):
+                scheduler.step_update(epoch * steps + step)
+                with autocast:
+                    logits = forward(x).float()
+                loss = loss_function(logits, teacher_logits, labels)
+                # shares of a ragged batch differ by one: weight them so that the mean of the
+                # workers' gradients is the gradient of the mean over the batch
+                loss = loss * (len(share) * world / len(batch))
+                optimizer.zero_grad()
+                loss.backward()
+                if trial.clip_grad:
+                    nn.utils.clip_grad_norm_(student.parameters(), trial.clip_grad)
+                optimizer.step()
+                if ema is not None:
+                    ema.update(student, step=epoch * steps + step)
+                train_loss += loss.detach() * len(batch)
+            seen += len(batch)
+
+        train_seconds = time.perf_counter() - started
+        loss_mean = _sum_over_workers(train_loss).item() / (world * seen)
+        if not math.isfinite(loss_mean):
+            raise TrainingError(f"the training loss is {loss_mean} in epoch {epoch + 1}")
+        with clock("validation"):
+            model = student if ema is None else ema.module
+            total = _evaluate(model, stream, val_index, teacher_val, autocast)
+            scores = metrics.averages(_sum_over_workers(total), teacher is not None)
+        history.append(
+            {
+                "epoch": epoch + 1,
+                "train_loss": loss_mean,
+                **scores,
+                "lr": optimizer.param_groups[0]["lr"],
+                "images_per_second": seen / train_seconds,
+                "seconds": time.perf_counter() - started,
+                **{f"{part}_seconds": seconds for part, seconds in clock.read().items()},
+            }
+        )
+        if rank == 0:
+            kept = {
+                "history": history,
+                "student": student.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "ema": ema.state_dict() if ema is not None else {},
+            }
+            store.checkpoint(trial, kept)
+        report({**history[-1], "epochs": trial.epochs})
+
+    if rank == 0:
+        model = student if ema is None else ema.module
+        store.finish(trial, _record(trial, history, student, device), model.state_dict())
+
+
+def _device() -> torch.device:
+    if torch.cuda.is_available():
+        if dist.is_initialized():
+            from ray.train.torch import get_device
+
+            return get_device()
+        return torch.device("cuda")
+    return torch.device("cpu")
+
+
+def _seed(seed: int, epoch: int, rank: int) -> None:
+    bits = hashes(seed, epoch, torch.tensor([rank]).numpy(), "torch")[0]
+    torch.manual_seed(int(bits) >> 1)  # torch takes 63 bits
+
+
+def _teacher(trial: Trial, images: Images, store: Store) -> nn.Module | None:
+    if trial.teacher is None:
+        return None
+    if isinstance(trial.teacher, Trial):
+        model = create_model(trial.teacher.student, *images.shape)
+        model.load_state_dict(store.load_weights(trial.teacher))
+        return model
+    return load_teacher(trial.teacher, *images.shape)
+
+
+def _optimizer_arguments(trial: Trial) -> dict[str, Any]:
+    spec = trial.optimizer
+    extra = {} if spec.betas is None else {"betas": spec.betas}
+    return {
+        "opt": spec.name,
+        "lr": spec.lr,
+        "weight_decay": spec.weight_decay,
+        "momentum": spec.momentum,
+        **extra,
+        **spec.args,
+    }
+
+
+def _scheduler(spec: Schedule, optimizer: torch.optim.Optimizer, epochs: int, steps: int) -> Any:
+    """timm's schedule, a function of the number of updates; "constant" never decays."""
+    scheduler, _ = create_scheduler_v2(
+        optimizer,
+        sched="step" if spec.name == "constant" else spec.name,
+        num_epochs=epochs,
+        decay_epochs=epochs + 1 if spec.name == "constant" else spec.decay_epochs,
+        decay_milestones=list(spec.milestones),
+        decay_rate=spec.decay_rate,
+        min_lr=spec.min_lr,
+        warmup_lr=spec.warmup_lr,
+        warmup_epochs=spec.warmup_epochs,
+        step_on_epochs=False,
+        updates_per_epoch=steps,
+    )
+    return scheduler
+
+
+@torch.no_grad()
+def _teacher_on_val(
+    teacher: nn.Module | None, stream: Stream, index: Any, autocast: Any
+) -> list[Tensor] | None:
+    """The teacher's logits of each validation batch: the same in every epoch, so made once."""
+    if teacher is None:
+        return None
+    kept = []
+    for batch in batches(index, VAL_BATCH, drop_last=False):
+        with autocast:
+            kept.append(teacher(stream.val(batch)[0]).float())
+    return kept
+
+
+@torch.no_grad()
+def _evaluate(
+    model: nn.Module, stream: Stream, index: Any, teacher_val: list[Tensor] | None, autocast: Any
+) -> Tensor:
+    """The sums of `metrics.sums` over this worker's validation samples."""
+    model.eval()
+    total = None
+    for i, batch in enumerate(batches(index, VAL_BATCH, drop_last=False)):
+        x, labels = stream.val(batch)
+        with autocast:
+            logits = model(x)
+        part = metrics.sums(logits, labels, teacher_val[i] if teacher_val else None)
+        total = part if total is None else total + part
+    if total is None:
+        raise TrainingError("there are fewer validation images than workers")
+    return total
+
+
+def _sum_over_workers(value: Tensor) -> Tensor:
+    if dist.is_initialized():
+        dist.all_reduce(value)
+    return value
+
+
+class Clock:
+    """Seconds spent in each named part; on CUDA measured by events, without stopping the device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.cuda = device.type == "cuda"
+        self.seconds: dict[str, float] = {}
+        self.events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+
+    @contextmanager
+    def __call__(self, part: str) -> Iterator[None]:
+        """Count the time inside the `with` block to `part`."""
+        if self.cuda:
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            yield
+            end.record()
+            self.events.append((part, begin, end))
+        else:
+            started = time.perf_counter()
+            yield
+            elapsed = time.perf_counter() - started
+            self.seconds[part] = self.seconds.get(part, 0.0) + elapsed
+
+    def read(self) -> dict[str, float]:
+        """Seconds by part since the last reading."""
+        if self.cuda:
+            torch.cuda.synchronize()
+        for part, begin, end in self.events:
+            self.seconds[part] = self.seconds.get(part, 0.0) + begin.elapsed_time(end) / 1000
+        found, self.seconds, self.events = self.seconds, {}, []
+        return found
+
+
+def _record(
+    trial: Trial, history: list[dict[str, Any]], student: nn.Module, device: torch.device
+) -> dict[str, Any]:
+    """What a finished trial leaves behind; the metrics are those of its last epoch."""
+    import timm
+
+    parts = [name for name in history[-1] if name.endswith("seconds")]
+    return {
+        "id": trial.id,
+        "trial": trial.model_dump(mode="json"),
+        "metrics": {k: v for k, v in history[-1].items() if k not in parts and k != "epoch"},
+        "best_top1": max(epoch["top1"] for epoch in history),
+        "seconds": {name: sum(epoch[name] for epoch in history) for name in parts},
+        "parameters": sum(p.numel() for p in student.parameters()),
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "environment": {
+            "pld_ray": __version__,
+            "torch": torch.__version__,
+            "timm": timm.__version__,
+            "python": platform.python_version(),
+            "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+            "threads": torch.get_num_threads(),
+            "host": platform.node(),
+            "cores": os.cpu_count(),
+        },
+    }
