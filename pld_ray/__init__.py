@@ -39,7 +39,7 @@ _home = {
     **dict.fromkeys(["Experiment", "Trial", "load_experiment", "plan"], "spec"),
     "Store": "store",
 }
-__all__ = [  # noqa: PLE0604 - loaded on use by __getattr__, so that the command line starts at once
+__all__ = [
     "DISTLoss",
     "DKDLoss",
     "Experiment",

@@ -76,9 +76,7 @@ def load(data: Data) -> Images:
         if given is not None and len(given) != channels:
             raise InputError(f"data.{field} is {given}: expected {channels} numbers, one a channel")
     mean, std = _statistics(train)
-    return Images(
-        train, train_labels, val, val_labels, classes, data.mean or mean, data.std or std
-    )
+    return Images(train, train_labels, val, val_labels, classes, data.mean or mean, data.std or std)
 
 
 def _statistics(images: Bytes) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -283,7 +281,10 @@ class Stream:
             "val": torch.from_numpy(images.val_labels.copy()).to(device),
         }
         self.on_device = (
-            {split: torch.from_numpy(array.copy()).to(device) for split, array in self.arrays.items()}
+            {
+                split: torch.from_numpy(array.copy()).to(device)
+                for split, array in self.arrays.items()
+            }
             if device.type != "cpu"
             else {}
         )
@@ -303,10 +304,9 @@ class Stream:
             images = crop_and_flip(images, pad, *(self._put(x) for x in (top, left, flip)))
         return self._normalise(images), self.labels["train"][where]
 
-    def val(self, index: Ints) -> tuple[Tensor, Tensor]:
-        """Validation images [B, channels, H, W] float32 and labels [B], not augmented."""
-        images, where = self._gather("val", index)
-        return self._normalise(images), self.labels["val"][where]
+    def val(self, index: Ints) -> Tensor:
+        """Validation images [B, channels, H, W] float32, not augmented."""
+        return self._normalise(self._gather("val", index)[0])
 
     def _gather(self, split: str, index: Ints) -> tuple[Tensor, Tensor]:
         where = self._put(index)

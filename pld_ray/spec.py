@@ -35,7 +35,7 @@ from pld_ray.losses import REGISTRY, Loss
 
 
 class Part(BaseModel):
-    """A part of a spec: unknown fields forbidden, immutable, finite numbers; `x` means {name: x}."""
+    """A part of a spec: immutable, unknown fields forbidden; the string x means {name: x}."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -167,9 +167,8 @@ def canonical(trial: Trial) -> dict[str, Any]:
         return value
 
     dump = trial.model_dump(mode="json", exclude_defaults=True)
-    teacher = dump.get("teacher")
     if isinstance(trial.teacher, Weights) and trial.teacher.sha256:
-        teacher.pop("weights")
+        dump["teacher"].pop("weights")  # the file's content is the identity, not its path
     return {"format": 1, **clean(dump)}
 
 
@@ -271,7 +270,7 @@ _Loader.add_implicit_resolver(  # YAML 1.1 asks for a dot in 1e-3
 def parse_yaml(text: str, where: str) -> Any:
     """YAML text to plain values; InputError with the line if it does not parse."""
     try:
-        return yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
+        return yaml.load(text, _Loader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
@@ -473,7 +472,9 @@ def _teacher(entry: Any, raw: dict[str, Any], experiment: Experiment) -> Trial |
 def _cell(raw: dict[str, Any], teacher: Trial | Weights | None, where: str) -> Cell:
     """The validated trial of one cell; a loss that needs no teacher gets none."""
     trial = _validate(Trial, raw | {"teacher": teacher}, where)
-    name = teacher.student.name if isinstance(teacher, Trial) else teacher and teacher.name
+    name = None
+    if teacher is not None:
+        name = teacher.student.name if isinstance(teacher, Trial) else teacher.name
     return Cell(trial if trial.loss.needs_teacher else _without_teacher(trial), name)
 
 
@@ -516,7 +517,9 @@ def _sentence(error: ValidationError, model: type[BaseModel]) -> str:
     """The first thing wrong: the field, its value, and what would be accepted."""
     first = error.errors()[0]
     loc = [str(part) for part in first["loc"]]
-    path = ".".join(p for i, p in enumerate(loc) if not (i and loc[i - 1] == "loss" and p in _PARTS))
+    path = ".".join(
+        p for i, p in enumerate(loc) if not (i and loc[i - 1] == "loss" and p in _PARTS)
+    )
     value, context = first["input"], first.get("ctx", {})
     match first["type"]:
         case "extra_forbidden":

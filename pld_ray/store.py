@@ -75,6 +75,10 @@ class Store:
             trial.id, "failure.json", _json({"reason": reason, "traceback": traceback.splitlines()})
         )
 
+    def forget_failure(self, trial: Trial) -> None:
+        """A new attempt begins."""
+        self._delete(trial.id, "failure.json")
+
     # ---- what others read
 
     def record(self, trial_id: str) -> dict[str, Any] | None:
@@ -120,9 +124,9 @@ class Store:
             raise InputError(f"trial {trial.id} ({trial.label}) has no weights in {self.uri}")
         return load(content)
 
-    def folder(self, trial: Trial) -> str:
+    def folder(self, trial_id: str) -> str:
         """Where the trial lies, for messages."""
-        return f"{self.root}/trials/{trial.id}"
+        return f"{self.root}/trials/{trial_id}"
 
     # ---- files
 

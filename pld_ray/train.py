@@ -15,7 +15,7 @@ import math
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -29,7 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pld_ray import __version__, metrics
 from pld_ray.data import Images, Stream, batches, hashes, order
-from pld_ray.losses import create_loss
+from pld_ray.losses import DKDLoss, create_loss
 from pld_ray.models import create_model, load_teacher
 from pld_ray.spec import Schedule, Trial
 from pld_ray.store import Store
@@ -60,10 +60,10 @@ def train(trial: Trial, images: Images, store: Store, report: Report) -> None:
     autocast = torch.autocast(device.type, torch.bfloat16) if bfloat16 else nullcontext()
 
     _seed(trial.seed, epoch=0, rank=0)  # the first weights are the same on every worker
-    student = create_model(trial.student, *images.shape).to(device, memory_format=layout)
+    student = create_model(trial.student, *images.shape).to(device).to(memory_format=layout)
     teacher = _teacher(trial, images, store)
     if teacher is not None:
-        teacher = teacher.to(device, memory_format=layout).eval().requires_grad_(False)
+        teacher = teacher.to(device).to(memory_format=layout).eval().requires_grad_(False)
     loss_function = create_loss(trial.loss)
     optimizer = create_optimizer_v2(student, **_optimizer_arguments(trial))
     steps = len(list(batches(order(0, 0, len(images.train)), trial.batch_size, trial.drop_last)))
@@ -95,12 +95,17 @@ def train(trial: Trial, images: Images, store: Store, report: Report) -> None:
         if ema is not None:
             ema.load_state_dict(state["ema"])
     val_index = order(0, 0, len(images.val))[rank::world]
-    teacher_val = _teacher_on_val(teacher, stream, val_index, autocast)
+    teacher_val, teacher_scores = None, {}
+    if teacher is not None:
+        teacher_val = _logits_on_val(teacher, stream, val_index, autocast)
+        total = _val_sums(teacher_val, stream, val_index, None)
+        teacher_top1 = metrics.averages(_sum_over_workers(total), False)["top1"]
+        teacher_scores = {"teacher_top1": teacher_top1}
 
     for epoch in range(len(history), trial.epochs):
         started = time.perf_counter()
         _seed(trial.seed, epoch + 1, rank)
-        if hasattr(loss_function, "set_epoch"):
+        if isinstance(loss_function, DKDLoss):
             loss_function.set_epoch(epoch)
         parallel.train()
         train_loss = torch.zeros((), dtype=torch.float64, device=device)
@@ -144,13 +149,15 @@ def train(trial: Trial, images: Images, store: Store, report: Report) -> None:
             raise TrainingError(f"the training loss is {loss_mean} in epoch {epoch + 1}")
         with clock("validation"):
             model = student if ema is None else ema.module
-            total = _evaluate(model, stream, val_index, teacher_val, autocast)
+            val_logits = _logits_on_val(model.eval(), stream, val_index, autocast)
+            total = _val_sums(val_logits, stream, val_index, teacher_val)
             scores = metrics.averages(_sum_over_workers(total), teacher is not None)
         history.append(
             {
                 "epoch": epoch + 1,
                 "train_loss": loss_mean,
                 **scores,
+                **teacher_scores,
                 "lr": optimizer.param_groups[0]["lr"],
                 "images_per_second": seen / train_seconds,
                 "seconds": time.perf_counter() - started,
@@ -229,35 +236,26 @@ def _scheduler(spec: Schedule, optimizer: torch.optim.Optimizer, epochs: int, st
 
 
 @torch.no_grad()
-def _teacher_on_val(
-    teacher: nn.Module | None, stream: Stream, index: Any, autocast: Any
-) -> list[Tensor] | None:
-    """The teacher's logits of each validation batch: the same in every epoch, so made once."""
-    if teacher is None:
-        return None
+def _logits_on_val(model: nn.Module, stream: Stream, index: Any, autocast: Any) -> list[Tensor]:
+    """Logits [B, C] of each validation batch of this worker."""
     kept = []
     for batch in batches(index, VAL_BATCH, drop_last=False):
         with autocast:
-            kept.append(teacher(stream.val(batch)[0]).float())
+            kept.append(model(stream.val(batch)).float())
     return kept
 
 
-@torch.no_grad()
-def _evaluate(
-    model: nn.Module, stream: Stream, index: Any, teacher_val: list[Tensor] | None, autocast: Any
+def _val_sums(
+    logits: list[Tensor], stream: Stream, index: Any, teacher_logits: list[Tensor] | None
 ) -> Tensor:
     """The sums of `metrics.sums` over this worker's validation samples."""
-    model.eval()
-    total = None
-    for i, batch in enumerate(batches(index, VAL_BATCH, drop_last=False)):
-        x, labels = stream.val(batch)
-        with autocast:
-            logits = model(x)
-        part = metrics.sums(logits, labels, teacher_val[i] if teacher_val else None)
-        total = part if total is None else total + part
-    if total is None:
+    if not logits:
         raise TrainingError("there are fewer validation images than workers")
-    return total
+    labels = stream.labels["val"][torch.from_numpy(index).to(stream.device)].split(VAL_BATCH)
+    others: Sequence[Tensor | None] = teacher_logits or [None] * len(logits)
+    return torch.stack(
+        [metrics.sums(*batch) for batch in zip(logits, labels, others, strict=True)]
+    ).sum(0)
 
 
 def _sum_over_workers(value: Tensor) -> Tensor:

@@ -146,7 +146,7 @@ def _load(module: str) -> Any:
 
 
 _modules = {params.module.partition(":")[2]: params.module for params in REGISTRY.values()}
-__all__ = [  # noqa: PLE0604 - loaded on use by __getattr__
+__all__ = [
     "REGISTRY",
     "CELoss",
     "DISTLoss",

@@ -65,7 +65,7 @@ class DKDLoss(nn.Module):
 
 def _split(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Log-probabilities of (label, rest) [B, 2], and of the C - 1 other classes [B, C - 1]."""
-    batch, classes = logits.shape
+    classes = logits.shape[1]
     index = labels[:, None]
     rank = torch.arange(classes - 1, device=logits.device)
     others = logits.gather(1, rank + (rank >= index))  # the label's column skipped

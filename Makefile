@@ -1,0 +1,24 @@
+# `make demo` and `make test` set up .venv themselves; the first run takes about two minutes.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test check clean
+
+demo: .venv/installed  ## CE, KD, DIST and PLD on handwritten digits: table and figures
+	$(BIN)/pld-ray run demo
+
+test: .venv/installed  ## the tests
+	$(BIN)/python -m pytest
+
+check: .venv/installed  ## lint, format and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+.venv/installed: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable ".[dev]"
+	touch $@
+
+clean:  ## everything that make or a run made
+	rm -rf .venv results

@@ -1,0 +1,112 @@
+"""Records of finished trials as DataFrames, and their statistics over seeds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pandas as pd
+
+from pld_ray.spec import Plan, Trial
+from pld_ray.store import Store
+
+GROUP = ["student", "teacher", "setting", "method"]  # what seeds are averaged within
+
+
+def frame(plan: Plan, store: Store) -> pd.DataFrame:
+    """One row a cell, in the plan's order.
+
+    Columns: id, student, teacher (as the experiment names it, also for losses without one),
+    setting (what else the grid varies), method, loss, seed, finished (bool), and every metric of
+    the record, NaN where there is none; seconds is the trial's training time.
+    """
+    methods, settings = _methods(plan), _settings(plan)
+    rows = []
+    for cell, method, setting in zip(plan.cells, methods, settings, strict=True):
+        record = store.record(cell.trial.id)
+        row: dict[str, Any] = {
+            "id": cell.trial.id,
+            "student": cell.trial.student.name,
+            "teacher": cell.teacher or "",
+            "setting": setting,
+            "method": method,
+            "loss": cell.trial.loss.name,
+            "seed": cell.trial.seed,
+            "finished": record is not None,
+            "top1": float("nan"),
+        }
+        if record is not None:
+            row |= record["metrics"] | {"seconds": record["seconds"]["seconds"]}
+            row["parameters"] = record["parameters"]
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def curves(plan: Plan, store: Store) -> pd.DataFrame:
+    """One row an epoch of each cell, finished or not: the columns of GROUP, seed and metrics."""
+    labels = frame(plan, store)[[*GROUP, "seed", "id"]]
+    rows = [
+        {**cell, **epoch}
+        for cell in labels.to_dict("records")
+        for epoch in store.epochs(cell["id"])
+    ]
+    return pd.DataFrame(rows)
+
+
+def summary(records: pd.DataFrame, metrics: list[str]) -> pd.DataFrame:
+    """Mean and standard deviation (n - 1) over seeds of each metric: columns METRIC, METRIC_std.
+
+    planned: cells of the group; n: finished ones. The order of the groups is the records'.
+    """
+    groups = records.groupby(GROUP, sort=False)
+    table = groups.agg(planned=("seed", "size"), n=("finished", "sum"), loss=("loss", "first"))
+    for metric in metrics:
+        values = (
+            records[metric] if metric in records else pd.Series(index=records.index, dtype=float)
+        )
+        by = values.groupby([records[name] for name in GROUP], sort=False)
+        table[metric], table[f"{metric}_std"] = by.mean(), by.std()
+    return table.reset_index()
+
+
+def _methods(plan: Plan) -> list[str]:
+    """The loss of each cell as tables print it, with the parameters in which namesakes differ."""
+    losses = [cell.trial.loss for cell in plan.cells]
+    values: dict[tuple[str, str], set[Any]] = {}
+    for loss in losses:
+        for field, value in loss:
+            values.setdefault((loss.name, field), set()).add(value)
+    labels = []
+    for loss in losses:
+        differ = [
+            f"{field} {value:g}" if isinstance(value, float) else f"{field} {value}"
+            for field, value in loss
+            if len(values[loss.name, field]) > 1
+        ]
+        labels.append(loss.label + (f" ({', '.join(differ)})" if differ else ""))
+    return labels
+
+
+def _settings(plan: Plan) -> list[str]:
+    """What else varies from cell to cell, such as "optimizer.name lamb"."""
+    flat = [_flatten(cell.trial) for cell in plan.cells]
+    varied = [
+        field
+        for field in dict.fromkeys(field for trial in flat for field in trial)
+        if len({str(trial.get(field)) for trial in flat}) > 1
+    ]
+    return [
+        ", ".join(f"{field} {trial[field]}" for field in varied if field in trial) for trial in flat
+    ]
+
+
+def _flatten(trial: Trial) -> dict[str, Any]:
+    """Dotted fields of a trial but those that have columns of their own."""
+    dump = trial.model_dump(mode="json", exclude={"teacher", "loss", "seed"})
+    dump["student"].pop("name")
+    flat: dict[str, Any] = {}
+    for field, value in dump.items():
+        if isinstance(value, dict):
+            flat |= {f"{field}.{name}": part for name, part in value.items()}
+        else:
+            flat[field] = value
+    return flat

@@ -1,0 +1,142 @@
+"""The comparison table of an experiment: its teacher, one row a method, and what PLD gains.
+
+`comparison` computes it as numbers; `text` and `write` print it: Markdown, CSV, LaTeX (booktabs).
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from analysis.records import summary
+from pld_ray.spec import Experiment
+
+METRICS = ["top1", "top5", "kl_teacher_student", "agreement", "ece", "seconds"]
+MISSING = "–"
+
+
+def comparison(records: pd.DataFrame) -> pd.DataFrame:
+    """One row a method of each (student, teacher, setting), the teacher's own row first.
+
+    Columns: those of `records.summary`, and gain: the mean over seeds of PLD's top-1 minus the
+    method's, paired by seed (the paper's tables print it as a difference of means). NaN where
+    there is no finished trial, or no single PLD row to compare with.
+    """
+    metrics = [*METRICS, "teacher_top1"]
+    table = summary(records, metrics)
+    rows: list[dict[Any, Any]] = []
+    for _, section in table.groupby(["student", "teacher", "setting"], sort=False):
+        first = section.iloc[0]
+        if first["teacher"]:
+            teacher = {name: first[name] for name in ("student", "teacher", "setting")}
+            top1 = section["teacher_top1"].mean()
+            rows.append(teacher | {"method": "Teacher", "loss": "teacher", "top1": top1})
+        pld = section[section["loss"] == "pld"]
+        for _, row in section.iterrows():
+            gain = _gain(records, pld.iloc[0], row) if len(pld) == 1 else math.nan
+            rows.append({**row.to_dict(), "gain": gain})
+    return pd.DataFrame(rows).drop(columns=["teacher_top1", "teacher_top1_std"])
+
+
+def _gain(records: pd.DataFrame, pld: pd.Series, row: pd.Series) -> float:
+    """Mean over the seeds that both have of top-1 of PLD minus that of the method."""
+    if row["method"] == pld["method"]:
+        return math.nan
+
+    def by_seed(group: pd.Series) -> pd.Series:
+        keys = ["student", "teacher", "setting", "method"]
+        return records[(records[keys] == group[keys]).all(axis=1)].set_index("seed")["top1"]
+
+    return float((by_seed(pld) - by_seed(row)).mean())
+
+
+# ---------------------------------------------------------------- printed
+
+
+def printed(table: pd.DataFrame) -> pd.DataFrame:
+    """The table as strings: mean ± std, a dash where a number is missing."""
+
+    def pair(row: pd.Series, metric: str, digits: int) -> str:
+        mean, std = row.get(metric), row.get(f"{metric}_std")
+        if mean is None or pd.isna(mean):
+            return MISSING
+        spread = "" if std is None or pd.isna(std) else f" ± {std:.{digits}f}"
+        return f"{mean:.{digits}f}{spread}"
+
+    rows = []
+    several = len(table[["student", "teacher", "setting"]].drop_duplicates()) > 1
+    for _, row in table.iterrows():
+        teacher = row["loss"] == "teacher"
+        cells = {}
+        if several:
+            pairs = f"{row['teacher']} → {row['student']}" if row["teacher"] else row["student"]
+            cells["Pair"] = pairs
+            if (table["setting"] != "").any():
+                cells["Setting"] = row["setting"]
+        cells["Method"] = row["method"]
+        cells["Network"] = row["teacher"] if teacher else row["student"]
+        cells["Top-1 %"] = pair(row, "top1", 2)
+        gain = row.get("gain")
+        cells["PLD gain"] = "" if gain is None or pd.isna(gain) else f"{gain:+.2f}"
+        cells["KL(T‖S)"] = "" if teacher else pair(row, "kl_teacher_student", 3)
+        cells["Agreement %"] = "" if teacher else pair(row, "agreement", 2)
+        cells["ECE"] = "" if teacher else pair(row, "ece", 3)
+        cells["Seconds"] = "" if teacher else pair(row, "seconds", 1)
+        done, planned = row.get("n"), row.get("planned")
+        whole = "" if teacher else f"{done:.0f}"
+        cells["n"] = whole if teacher or done == planned else f"{whole} of {planned:.0f}"
+        rows.append(cells)
+    return pd.DataFrame(rows)
+
+
+def text(table: pd.DataFrame, experiment: Experiment) -> str:
+    """The table as Markdown whose columns also line up as plain text."""
+    cells = printed(table)
+    lines = [list(cells.columns), *cells.astype(str).values.tolist()]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    left = {"Pair", "Setting", "Method", "Network"}
+    align = [name in left for name in cells.columns]
+
+    def row(line: list[str]) -> str:
+        padded = [
+            value.ljust(width) if to_left else value.rjust(width)
+            for value, width, to_left in zip(line, widths, align, strict=True)
+        ]
+        return "| " + " | ".join(padded) + " |"
+
+    rule = [
+        "-" * width if to_left else "-" * (width - 1) + ":"
+        for width, to_left in zip(widths, align, strict=True)
+    ]
+    head = [f"{experiment.title or experiment.name}", ""]
+    tail = ["", *_legend(table, experiment)]
+    return "\n".join([*head, row(lines[0]), row(rule), *map(row, lines[1:]), *tail])
+
+
+def _legend(table: pd.DataFrame, experiment: Experiment) -> list[str]:
+    lines = ["Last epoch, mean ± standard deviation over n seeds. PLD gain: top-1 of PLD minus the"]
+    lines += ["method's, paired by seed. Seconds: training, validation and teacher, one worker."]
+    done = table[table["loss"] != "teacher"]
+    if done["n"].sum() < done["planned"].sum():
+        lines.append(f"{MISSING} and 'n of m': trials that have not finished.")
+    return [*lines, *([experiment.note] if experiment.note else [])]
+
+
+def write(table: pd.DataFrame, folder: Path, experiment: Experiment) -> list[Path]:
+    """Write table.md, table.csv (full precision) and table.tex; returns their paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"table.{kind}" for kind in ("md", "csv", "tex")]
+    paths[0].write_text(text(table, experiment) + "\n", encoding="utf-8")
+    table.to_csv(paths[1], index=False)
+    cells = printed(table).rename(columns={"KL(T‖S)": "KL(T||S)"})
+    styled = (
+        cells.style.hide(axis="index").format(escape="latex").format_index(escape="latex", axis=1)
+    )
+    tex = styled.to_latex(hrules=True, column_format="l" * 2 + "r" * (len(cells.columns) - 2))
+    for sign, command in {"±": r"$\pm$", "→": r"$\rightarrow$", MISSING: "--"}.items():
+        tex = tex.replace(sign, command)
+    paths[2].write_text(tex, encoding="utf-8")
+    return paths

@@ -1,0 +1,218 @@
+"""The command `pld-ray`. Heavy imports wait until a command needs them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from pld_ray.errors import InputError
+
+if TYPE_CHECKING:
+    from pld_ray.spec import Plan
+    from pld_ray.store import Store
+
+app = typer.Typer(
+    help="Knowledge-distillation experiments on Ray: run grids, make tables, plot landscapes.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+ExperimentName = Annotated[
+    str, typer.Argument(metavar="EXPERIMENT", help="A YAML file, or a shipped one by name: demo.")
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="FIELD=VALUE", help="Override, e.g. loss.temperature=2."),
+]
+Storage = Annotated[
+    str,
+    typer.Option(
+        envvar="PLD_RAY_STORAGE", help="Where records and weights are kept: a folder or a URI."
+    ),
+]
+Out = Annotated[
+    Path | None, typer.Option(help="Folder to write to [default: STORAGE/reports/EXPERIMENT].")
+]
+
+
+@app.command()
+def run(
+    experiment: ExperimentName,
+    overrides: Overrides = None,
+    storage: Storage = "results",
+    address: Annotated[
+        str | None, typer.Option(help="Ray cluster to join; default: start Ray here.")
+    ] = None,
+    out: Out = None,
+) -> None:
+    """Run the trials that have no record yet, then write the table and the figures."""
+    plan, store = _open(experiment, overrides, storage)
+    finished = store.finished()
+    pending = {key: trial for key, trial in plan.trials.items() if key not in finished}
+    failures: dict[str, str] = {}
+    if pending:
+        from rich.console import Console
+
+        from pld_ray.view import View, screen_apart
+
+        with Console().status(f"{len(pending)} trials to run: checking them and starting Ray"):
+            from pld_ray import sweep
+
+            ready = sweep.check(pending, store)
+        log = Path(store.root if store.local else ".") / "ray.log"
+        with screen_apart(log) as console, View(plan, pending, console) as view:
+            failures = sweep.run(plan, ready, store, view, address)
+        for key, reason in failures.items():
+            typer.echo(
+                f"failed: {plan.trials[key].label}: {reason} ({store.folder(key)})", err=True
+            )
+    else:
+        typer.echo(f"all {len(plan.trials)} trials are done")
+    folder = _tables(plan, store, out)
+    _say("figures", _figures(plan, store, folder))
+    if failures:
+        raise typer.Exit(1)
+
+
+@app.command()
+def plan(
+    experiment: ExperimentName,
+    overrides: Overrides = None,
+    storage: Storage = "results",
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """Show the unique trials, teachers first, which are done, and an estimate of the work."""
+    planned, store = _open(experiment, overrides, storage)
+    done = store.finished()
+    from pld_ray import estimate
+
+    seconds = estimate.seconds(planned, store, done)
+    if as_json:
+        rows = [
+            {
+                "id": key,
+                "label": trial.label,
+                "teacher": key in planned.teacher_ids,
+                "done": key in done,
+                "epochs": trial.epochs,
+                "seconds": seconds.get(key),
+                "trial": trial.model_dump(mode="json"),
+            }
+            for key, trial in planned.trials.items()
+        ]
+        summary = {"experiment": planned.experiment.name, "cells": len(planned.cells)}
+        typer.echo(json.dumps(summary | {"trials": rows}, indent=1))
+        return
+    estimate.show(planned, done, seconds)
+
+
+@app.command()
+def status(
+    experiment: ExperimentName, overrides: Overrides = None, storage: Storage = "results"
+) -> None:
+    """List what is done, begun, failed (and why) and missing; exit code 1 if anything failed."""
+    planned, store = _open(experiment, overrides, storage)
+    done, failed = store.finished(), 0
+    for key, trial in planned.trials.items():
+        state = "done"
+        if key not in done:
+            failure, epochs = store.failure(key), len(store.epochs(key))
+            failed += failure is not None
+            state = f"{epochs}/{trial.epochs} epochs" if epochs else "not begun"
+            state = f"FAILED: {failure['reason']} ({store.folder(key)})" if failure else state
+        typer.echo(f"{key}  {trial.label:32} {state}")
+    if failed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def tables(
+    experiment: ExperimentName,
+    overrides: Overrides = None,
+    storage: Storage = "results",
+    out: Out = None,
+) -> None:
+    """Write and print the comparison table: Markdown, CSV, LaTeX."""
+    _tables(*_open(experiment, overrides, storage), out)
+
+
+@app.command()
+def figures(
+    experiment: ExperimentName,
+    overrides: Overrides = None,
+    storage: Storage = "results",
+    out: Out = None,
+) -> None:
+    """Plot accuracies and learning curves: PNG and PDF."""
+    planned, store = _open(experiment, overrides, storage)
+    _say("figures", _figures(planned, store, _folder(planned, store, out)))
+
+
+@app.command()
+def landscape(
+    out: Annotated[Path, typer.Option(help="Folder to write to.")] = Path("results/landscape"),
+    classes: Annotated[int, typer.Option(min=3, help="Length of the logit vectors.")] = 10,
+    seed: Annotated[int, typer.Option(min=0, help="Of teacher logits and directions.")] = 0,
+) -> None:
+    """Plot losses over a plane of student logits (the paper's figures 3 and 4)."""
+    from analysis import landscape as surfaces
+
+    _say("landscapes", surfaces.draw(out, classes, seed))
+
+
+def _open(experiment: str, overrides: list[str] | None, storage: str) -> tuple[Plan, Store]:
+    from pld_ray.spec import load_experiment, plan
+    from pld_ray.store import Store
+
+    return plan(load_experiment(experiment, tuple(overrides or ()))), Store(storage)
+
+
+def _folder(plan: Plan, store: Store, out: Path | None) -> Path:
+    root = Path(store.root if store.local else "results")
+    return out or root / "reports" / plan.experiment.name
+
+
+def _tables(plan: Plan, store: Store, out: Path | None) -> Path:
+    from analysis import records, tables
+
+    folder = _folder(plan, store, out)
+    table = tables.comparison(records.frame(plan, store))
+    paths = tables.write(table, folder, plan.experiment)
+    typer.echo("\n" + tables.text(table, plan.experiment) + "\n")
+    _say("tables", paths)
+    return folder
+
+
+def _figures(plan: Plan, store: Store, folder: Path) -> list[Path]:
+    from analysis import figures, records
+
+    return figures.draw(records.frame(plan, store), records.curves(plan, store), folder)
+
+
+def _say(kind: str, paths: list[Path]) -> None:
+    for path in paths:
+        shown: Any = path
+        if path.is_absolute() and path.is_relative_to(Path.cwd()):
+            shown = path.relative_to(Path.cwd())
+        typer.echo(f"{kind}: {shown}")
+
+
+def main() -> None:
+    """Entry point: bad input is one sentence and exit code 2."""
+    try:
+        app()
+    except InputError as error:
+        typer.echo(f"pld-ray: {error}", err=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        typer.echo("stopped; the same command goes on where this one was", err=True)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+"""How much work a plan is: in epochs, and in hours where records of like trials say how fast."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from pld_ray.spec import Plan, Trial
+from pld_ray.store import Store
+from pld_ray.view import duration
+
+
+def seconds(plan: Plan, store: Store, done: set[str]) -> dict[str, float]:
+    """Seconds each trial takes on one worker group, by the finished trials that are like it.
+
+    Like it: same student, teacher, data and batch size. Trials with no like are left out.
+    """
+    measured: dict[Any, float] = {}
+    for key, trial in plan.trials.items():
+        if key in done and _kind(trial) not in measured:
+            record = store.record(key)
+            if record:
+                measured[_kind(trial)] = record["seconds"]["seconds"] / trial.epochs
+    return {
+        key: measured[_kind(trial)] * trial.epochs
+        for key, trial in plan.trials.items()
+        if _kind(trial) in measured
+    }
+
+
+def _kind(trial: Trial) -> tuple[Any, ...]:
+    teacher = trial.teacher
+    name = teacher.student.name if isinstance(teacher, Trial) else teacher and teacher.name
+    data = trial.data.model_dump_json()
+    return trial.student.name, name, data, trial.batch_size, trial.workers
+
+
+def show(plan: Plan, done: set[str], estimate: dict[str, float]) -> None:
+    """Print the trials, and a sum of the work at the end."""
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    for name in ("id", "trial", "teacher", "epochs", "state", "takes"):
+        table.add_column(name, justify="right" if name in ("epochs", "takes") else "left")
+    for key, trial in plan.trials.items():
+        teacher = trial.teacher
+        taught_by = teacher.id if isinstance(teacher, Trial) else teacher and teacher.weights
+        role = "is one" if key in plan.teacher_ids else taught_by or ""
+        state = "done" if key in done else "to run"
+        takes = duration(estimate[key]) if key in estimate else ""
+        table.add_row(key, trial.label, role, str(trial.epochs), state, takes)
+    console = Console(width=None if Console().is_terminal else 120)
+    console.print(table)
+    left = [key for key in plan.trials if key not in done]
+    epochs = sum(plan.trials[key].epochs for key in left)
+    console.print(
+        f"\n{len(plan.cells)} cells, {len(plan.trials)} unique trials "
+        f"({len(plan.teacher_ids)} teachers): {len(plan.trials) - len(left)} done, "
+        f"{len(left)} to run, {epochs:,} epochs",
+        highlight=False,
+    )
+    known = [estimate[key] for key in left if key in estimate]
+    if known:
+        rest = f", {len(left) - len(known)} trials not yet timed" if len(known) < len(left) else ""
+        console.print(f"about {duration(sum(known))} of one worker's time{rest}", highlight=False)
