@@ -84,10 +84,9 @@ def accuracy(records: pd.DataFrame, colours: dict[str, str]) -> Figure:
         if "teacher_top1" in section and section["teacher_top1"].notna().any():
             level = float(section["teacher_top1"].mean())
             axis.axhline(level, color="#333333", lw=1, ls="--")
-            axis.annotate(
-                f"teacher {level:.1f}", (len(means) - 0.5, level), (0, 3),
-                textcoords="offset points", ha="right", fontsize=8, color="#333333",
-            )  # fmt: skip
+            where = axis.get_yaxis_transform()  # x in the axes' own width, y in percent
+            label = {"ha": "right", "va": "bottom", "fontsize": 8, "color": "#333333"}
+            axis.text(0.99, level, f"teacher {level:.1f}", transform=where, **label)
             high = max(high, level)
         room = max(high - low, 0.5)
         axis.set_ylim(max(0, low - 0.35 * room), high + 0.18 * room)

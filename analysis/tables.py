@@ -96,7 +96,7 @@ def text(table: pd.DataFrame, experiment: Experiment) -> str:
     """The table as Markdown whose columns also line up as plain text."""
     cells = printed(table)
     lines = [list(cells.columns), *cells.astype(str).values.tolist()]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    widths = [max(3, *(len(line[i]) for line in lines)) for i in range(len(lines[0]))]
     left = {"Pair", "Setting", "Method", "Network"}
     align = [name in left for name in cells.columns]
 

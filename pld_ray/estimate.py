@@ -54,9 +54,9 @@ def show(plan: Plan, done: set[str], estimate: dict[str, float]) -> None:
     left = [key for key in plan.trials if key not in done]
     epochs = sum(plan.trials[key].epochs for key in left)
     console.print(
-        f"\n{len(plan.cells)} cells, {len(plan.trials)} unique trials "
-        f"({len(plan.teacher_ids)} teachers): {len(plan.trials) - len(left)} done, "
-        f"{len(left)} to run, {epochs:,} epochs",
+        f"\n{len(plan.cells)} cells, {len(plan.trials)} unique trials, teachers among them "
+        f"{len(plan.teacher_ids)}: {len(plan.trials) - len(left)} done, {len(left)} to run"
+        + (f" ({epochs:,} epochs)" if left else ""),
         highlight=False,
     )
     known = [estimate[key] for key in left if key in estimate]

@@ -466,7 +466,7 @@ def _teacher(entry: Any, raw: dict[str, Any], experiment: Experiment) -> Trial |
     base |= settings | {"data": raw.get("data")}
     base = merge(base, teacher.train)
     above = _teacher(base.pop("teacher", None), base, experiment)
-    return _cell(base, above, f"{where}.train" if teacher.train else experiment.name).trial
+    return _cell(base, above, experiment.name).trial
 
 
 def _cell(raw: dict[str, Any], teacher: Trial | Weights | None, where: str) -> Cell:

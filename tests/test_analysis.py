@@ -1,0 +1,156 @@
+import csv
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from analysis import figures, landscape, records, tables
+from pld_ray.losses import PLDLoss
+from pld_ray.spec import plan
+from pld_ray.store import Store
+
+TEXT = """
+title: A test
+base: {data: digits, student: resnet8, teacher: resnet20, epochs: 2}
+grid:
+  loss: [ce, {name: kd, temperature: [1, 4]}, pld]
+seeds: [0, 1, 2]
+"""
+TOP1 = {"CE": [80, 82, 84], "KD (temperature 1)": [85, 86, 87], "PLD": [88, 90, 92]}
+
+
+@pytest.fixture
+def results(experiment, tmp_path):
+    """A plan and a store with made-up records: CE, one KD and PLD; KD at 4 has none."""
+    made, store = plan(experiment(TEXT)), Store(tmp_path / "results")
+    frame = records.frame(made, store)
+    for cell, method in zip(made.cells, frame["method"], strict=True):
+        if method not in TOP1:
+            continue
+        top1 = float(TOP1[method][cell.trial.seed])
+        metrics = {"top1": top1, "top5": 99.0, "ece": 0.1, "val_loss": 1.0, "train_loss": 1.0}
+        if cell.trial.teacher:
+            metrics |= {"kl_teacher_student": 0.5, "agreement": 95.0, "teacher_top1": 97.5}
+        history = [{"epoch": e, "top1": top1 - 2 + e, "train_loss": 1 / e} for e in (1, 2)]
+        store.checkpoint(cell.trial, {"history": history})
+        record = {"metrics": metrics, "seconds": {"seconds": 3.0}, "parameters": 10}
+        store.finish(cell.trial, record, {"w": torch.zeros(1)})
+    return made, store
+
+
+def test_comparison_by_hand(results):
+    table = tables.comparison(records.frame(*results)).set_index("method")
+    assert list(table.index) == ["Teacher", "CE", "KD (temperature 1)", "KD (temperature 4)", "PLD"]
+    assert table.loc["Teacher", "top1"] == 97.5
+    assert table.loc["CE", "top1"] == 82 and table.loc["CE", "top1_std"] == pytest.approx(2)
+    assert table.loc["CE", "gain"] == pytest.approx(8)
+    assert table.loc["KD (temperature 1)", "gain"] == pytest.approx(4)
+    assert math.isnan(table.loc["KD (temperature 4)", "top1"])
+    assert math.isnan(table.loc["KD (temperature 4)", "gain"])
+    assert table.loc["KD (temperature 4)", "n"] == 0 and table.loc["PLD", "n"] == 3
+
+
+def test_gains_are_paired_by_seed(results):
+    frame = records.frame(*results)
+    lost = (frame["method"] == "CE") & (frame["seed"] == 0)
+    frame.loc[lost, ["top1", "finished"]] = [float("nan"), False]
+    table = tables.comparison(frame).set_index("method")
+    assert table.loc["CE", "gain"] == pytest.approx(((90 - 82) + (92 - 84)) / 2)
+    assert table.loc["CE", "n"] == 2 and table.loc["CE", "planned"] == 3
+
+
+def test_tables_as_text_and_files(results, tmp_path):
+    made, store = results
+    table = tables.comparison(records.frame(made, store))
+    text = tables.text(table, made.experiment)
+    rows = [[c.strip() for c in line.split("|")[1:-1]] for line in text.splitlines() if "|" in line]
+    assert [
+        "CE",
+        "resnet8",
+        "82.00 ± 2.00",
+        "+8.00",
+        "–",
+        "–",
+        "0.100 ± 0.000",
+        "3.0 ± 0.0",
+        "3",
+    ] in rows
+    assert ["KD (temperature 4)", "resnet8", *["–", "–", "–", "–", "–"], "", "0 of 3"] not in rows
+    missing = next(row for row in rows if row[0] == "KD (temperature 4)")
+    assert missing[2] == "–" and missing[-1] == "0 of 3"
+    assert len({len(line) for line in text.splitlines() if line.startswith("|")}) == 1
+    paths = {p.suffix: p for p in tables.write(table, tmp_path / "out", made.experiment)}
+    with open(paths[".csv"], newline="") as file:
+        by_method = {row["method"]: row for row in csv.DictReader(file)}
+    assert float(by_method["PLD"]["top1_std"]) == pytest.approx(2)
+    tex = paths[".tex"].read_text()
+    assert r"\toprule" in tex and r"CE & resnet8 & 82.00 $\pm$ 2.00 & +8.00" in tex
+    assert "\\%" in tex and "±" not in tex
+
+
+def test_other_axes_become_settings_and_losses_without_teacher_stay_in_their_pair(
+    experiment, tmp_path
+):
+    text = TEXT + "optimizer: x\n"
+    text = TEXT.replace(
+        "seeds", "  optimizer.lr: [0.1, 0.2]\n  teacher: [resnet20, wrn_16_2]\nseeds"
+    )
+    made = plan(experiment(text))
+    frame = records.frame(made, Store(tmp_path / "none"))
+    assert set(frame["setting"]) == {"optimizer.lr 0.1", "optimizer.lr 0.2"}
+    ce = frame[frame["loss"] == "ce"]
+    assert set(ce["teacher"]) == {"resnet20", "wrn_16_2"}
+    assert ce["id"].nunique() == 6  # 2 rates x 3 seeds: the teacher makes no other trial of it
+    text = tables.text(tables.comparison(frame), made.experiment)
+    assert "wrn_16_2 → resnet8" in text and "optimizer.lr 0.2" in text
+
+
+def test_figures_are_written_and_repeat_to_the_byte(results, tmp_path):
+    frame, curves = records.frame(*results), records.curves(*results)
+    assert len(curves) == 9 * 2
+    first = figures.draw(frame, curves, tmp_path / "one")
+    second = figures.draw(frame, curves, tmp_path / "two")
+    assert [p.name for p in first] == ["accuracy.png", "curves.png"]
+    for one, two in zip(first, second, strict=True):
+        assert one.read_bytes() == two.read_bytes()
+        assert one.with_suffix(".pdf").read_bytes() == two.with_suffix(".pdf").read_bytes()
+    assert figures.draw(frame[:0], curves, tmp_path / "three") == []
+    assert not (tmp_path / "three").exists()
+
+
+def test_accuracy_bars_have_the_means_and_the_teachers_line(results):
+    frame = records.frame(*results)
+    figure = figures.accuracy(frame[frame["finished"]], figures._colours(frame))
+    bars = [patch.get_height() for patch in figure.axes[0].patches]
+    assert bars == pytest.approx([82, 86, 90])
+    assert [
+        line.get_ydata()[0] for line in figure.axes[0].lines if line.get_linestyle() == "--"
+    ] == [97.5]
+
+
+def test_no_two_methods_share_a_colour(results):
+    colours = figures._colours(records.frame(*results))
+    assert len(set(colours.values())) == len(colours)
+
+
+def test_landscape_plane_and_values():
+    t, d1, d2 = landscape.plane(10, seed=3)
+    assert t.norm().item() == pytest.approx(1)
+    gram = torch.stack([d1, d2]) @ torch.stack([d1, d2]).T
+    torch.testing.assert_close(gram, torch.eye(2, dtype=torch.float64))
+    axis, values = landscape.surface(PLDLoss(2.0), t, d1, d2)
+    assert axis[0] == pytest.approx(-5) and axis[-1] == pytest.approx(5)
+    import reference
+
+    for i, j in ((0, 0), (7, 31), (60, 13)):  # rows are b, columns a
+        s = (t + axis[j] * d1 + axis[i] * d2).numpy()
+        expected = reference.pld(s[None], t.numpy()[None], [int(t.argmax())], 2.0)
+        assert values[i, j] == pytest.approx(expected)
+    assert np.isfinite(values).all()
+
+
+def test_landscape_figures_are_written(tmp_path):
+    names = [p.name for p in landscape.draw(tmp_path)]
+    assert names == ["landscape_methods.png", "landscape_temperatures.png"]
+    assert (tmp_path / "landscape_methods.pdf").stat().st_size > 1000

@@ -1,0 +1,85 @@
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from pld_ray.spec import load_experiment, plan
+from pld_ray.store import Store
+
+
+def cli(*arguments, cwd, **kwargs):
+    command = [sys.executable, "-m", "pld_ray.cli", *arguments]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False, **kwargs)
+
+
+BAD = {
+    "plan demmo": "no experiment 'demmo' (neither a file nor shipped): did you mean 'demo'?",
+    "plan demo --set optimizer.lrr=1": "demo: optimizer.lrr: unknown field; did you mean 'lr'?",
+    "run demo --set student=resnet9": "model 'resnet9' is not known to timm; did you mean",
+    "run demo --set optimizer=adamx": "optimizer.name is 'adamx': not in timm; did you mean",
+    "run demo --set data.name=folder:/nowhere": "expected a folder train with a folder a class in",
+    "run demo --set teacher=resnet18.a1_in1k": "knows 1000 classes and the data has 10",
+    "run demo --set loss.temperature=-1": "loss.temperature is -1: input should be greater than 0",
+    "status demo --storage nosuch://x": "storage 'nosuch://x': expected a folder or a URI",
+}
+
+
+@pytest.mark.parametrize("command", BAD)
+def test_bad_input_is_one_sentence_and_exit_code_2(command, tmp_path):
+    done = cli(*command.split(), cwd=tmp_path)
+    assert done.returncode == 2
+    assert BAD[command] in done.stderr and done.stderr.startswith("pld-ray: ")
+    assert done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
+    assert not list(tmp_path.rglob("*.*"))  # nothing half-written
+
+
+def test_plan_prints_trials_and_json(tmp_path):
+    done = cli("plan", "demo", "--json", cwd=tmp_path)
+    planned = json.loads(done.stdout)
+    assert planned["cells"] == 20 and len(planned["trials"]) == 21
+    assert planned["trials"][0]["teacher"] and not planned["trials"][0]["done"]
+    made = plan(load_experiment("demo"))
+    assert [t["id"] for t in planned["trials"]] == list(made.trials)
+    store, first = Store(tmp_path / "results"), next(iter(made.trials.values()))
+    store.finish(first, {"seconds": {"seconds": 5.0}}, {"w": torch.zeros(1)})
+    text = cli("plan", "demo", cwd=tmp_path).stdout
+    assert "21 unique trials" in text and "1 done, 20 to run (1,200 epochs)" in text
+    assert text.splitlines()[1].split() == [
+        first.id,
+        *["ce", "resnet20", "seed", "0", "is", "one", "20", "done", "5", "s"],
+    ]
+
+
+def test_status_names_failures_and_sets_the_exit_code(tmp_path):
+    made, store = plan(load_experiment("demo")), Store(tmp_path / "results")
+    assert cli("status", "demo", cwd=tmp_path).returncode == 0
+    trial = made.cells[-1].trial
+    store.fail(trial, "the training loss is nan in epoch 3")
+    done = cli("status", "demo", cwd=tmp_path)
+    assert done.returncode == 1
+    assert f"FAILED: the training loss is nan in epoch 3 ({store.folder(trial.id)})" in done.stdout
+    assert done.stdout.count("not begun") == 20
+
+
+def test_help_needs_no_heavy_import(tmp_path):
+    code = (
+        "import sys\nfrom pld_ray import cli\nsys.argv = ['pld-ray', '--help']\n"
+        "try: cli.main()\nexcept SystemExit: pass\n"
+        "print([m for m in ('torch', 'timm', 'ray', 'pandas', 'pydantic') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_plan_needs_no_torch(tmp_path):
+    code = (
+        "import sys\nfrom pld_ray import load_experiment, plan, Store\n"
+        "plan(load_experiment('demo')); Store('x').finished()\n"
+        "print([m for m in ('torch', 'timm', 'ray') if m in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path
+    )
+    assert done.stdout.strip() == "[]"

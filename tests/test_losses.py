@@ -1,0 +1,246 @@
+import itertools
+import math
+
+import numpy as np
+import pytest
+import reference
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import pld_ray
+from pld_ray.losses import (
+    REGISTRY,
+    CELoss,
+    DISTLoss,
+    DKDLoss,
+    KDLoss,
+    LabelSmoothingLoss,
+    ListMLELoss,
+    PLDLoss,
+    PListMLELoss,
+    create_loss,
+)
+from pld_ray.losses.plackett_luce import plackett_luce_loss, teacher_ranking
+
+
+def logits(batch=7, classes=6, seed=0, scale=2.0):
+    rng = np.random.default_rng(seed)
+    student, teacher = scale * rng.standard_normal((2, batch, classes))
+    return student, teacher, rng.integers(0, classes, batch)
+
+
+def apply(loss, student, teacher, labels):
+    tensors = [torch.tensor(x) for x in (student, teacher, labels)]
+    return loss(*tensors).item()
+
+
+@given(st.integers(1, 9), st.integers(2, 12), st.integers(0, 10**6), st.floats(0.2, 8))
+@settings(max_examples=60, deadline=None)
+def test_pld_is_the_double_loop(batch, classes, seed, tau):
+    args = logits(batch, classes, seed)
+    assert apply(PLDLoss(tau), *args) == pytest.approx(reference.pld(*args, tau), rel=1e-10)
+
+
+def test_pld_ranks_the_label_first_then_the_teacher_with_ties_by_class():
+    teacher = torch.tensor([[1.0, 5.0, 5.0, 2.0]])
+    assert teacher_ranking(teacher, torch.tensor([0])).tolist() == [[0, 1, 2, 3]]
+    assert teacher_ranking(teacher, torch.tensor([3])).tolist() == [[3, 1, 2, 0]]
+
+
+def test_plackett_luce_probabilities_of_all_rankings_sum_to_one():
+    student = torch.randn(1, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    weights = torch.ones(4, dtype=torch.float64)
+    total = sum(
+        math.exp(-plackett_luce_loss(student, torch.tensor([order]), weights).item())
+        for order in itertools.permutations(range(4))
+    )
+    assert total == pytest.approx(1, abs=1e-12)
+
+
+@pytest.mark.parametrize("tau", [0.5, 1.0, 4.0])
+def test_pld_gradient_is_the_papers_closed_form(tau):
+    student, teacher, labels = logits()
+    x = torch.tensor(student, requires_grad=True)
+    PLDLoss(tau)(x, torch.tensor(teacher), torch.tensor(labels)).backward()
+    expected = reference.pld_gradient(student, teacher, labels, tau)
+    np.testing.assert_allclose(x.grad.numpy(), expected, atol=1e-12)
+    np.testing.assert_allclose(x.grad.sum(1).numpy(), 0, atol=1e-12)
+
+
+ALL = [
+    CELoss(),
+    LabelSmoothingLoss(0.1),
+    *(KDLoss(3.0, 0.2, d) for d in ("forward_kl", "reverse_kl", "jensen_shannon")),
+    KDLoss(standardize="both"),
+    DISTLoss(),
+    DISTLoss(standardize="teacher"),
+    DKDLoss(),
+    PLDLoss(2.0),
+    PLDLoss(standardize="both"),
+    ListMLELoss(),
+    PListMLELoss(),
+]
+
+
+@pytest.mark.parametrize("loss", ALL, ids=lambda loss: type(loss).__name__)
+def test_gradcheck(loss):
+    student, teacher, labels = (torch.tensor(x) for x in logits(4, 5))
+    student.requires_grad_()
+    assert torch.autograd.gradcheck(lambda s: loss(s, teacher, labels), student)
+
+
+@pytest.mark.parametrize("loss", ALL, ids=lambda loss: type(loss).__name__)
+def test_a_constant_added_to_a_row_changes_nothing(loss):
+    student, teacher, labels = logits()
+    shift = np.arange(len(student))[:, None] - 3.0
+    before = apply(loss, student, teacher, labels)
+    assert apply(loss, student + shift, teacher - shift, labels) == pytest.approx(before, rel=1e-9)
+
+
+@given(st.integers(0, 10**6), st.floats(0, 1))
+@settings(max_examples=50, deadline=None)
+def test_plackett_luce_losses_are_convex_along_segments(seed, where):
+    one, teacher, labels = logits(seed=seed)
+    other = logits(seed=seed + 1)[0]
+    for loss in (PLDLoss(), ListMLELoss(), PListMLELoss()):
+        middle = apply(loss, where * one + (1 - where) * other, teacher, labels)
+        ends = where * apply(loss, one, teacher, labels)
+        ends += (1 - where) * apply(loss, other, teacher, labels)
+        assert middle <= ends + 1e-9
+
+
+def test_one_hot_weights_are_cross_entropy():
+    student, teacher, labels = (torch.tensor(x) for x in logits())
+    weights = torch.tensor([1.0, 0, 0, 0, 0, 0], dtype=torch.float64)
+    loss = plackett_luce_loss(student, teacher_ranking(teacher, labels), weights)
+    assert loss.item() == pytest.approx(reference.cross_entropy(student.numpy(), labels.numpy()))
+    sure = torch.nn.functional.one_hot(labels, 6) * 1e4  # a teacher without doubt
+    assert PLDLoss()(student, sure.double(), labels).item() == pytest.approx(loss.item())
+
+
+@pytest.mark.parametrize("classes", [2, 6, 1500])
+def test_listmle_and_plistmle_weights(classes):
+    student, teacher, labels = logits(3, classes)
+    equal = np.full(classes, 1 / classes)
+    # in Python's integers 2^(C-k) - 1 does not overflow at any C
+    powers = [2 ** (classes - k) - 1 for k in range(1, classes + 1)]
+    decreasing = [w / sum(powers) for w in powers]
+    for loss, weights in ((ListMLELoss(), equal), (PListMLELoss(), decreasing)):
+        expected = np.mean(
+            [
+                reference.plackett_luce(s, reference.ranking(t, y), weights)
+                for s, t, y in zip(student, teacher, labels, strict=True)
+            ]
+        )
+        assert apply(loss, student, teacher, labels) == pytest.approx(expected, rel=1e-10)
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jensen_shannon"])
+def test_kd(divergence):
+    args = logits()
+    expected = reference.kd(*args, 4.0, 0.1, divergence)
+    assert apply(KDLoss(4.0, 0.1, divergence), *args) == pytest.approx(expected, rel=1e-10)
+
+
+def test_dist():
+    args = logits()
+    for squared in (True, False):
+        expected = reference.dist(*args, 4.0, 1.0, 2.0, 3.0, squared)
+        loss = DISTLoss(4.0, 1.0, 2.0, 3.0, squared)
+        assert apply(loss, *args) == pytest.approx(expected, rel=1e-6)  # its eps is 1e-8
+
+
+def test_dkd_and_its_warmup():
+    args = logits()
+    expected = reference.dkd(*args, 4.0, 1.0, 1.0, 8.0)
+    ce = reference.cross_entropy(args[0], args[2])
+    assert apply(DKDLoss(4.0), *args) == pytest.approx(expected, rel=1e-10)
+    warming = DKDLoss(4.0, warmup_epochs=20)
+    warming.set_epoch(4)
+    assert apply(warming, *args) == pytest.approx(ce + (expected - ce) * 5 / 20, rel=1e-10)
+
+
+def test_two_classes_by_hand():
+    # student (0, 0): q = (1/2, 1/2). teacher (ln 3, 0): p = (3/4, 1/4). label 0
+    args = np.array([[0.0, 0.0]]), np.array([[math.log(3), 0.0]]), np.array([0])
+    forward = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)
+    assert forward == pytest.approx(0.130812, abs=1e-6)
+    assert apply(KDLoss(1.0, 0.0), *args) == pytest.approx(forward)
+    reverse = 0.5 * math.log(0.5 / 0.75) + 0.5 * math.log(0.5 / 0.25)
+    assert apply(KDLoss(1.0, 0.0, "reverse_kl"), *args) == pytest.approx(reverse)
+    # m = (5/8, 3/8)
+    js = 0.5 * (0.75 * math.log(1.2) + 0.25 * math.log(2 / 3))
+    js += 0.5 * (0.5 * math.log(0.8) + 0.5 * math.log(4 / 3))
+    assert apply(KDLoss(1.0, 0.0, "jensen_shannon"), *args) == pytest.approx(js)
+    # steps: 3/4 (ln 2 - 0) for the label, then 1/4 (0 - 0)
+    assert apply(PLDLoss(), *args) == pytest.approx(0.75 * math.log(2))
+    assert apply(ListMLELoss(), *args) == pytest.approx(0.5 * math.log(2))
+    assert apply(PListMLELoss(), *args) == pytest.approx(math.log(2))
+    # target class: KL of (3/4, 1/4) and (1/2, 1/2); one class is left over, whose KL is 0
+    assert apply(DKDLoss(1.0, 0.0, 1.0, 8.0), *args) == pytest.approx(forward)
+    assert apply(LabelSmoothingLoss(0.1), *args) == pytest.approx(math.log(2))
+
+
+def test_label_smoothing():
+    student, teacher, labels = logits()
+    uniform = np.mean([-np.log(reference.softmax(s)).mean() for s in student])
+    expected = 0.9 * reference.cross_entropy(student, labels) + 0.1 * uniform
+    assert apply(LabelSmoothingLoss(0.1), student, teacher, labels) == pytest.approx(expected)
+
+
+def test_standardization_of_both_and_of_the_teacher():
+    student, teacher, labels = logits()
+    s, t = reference.standardize(student), reference.standardize(teacher)
+    for mode, seen in (("both", s), ("teacher", student), ("none", student)):
+        against = teacher if mode == "none" else t
+        expected = reference.pld(seen, against, labels)
+        loss = PLDLoss(standardize=mode)
+        assert apply(loss, student, teacher, labels) == pytest.approx(expected, rel=1e-5)
+        part = reference.kd(seen, against, labels, 4.0, 0.0, "forward_kl")
+        loss = KDLoss(ce_weight=0.0, standardize=mode)
+        assert apply(loss, student, teacher, labels) == pytest.approx(part, rel=1e-5)
+
+
+@pytest.mark.parametrize("loss", ALL, ids=lambda loss: type(loss).__name__)
+def test_wrong_arguments_say_what_was_expected(loss):
+    s, y = torch.zeros(3, 4), torch.tensor([0, 1, 2])
+    with pytest.raises(ValueError, match=r"labels: expected classes in \[0, 4\), got 4"):
+        loss(s, s, torch.tensor([0, 1, 4]))
+    with pytest.raises(ValueError, match=r"got -1"):
+        loss(s, s, torch.tensor([0, 1, -1]))
+    with pytest.raises(ValueError, match=r"labels: expected int64 of shape \[3\]"):
+        loss(s, s, torch.tensor([0, 1]))
+    with pytest.raises(ValueError, match=r"expected int64"):
+        loss(s, s, y.float())
+    with pytest.raises(ValueError, match=r"expected shape \[batch, classes\]"):
+        loss(s[0], s[0], y)
+    if REGISTRY_BY_CLASS[type(loss).__name__].needs_teacher:
+        with pytest.raises(ValueError, match=r"must share their classes"):
+            loss(s, torch.zeros(3, 5), y)
+
+
+REGISTRY_BY_CLASS = {params.module.split(":")[1]: params for params in REGISTRY.values()}
+
+
+def test_parameters_are_checked():
+    with pytest.raises(ValueError, match=r"pld: temperature is -1\.0: Input should be greater"):
+        PLDLoss(temperature=-1.0)
+    with pytest.raises(ValueError, match="divergence"):
+        KDLoss(divergence="kl")
+    with pytest.raises(ValueError, match="ce_weight"):
+        KDLoss(ce_weight=1.5)
+
+
+@pytest.mark.parametrize("name", REGISTRY)
+def test_registry_and_constructors_have_the_same_defaults(name):
+    from_registry = create_loss(REGISTRY[name](name=name))
+    alone = type(from_registry)()
+    assert vars(from_registry).keys() == vars(alone).keys()
+    plain = {k: v for k, v in vars(alone).items() if not k.startswith("_")}
+    assert {k: vars(from_registry)[k] for k in plain} == plain
+
+
+def test_losses_are_importable_from_the_package():
+    for name in ("PLDLoss", "KDLoss", "DISTLoss", "DKDLoss", "ListMLELoss", "PListMLELoss"):
+        assert issubclass(getattr(pld_ray, name), torch.nn.Module)
