@@ -77,6 +77,9 @@ def run(
     _say("figures", _figures(plan, store, folder))
     if failures:
         raise typer.Exit(1)
+    if plan.trials.keys() - store.finished():  # Tune takes a Ctrl-C to itself and ends in order
+        typer.echo("stopped; the same command goes on from here", err=True)
+        raise typer.Exit(130)
 
 
 @app.command()
@@ -209,9 +212,6 @@ def main() -> None:
     except InputError as error:
         typer.echo(f"pld-ray: {error}", err=True)
         sys.exit(2)
-    except KeyboardInterrupt:
-        typer.echo("stopped; the same command goes on where this one was", err=True)
-        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -148,7 +148,9 @@ class Trial(Part):
     @property
     def label(self) -> str:
         """A short name for people; not unique."""
-        return f"{self.loss.name} {self.student.name} seed {self.seed}"
+        parameters = self.loss.model_dump(exclude={"name"}, exclude_defaults=True)
+        said = "".join(f" {name}={value}" for name, value in parameters.items())
+        return f"{self.loss.name}{said} {self.student.name} seed {self.seed}"
 
 
 NOT_IDENTITY = {"root", "compile"}  # where things lie and how fast they run changes no result

@@ -18,11 +18,8 @@ from collections.abc import Callable
 from typing import Any
 
 os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
-os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
 os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # our store keeps the records
-os.environ.setdefault("TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S", "0")
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")  # 6 s less a TorchTrainer
-os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
 import ray
 from ray import tune
@@ -72,7 +69,6 @@ def run(
                 num_samples=-1,
                 # a kept actor holds its CPUs, which a group of workers may be waiting for
                 reuse_actors=single,
-                max_concurrent_trials=None,
             ),
             run_config=tune.RunConfig(
                 name=plan.experiment.name,
@@ -110,10 +106,12 @@ def check(pending: dict[str, Trial], store: Store) -> dict[str, data.Images]:
             hint = nearest(trial.optimizer.name, list_optimizers())
             raise InputError(f"optimizer.name is {trial.optimizer.name!r}: not in timm; {hint}")
         wanted: list[Model | Weights] = [trial.student]
-        if isinstance(trial.teacher, Weights):
-            wanted.append(trial.teacher)
-        if isinstance(trial.teacher, Trial) and trial.teacher.id not in pending:
-            store.load_weights(trial.teacher)
+        teacher = trial.teacher
+        if isinstance(teacher, Weights):
+            wanted.append(teacher)
+        elif teacher and teacher.id not in pending and teacher.id not in seen:
+            seen.add(teacher.id)
+            store.load_weights(teacher)
         for model in wanted:
             name = f"{key} {model!r}"
             if name not in seen:
