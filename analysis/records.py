@@ -20,6 +20,7 @@ def frame(plan: Plan, store: Store) -> pd.DataFrame:
     the record, NaN where there is none; seconds is the trial's training time.
     """
     methods, settings = _methods(plan), _settings(plan)
+    teachers = {key: record for key in plan.teacher_ids if (record := store.record(key))}
     rows = []
     for cell, method, setting in zip(plan.cells, methods, settings, strict=True):
         record = store.record(cell.trial.id)
@@ -37,6 +38,8 @@ def frame(plan: Plan, store: Store) -> pd.DataFrame:
         if record is not None:
             row |= record["metrics"] | {"seconds": record["seconds"]["seconds"]}
             row["parameters"] = record["parameters"]
+        if isinstance(cell.trial.teacher, Trial) and cell.trial.teacher.id in teachers:
+            row["teacher_top1"] = teachers[cell.trial.teacher.id]["metrics"]["top1"]
         rows.append(row)
     return pd.DataFrame(rows)
 

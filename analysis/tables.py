@@ -59,12 +59,12 @@ def _gain(records: pd.DataFrame, pld: pd.Series, row: pd.Series) -> float:
 def printed(table: pd.DataFrame) -> pd.DataFrame:
     """The table as strings: mean ± std, a dash where a number is missing."""
 
-    def pair(row: pd.Series, metric: str, digits: int) -> str:
+    def pair(row: pd.Series, metric: str, digits: int, scale: float = 1) -> str:
         mean, std = row.get(metric), row.get(f"{metric}_std")
         if mean is None or pd.isna(mean):
             return MISSING
-        spread = "" if std is None or pd.isna(std) else f" ± {std:.{digits}f}"
-        return f"{mean:.{digits}f}{spread}"
+        spread = "" if std is None or pd.isna(std) else f" ± {scale * std:.{digits}f}"
+        return f"{scale * mean:.{digits}f}{spread}"
 
     rows = []
     several = len(table[["student", "teacher", "setting"]].drop_duplicates()) > 1
@@ -72,18 +72,16 @@ def printed(table: pd.DataFrame) -> pd.DataFrame:
         teacher = row["loss"] == "teacher"
         cells = {}
         if several:
-            pairs = f"{row['teacher']} → {row['student']}" if row["teacher"] else row["student"]
-            cells["Pair"] = pairs
+            cells["Pair"] = _pair(row)
             if (table["setting"] != "").any():
                 cells["Setting"] = row["setting"]
         cells["Method"] = row["method"]
-        cells["Network"] = row["teacher"] if teacher else row["student"]
         cells["Top-1 %"] = pair(row, "top1", 2)
         gain = row.get("gain")
         cells["PLD gain"] = "" if gain is None or pd.isna(gain) else f"{gain:+.2f}"
-        cells["KL(T‖S)"] = "" if teacher else pair(row, "kl_teacher_student", 3)
-        cells["Agreement %"] = "" if teacher else pair(row, "agreement", 2)
-        cells["ECE"] = "" if teacher else pair(row, "ece", 3)
+        cells["KL(T‖S)"] = "" if teacher else pair(row, "kl_teacher_student", 2)
+        cells["Agreement %"] = "" if teacher else pair(row, "agreement", 1)
+        cells["ECE %"] = "" if teacher else pair(row, "ece", 1, scale=100)
         cells["Seconds"] = "" if teacher else pair(row, "seconds", 1)
         done, planned = row.get("n"), row.get("planned")
         whole = "" if teacher else f"{done:.0f}"
@@ -92,12 +90,16 @@ def printed(table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def _pair(row: pd.Series) -> str:
+    return f"{row['teacher']} → {row['student']}" if row["teacher"] else str(row["student"])
+
+
 def text(table: pd.DataFrame, experiment: Experiment) -> str:
     """The table as Markdown whose columns also line up as plain text."""
     cells = printed(table)
     lines = [list(cells.columns), *cells.astype(str).values.tolist()]
     widths = [max(3, *(len(line[i]) for line in lines)) for i in range(len(lines[0]))]
-    left = {"Pair", "Setting", "Method", "Network"}
+    left = {"Pair", "Setting", "Method"}
     align = [name in left for name in cells.columns]
 
     def row(line: list[str]) -> str:
@@ -111,7 +113,8 @@ def text(table: pd.DataFrame, experiment: Experiment) -> str:
         "-" * width if to_left else "-" * (width - 1) + ":"
         for width, to_left in zip(widths, align, strict=True)
     ]
-    head = [f"{experiment.title or experiment.name}", ""]
+    title, only = experiment.title or experiment.name, table.iloc[0]
+    head = [title if "Pair" in cells else f"{title}: {_pair(only)}", ""]
     tail = ["", *_legend(table, experiment)]
     return "\n".join([*head, row(lines[0]), row(rule), *map(row, lines[1:]), *tail])
 
@@ -135,7 +138,10 @@ def write(table: pd.DataFrame, folder: Path, experiment: Experiment) -> list[Pat
     styled = (
         cells.style.hide(axis="index").format(escape="latex").format_index(escape="latex", axis=1)
     )
-    tex = styled.to_latex(hrules=True, column_format="l" * 2 + "r" * (len(cells.columns) - 2))
+    names = list(cells.columns).index("Top-1 %")
+    tex = styled.to_latex(
+        hrules=True, column_format="l" * names + "r" * (len(cells.columns) - names)
+    )
     for sign, command in {"±": r"$\pm$", "→": r"$\rightarrow$", MISSING: "--"}.items():
         tex = tex.replace(sign, command)
     paths[2].write_text(tex, encoding="utf-8")

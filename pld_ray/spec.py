@@ -149,8 +149,12 @@ class Trial(Part):
     def label(self) -> str:
         """A short name for people; not unique."""
         parameters = self.loss.model_dump(exclude={"name"}, exclude_defaults=True)
-        said = "".join(f" {name}={value}" for name, value in parameters.items())
+        said = "".join(f" {name} {_short(value)}" for name, value in parameters.items())
         return f"{self.loss.name}{said} {self.student.name} seed {self.seed}"
+
+
+def _short(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 NOT_IDENTITY = {"root", "compile"}  # where things lie and how fast they run changes no result

@@ -33,8 +33,7 @@ class View:
         self.epochs_left = sum(trial.epochs for trial in pending.values())
         self.epochs_seen = 0
         self.started = time.monotonic()
-        live = console.is_terminal
-        self.live = Live(self, console=console, refresh_per_second=4) if live else None
+        self.live = _live(self, console) if console.is_terminal else None
 
     def __enter__(self) -> View:
         if self.live:
@@ -112,6 +111,13 @@ class View:
             line.append(f"  {self.failed} failed", style="bold red")
         line.append(self._left().replace(", ", "  "), style="dim")
         return Group(table, line)
+
+
+def _live(view: View, console: Console) -> Live:
+    # rich would bring what others print back onto the screen
+    return Live(
+        view, console=console, refresh_per_second=4, redirect_stdout=False, redirect_stderr=False
+    )
 
 
 @contextmanager
