@@ -6,7 +6,8 @@ from typing import Any
 
 import pandas as pd
 
-from pld_ray.spec import Plan, Trial
+from pld_ray.experiment import Plan
+from pld_ray.spec import Trial
 from pld_ray.store import Store
 
 GROUP = ["student", "teacher", "setting", "method"]  # what seeds are averaged within

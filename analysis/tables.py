@@ -12,7 +12,8 @@ from typing import Any
 import pandas as pd
 
 from analysis.records import summary
-from pld_ray.spec import Experiment
+from pld_ray.experiment import Experiment
+from pld_ray.losses import REGISTRY
 
 METRICS = ["top1", "top5", "kl_teacher_student", "agreement", "ece", "seconds"]
 MISSING = "–"
@@ -30,7 +31,7 @@ def comparison(records: pd.DataFrame) -> pd.DataFrame:
     rows: list[dict[Any, Any]] = []
     for _, section in table.groupby(["student", "teacher", "setting"], sort=False):
         first = section.iloc[0]
-        if first["teacher"]:
+        if first["teacher"] and any(REGISTRY[loss].needs_teacher for loss in section["loss"]):
             teacher = {name: first[name] for name in ("student", "teacher", "setting")}
             top1 = section["teacher_top1"].mean()
             rows.append(teacher | {"method": "Teacher", "loss": "teacher", "top1": top1})

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pld_ray.experiment import Experiment, load_experiment, plan
     from pld_ray.losses import (
         DISTLoss,
         DKDLoss,
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
         PListMLELoss,
         create_loss,
     )
-    from pld_ray.spec import Experiment, Trial, load_experiment, plan
+    from pld_ray.spec import Trial
     from pld_ray.store import Store
 
 __version__ = "0.1.0"
@@ -36,7 +37,8 @@ _home = {
         ],
         "losses",
     ),
-    **dict.fromkeys(["Experiment", "Trial", "load_experiment", "plan"], "spec"),
+    **dict.fromkeys(["Experiment", "load_experiment", "plan"], "experiment"),
+    "Trial": "spec",
     "Store": "store",
 }
 __all__ = [

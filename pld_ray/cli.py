@@ -12,7 +12,7 @@ import typer
 from pld_ray.errors import InputError
 
 if TYPE_CHECKING:
-    from pld_ray.spec import Plan
+    from pld_ray.experiment import Plan
     from pld_ray.store import Store
 
 app = typer.Typer(
@@ -169,7 +169,7 @@ def landscape(
 
 
 def _open(experiment: str, overrides: list[str] | None, storage: str) -> tuple[Plan, Store]:
-    from pld_ray.spec import load_experiment, plan
+    from pld_ray.experiment import load_experiment, plan
     from pld_ray.store import Store
 
     return plan(load_experiment(experiment, tuple(overrides or ()))), Store(storage)

@@ -7,7 +7,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from pld_ray.spec import Plan, Trial
+from pld_ray.experiment import Plan
+from pld_ray.spec import Trial
 from pld_ray.store import Store
 from pld_ray.view import duration
 

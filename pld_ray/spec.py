@@ -1,24 +1,17 @@
-"""What an experiment is: YAML in, unique content-addressed trials out.
+"""What a trial is: one training run, fully specified, known by the hash of what it says.
 
-    recipe < base < grid < --set  ->  Trial (validated)  ->  Plan (unique, teachers first)
-
-A Trial says everything about one training run; its id is a hash of what it says. A teacher that
-has to be trained is itself a Trial inside the student's. Nothing here imports torch or Ray.
+A teacher that has to be trained is itself a Trial inside the student's. Nothing here imports torch
+or Ray. How a YAML file becomes trials stands in experiment.py.
 """
 
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, TypeVar
 
-import yaml
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -103,6 +96,13 @@ class Weights(Part):
     sha256: str | None = None  # of that file: the teacher's identity, wherever it lies
 
 
+class Resources(Part):
+    """What one worker of a trial takes; gpus: by default one where the cluster has any."""
+
+    cpus: float = Field(1, gt=0)
+    gpus: float | None = Field(None, ge=0)
+
+
 class Trial(Part):
     """One training run, fully specified."""
 
@@ -178,327 +178,6 @@ def canonical(trial: Trial) -> dict[str, Any]:
     return {"format": 1, **clean(dump)}
 
 
-# ---------------------------------------------------------------- the experiment
-
-
-class Resources(Part):
-    """What one worker of a trial takes; gpus: by default one where the cluster has any."""
-
-    cpus: float = Field(1, gt=0)
-    gpus: float | None = Field(None, ge=0)
-
-
-class Experiment(Part):
-    """One YAML file: a question, the settings all its trials share, and what it varies."""
-
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    title: str = ""
-    note: str = ""  # printed under its tables
-    recipe: str | None = None
-    base: dict[str, Any] = {}
-    grid: dict[str, list[Any]] = {}
-    seeds: list[int] = Field([0], min_length=1)
-    resources: Resources = Resources()
-    overrides: dict[str, Any] = {}  # of trial fields, over base and grid; as --set makes them
-
-
-class TeacherEntry(Part):
-    """What YAML says of a teacher.
-
-    weights: "train" (train it under the experiment's base settings, changed by `train`),
-    "pretrained" (timm's; the default for a name with a tag) or a safetensors file.
-    """
-
-    name: str
-    args: dict[str, Any] = {}
-    weights: str = ""
-    train: dict[str, Any] = {}
-
-
-class Cell(NamedTuple):
-    """One point of the grid: a trial, and the teacher named there even if its loss needs none."""
-
-    trial: Trial
-    teacher: str | None
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The cells of an experiment and the unique trials behind them, teachers first."""
-
-    experiment: Experiment
-    cells: tuple[Cell, ...]
-
-    @cached_property
-    def trials(self) -> dict[str, Trial]:
-        """Unique trials by id: teachers first, a teacher's own teacher before it."""
-        found: dict[str, Trial] = {}
-
-        def add(trial: Trial) -> None:
-            if isinstance(trial.teacher, Trial):
-                add(trial.teacher)
-            found.setdefault(trial.id, trial)
-
-        for cell in self.cells:
-            add(cell.trial)
-        teachers = {t.teacher.id for t in found.values() if isinstance(t.teacher, Trial)}
-        return dict(sorted(found.items(), key=lambda item: item[0] not in teachers))
-
-    @cached_property
-    def teacher_ids(self) -> set[str]:
-        """Ids of the trials that teach another one of this plan."""
-        return {t.teacher.id for t in self.trials.values() if isinstance(t.teacher, Trial)}
-
-
-# ---------------------------------------------------------------- YAML to experiment
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML that reads 1e-3 as a number and refuses a key that stands twice."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.MarkedYAMLError(
-                    problem=f"the key {key!r} stands twice", problem_mark=node.start_mark
-                )
-        return super().construct_mapping(node, deep=deep)
-
-
-_Loader.add_implicit_resolver(  # YAML 1.1 asks for a dot in 1e-3
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
-    list("-+0123456789"),
-)
-
-
-def parse_yaml(text: str, where: str) -> Any:
-    """YAML text to plain values; InputError with the line if it does not parse."""
-    try:
-        return yaml.load(text, _Loader)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise InputError(f"{where}{line}: not valid YAML: {problem}") from None
-
-
-def read_mapping(path: Path) -> dict[str, Any]:
-    """A YAML file that holds a mapping."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read: {error}") from None
-    value = parse_yaml(text, str(path))
-    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
-        raise InputError(f"{path}: expected a mapping of fields, got {type(value).__name__}")
-    return value
-
-
-def experiments_folder() -> Path:
-    """Where the shipped experiments lie: inside the wheel, or beside the package in a checkout."""
-    package = Path(__file__).parent
-    inside = package / "experiments"
-    return inside if inside.is_dir() else package.parent / "experiments"
-
-
-def load_experiment(source: str | Path, overrides: tuple[str, ...] = ()) -> Experiment:
-    """The experiment in a YAML file, or the shipped one of that name, with `--set` overrides.
-
-    An override is "field=value", the value read as YAML. It replaces what base and grid say of
-    the field. A field of the experiment itself (seeds, grid.FIELD, resources.FIELD) is set there.
-    """
-    path = Path(source)
-    if not path.is_file() and path.suffix not in (".yaml", ".yml"):
-        path = experiments_folder() / f"{source}.yaml"
-    if not path.is_file():
-        names = [file.stem for file in experiments_folder().glob("*.yaml")]
-        hint = nearest(str(source), names)
-        raise InputError(f"no experiment {str(source)!r} (neither a file nor shipped): {hint}")
-    raw = {"name": path.stem, **read_mapping(path)}
-    experiment = _validate(Experiment, raw, str(path))
-    base = experiment.base
-    if experiment.recipe is not None:
-        base = merge(read_mapping(_find_recipe(experiment.recipe, path)), base)
-    changed: dict[str, Any] = experiment.model_dump() | {"base": base}
-    everywhere = dict(experiment.overrides)
-    for item in overrides:
-        field, equals, text = item.partition("=")
-        field = field.strip()
-        if not equals or not field:
-            raise InputError(f"--set {item}: expected FIELD=VALUE, such as loss.temperature=2")
-        value = parse_yaml(text, f"--set {item}")
-        first, _, rest = field.partition(".")
-        if first == "grid" and rest:
-            changed["grid"] = changed["grid"] | {rest: value}
-        elif first in Experiment.model_fields:
-            changed = merge(changed, _nest(field, value))
-        else:
-            everywhere[field] = value
-    if set(everywhere) & {"seed"}:
-        raise InputError("--set seed: set seeds, a list, such as seeds=[0,1,2]")
-    changed["overrides"] = everywhere
-    return _validate(Experiment, changed, str(path))
-
-
-def _find_recipe(name: str, experiment: Path) -> Path:
-    folders = [experiment.parent / "recipes", experiments_folder() / "recipes"]
-    for folder in folders:
-        if (folder / f"{name}.yaml").is_file():
-            return folder / f"{name}.yaml"
-    names = [file.stem for folder in folders for file in folder.glob("*.yaml")]
-    raise InputError(f"{experiment}: recipe {name!r} does not exist; {nearest(name, names)}")
-
-
-# ---------------------------------------------------------------- merging and expanding
-
-_REPLACED = {"data", "student", "teacher", "loss"}  # another name there: another thing altogether
-_NAMED = _REPLACED | {"optimizer", "schedule"}
-
-
-def merge(low: dict[str, Any], high: Mapping[str, Any]) -> dict[str, Any]:
-    """`high` over `low`, field by field; neither is changed.
-
-    Another loss, network or dataset replaces the lower one with its parameters; another optimizer
-    or schedule keeps those that `high` does not name (the learning rate, say).
-    """
-    merged = dict(low)
-    for key, value in high.items():
-        value, below = _named(key, value), _named(key, low.get(key))
-        if isinstance(value, dict) and isinstance(below, dict):
-            other = value.get("name", below.get("name")) != below.get("name")
-            merged[key] = value if key in _REPLACED and other else merge(below, value)
-        else:
-            merged[key] = value
-    return merged
-
-
-def _named(key: str, value: Any) -> Any:
-    return {"name": value} if key in _NAMED and isinstance(value, str) else value
-
-
-def _nest(field: str, value: Any) -> dict[str, Any]:
-    for part in reversed(field.split(".")):
-        value = {part: value}
-    return value
-
-
-def plan(experiment: Experiment) -> Plan:
-    """Expand an experiment: every combination of its grid, for every seed.
-
-    A grid key is a field ("loss.temperature"), or several at once ("teacher, student") whose
-    values are lists of as many. `loss.PARAMETER` is left out for the losses that have none such.
-    """
-    where = experiment.name
-    axes = [_axis(key, values, where) for key, values in experiment.grid.items()]
-    if not any(fields == ("loss",) for fields, _ in axes):
-        axes.append((("loss",), [(loss,) for loss in _each(experiment.base.get("loss"))]))
-    axes.sort(key=lambda axis: min(field.count(".") for field in axis[0]))  # loss before loss.x
-    used: dict[str, set[str]] = {}  # loss.PARAMETER -> the losses that were asked for it
-    taken: set[str] = set()
-    cells = []
-    for combination in itertools.product(*(values for _, values in axes)):
-        settings = [
-            (field, value)
-            for (fields, _), values in zip(axes, combination, strict=True)
-            for field, value in zip(fields, values, strict=True)
-        ]
-        raw = dict(experiment.base)
-        for field, value in [*settings, *experiment.overrides.items()]:
-            first, _, parameter = field.partition(".")
-            if first == "loss" and parameter and parameter != "name":
-                name = (_named("loss", raw.get("loss")) or {}).get("name")
-                if name in REGISTRY and parameter not in REGISTRY[name].model_fields:
-                    used.setdefault(field, set()).add(name)
-                    continue
-                taken.add(field)
-            raw = merge(raw, _nest(field, value))
-        teacher = _teacher(raw.pop("teacher", None), raw, experiment)
-        for seed in experiment.seeds:
-            cells.append(_cell(raw | {"seed": seed}, teacher, where))
-    for field in set(used) - taken:
-        names = {name for loss in used[field] for name in REGISTRY[loss].model_fields}
-        hint = nearest(field.partition(".")[2], names - {"name"})
-        losses = ", ".join(sorted(used[field]))
-        raise InputError(f"{where}: {field}: none of its losses ({losses}) has it; {hint}")
-    return Plan(experiment, tuple(cells))
-
-
-def _axis(key: str, values: Any, where: str) -> tuple[tuple[str, ...], list[tuple[Any, ...]]]:
-    """A grid entry as (fields, rows); a row holds one value for each field."""
-    fields = tuple(field.strip() for field in key.split(","))
-    if not isinstance(values, list) or not values:
-        raise InputError(f"{where}: grid.{key} is {values!r}: expected a list of values")
-    if fields == ("loss",):
-        return fields, [(loss,) for value in values for loss in _each(value)]
-    if len(fields) == 1:
-        return fields, [(value,) for value in values]
-    for row in values:
-        if not isinstance(row, list) or len(row) != len(fields):
-            raise InputError(
-                f"{where}: grid.{key} has {row!r}: expected a list of {len(fields)} values"
-            )
-    return fields, [tuple(row) for row in values]
-
-
-def _each(loss: Any) -> Iterator[Any]:
-    """A loss entry with lists inside as the losses it stands for."""
-    if not isinstance(loss, dict):
-        yield loss
-        return
-    lists = [v if isinstance(v, list) else [v] for v in loss.values()]
-    for values in itertools.product(*lists):
-        yield dict(zip(loss, values, strict=True))
-
-
-def _teacher(entry: Any, raw: dict[str, Any], experiment: Experiment) -> Trial | Weights | None:
-    """The teacher that YAML describes, for a student with the settings `raw`."""
-    if entry is None:
-        return None
-    where = f"{experiment.name}: teacher"
-    teacher = _validate(TeacherEntry, _named("teacher", entry), where)
-    weights = teacher.weights or ("pretrained" if "." in teacher.name else "train")
-    if weights == "pretrained":
-        return Weights(name=teacher.name, args=teacher.args, weights=weights)
-    if weights != "train":
-        digest = _sha256(weights, where)
-        return Weights(name=teacher.name, args=teacher.args, weights=weights, sha256=digest)
-    base = {key: value for key, value in experiment.base.items() if key != "teacher"}
-    for field, value in experiment.overrides.items():
-        if field.partition(".")[0] not in ("loss", "student", "teacher"):
-            base = merge(base, _nest(field, value))
-    settings = {"student": {"name": teacher.name, "args": teacher.args}, "loss": "ce", "seed": 0}
-    base |= settings | {"data": raw.get("data")}
-    base = merge(base, teacher.train)
-    above = _teacher(base.pop("teacher", None), base, experiment)
-    return _cell(base, above, experiment.name).trial
-
-
-def _cell(raw: dict[str, Any], teacher: Trial | Weights | None, where: str) -> Cell:
-    """The validated trial of one cell; a loss that needs no teacher gets none."""
-    trial = _validate(Trial, raw | {"teacher": teacher}, where)
-    name = None
-    if teacher is not None:
-        name = teacher.student.name if isinstance(teacher, Trial) else teacher.name
-    return Cell(trial if trial.loss.needs_teacher else _without_teacher(trial), name)
-
-
-def _without_teacher(trial: Trial) -> Trial:
-    return trial.model_copy(update={"teacher": None}) if trial.teacher else trial
-
-
-def _sha256(path: str, where: str) -> str:
-    try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise InputError(
-            f'{where}.weights is {path!r}: expected "train", "pretrained" or a safetensors file '
-            f"({error.strerror})"
-        ) from None
-
-
 # ---------------------------------------------------------------- errors in one sentence
 
 _Model = TypeVar("_Model", bound=BaseModel)
@@ -512,7 +191,8 @@ _PARTS: dict[str, type[BaseModel]] = {
 }
 
 
-def _validate(model: type[_Model], raw: Any, where: str) -> _Model:
+def validated(model: type[_Model], raw: Any, where: str) -> _Model:
+    """`raw` as a `model`; InputError with one sentence that begins with `where`."""
     try:
         return model.model_validate(raw)
     except ValidationError as error:

@@ -28,7 +28,8 @@ from ray.tune.search import Searcher
 
 from pld_ray import data, models
 from pld_ray.errors import InputError, nearest
-from pld_ray.spec import Model, Plan, Resources, Trial, Weights
+from pld_ray.experiment import Plan
+from pld_ray.spec import Model, Resources, Trial, Weights
 from pld_ray.store import Store
 from pld_ray.view import View
 

@@ -16,7 +16,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from pld_ray.spec import Plan, Trial
+from pld_ray.experiment import Plan
+from pld_ray.spec import Trial
 
 
 class View:

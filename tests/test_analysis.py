@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from analysis import figures, landscape, records, tables
+from pld_ray.experiment import plan
 from pld_ray.losses import PLDLoss
-from pld_ray.spec import plan
 from pld_ray.store import Store
 
 TEXT = """

@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 
-from pld_ray.spec import load_experiment, plan
+from pld_ray.experiment import load_experiment, plan
 from pld_ray.store import Store
 
 

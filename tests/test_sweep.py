@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 
 from pld_ray import sweep
-from pld_ray.spec import load_experiment, plan
+from pld_ray.experiment import load_experiment, plan
 from pld_ray.store import Store
 from pld_ray.view import View
 
@@ -144,7 +144,7 @@ def test_a_killed_driver_loses_nothing(experiment, tmp_path):
         assert records[0]["metrics"] == records[1]["metrics"]
         if key in before:
             assert before[key]["finished"] == records[0]["finished"]
-    assert re.search(r"^\| PLD +\| resnet8", output, re.MULTILINE)
+    assert re.search(r"^\| PLD +\| +\d\d\.\d\d ± ", output, re.MULTILINE)
     third = start("killed")
     output, _ = third.communicate(timeout=60)
     assert f"all {len(made.trials)} trials are done" in output

@@ -10,7 +10,8 @@ import torch
 
 from pld_ray import metrics
 from pld_ray.data import load
-from pld_ray.spec import Trial, plan
+from pld_ray.experiment import plan
+from pld_ray.spec import Trial
 from pld_ray.store import Store
 from pld_ray.train import TrainingError, train
 
@@ -32,7 +33,7 @@ CHILD = """
 import os, signal, sys, torch
 torch.set_num_threads(1)
 from pld_ray.data import load
-from pld_ray.spec import load_experiment, plan
+from pld_ray.experiment import load_experiment, plan
 from pld_ray.store import Store
 from pld_ray.train import train
 

@@ -7,8 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pld_ray.errors import InputError
+from pld_ray.experiment import load_experiment, plan
 from pld_ray.losses import REGISTRY
-from pld_ray.spec import Trial, Weights, load_experiment, plan
+from pld_ray.spec import Trial, Weights
 
 BASE = {"data": "digits", "student": "resnet8", "loss": "ce", "epochs": 3}
 
