@@ -9,6 +9,7 @@ import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -65,12 +66,12 @@ def accuracy(records: pd.DataFrame, colours: dict[str, str]) -> Figure:
     """Bars of mean top-1 with one std, every seed as a dot, the teacher as a line."""
     sections = list(records.groupby(["student", "teacher", "setting"], sort=False))
     methods = max(section["method"].nunique() for _, section in sections)
-    figure, axes = plt.subplots(
-        1, len(sections), figsize=(1.4 + 0.75 * methods * len(sections), 3.2), squeeze=False
-    )
+    longest = max(len(line) for name in records["method"] for line in _wrap(name).split("\n"))
+    width = 1.4 + max(0.75, 0.1 * longest) * methods * len(sections)  # inches
+    figure, axes = plt.subplots(1, len(sections), figsize=(width, 3.2), squeeze=False)
     for axis, (key, section) in zip(axes[0], sections, strict=True):
         groups = section.groupby("method", sort=False)["top1"]
-        means, spreads = groups.mean(), groups.std().fillna(0)
+        means, spreads = groups.mean(), groups.std()  # NaN for one seed: no error bar
         x = np.arange(len(means))
         bars = [colours[name] for name in means.index]
         axis.bar(x, means, 0.62, yerr=spreads, color=bars, ecolor="#333333", capsize=3, alpha=0.85)
@@ -79,8 +80,8 @@ def accuracy(records: pd.DataFrame, colours: dict[str, str]) -> Figure:
             axis.plot(
                 i + np.asarray(offsets), values, "o", ms=3, mfc="white", mec="#333333", mew=0.7
             )
-        low = float(min((means - spreads).min(), section["top1"].min()))
-        high = float(max((means + spreads).max(), section["top1"].max()))
+        low = float(min((means - spreads.fillna(0)).min(), section["top1"].min()))
+        high = float(max((means + spreads.fillna(0)).max(), section["top1"].max()))
         if "teacher_top1" in section and section["teacher_top1"].notna().any():
             level = float(section["teacher_top1"].mean())
             axis.axhline(level, color="#333333", lw=1, ls="--")
@@ -117,6 +118,7 @@ def learning_curves(curves: pd.DataFrame, colours: dict[str, str]) -> Figure:
                         mean.index, mean - std, mean + std, color=colour, alpha=0.13, lw=0
                     )
             axis.set_xlabel("epoch")
+            axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         row[0].set_ylabel("validation top-1 (%)")
         row[0].set_title(_title(key), loc="left")
         row[1].set_ylabel("training loss (each its own)")

@@ -12,6 +12,8 @@ from pld_ray.store import Store
 
 GROUP = ["student", "teacher", "setting", "method"]  # what seeds are averaged within
 
+SYMBOLS = {"temperature": "τ", "alpha": "α", "beta": "β", "gamma": "γ"}
+
 
 def frame(plan: Plan, store: Store) -> pd.DataFrame:
     """One row a cell, in the plan's order.
@@ -82,7 +84,9 @@ def _methods(plan: Plan) -> list[str]:
     labels = []
     for loss in losses:
         differ = [
-            f"{field} {value:g}" if isinstance(value, float) else f"{field} {value}"
+            f"{SYMBOLS.get(field, field)} = {value:g}"
+            if isinstance(value, float)
+            else f"{field} = {value}"
             for field, value in loss
             if len(values[loss.name, field]) > 1
         ]

@@ -143,7 +143,15 @@ def write(table: pd.DataFrame, folder: Path, experiment: Experiment) -> list[Pat
     tex = styled.to_latex(
         hrules=True, column_format="l" * names + "r" * (len(cells.columns) - names)
     )
-    for sign, command in {"±": r"$\pm$", "→": r"$\rightarrow$", MISSING: "--"}.items():
+    for sign, command in {
+        "±": r"$\pm$",
+        "τ": r"$\tau$",
+        "α": r"$\alpha$",
+        "β": r"$\beta$",
+        "γ": r"$\gamma$",
+        "→": r"$\rightarrow$",
+        MISSING: "--",
+    }.items():
         tex = tex.replace(sign, command)
     paths[2].write_text(tex, encoding="utf-8")
     return paths

@@ -17,7 +17,7 @@ grid:
   loss: [ce, {name: kd, temperature: [1, 4]}, pld]
 seeds: [0, 1, 2]
 """
-TOP1 = {"CE": [80, 82, 84], "KD (temperature 1)": [85, 86, 87], "PLD": [88, 90, 92]}
+TOP1 = {"CE": [80, 82, 84], "KD (τ = 1)": [85, 86, 87], "PLD": [88, 90, 92]}
 
 
 @pytest.fixture
@@ -41,14 +41,14 @@ def results(experiment, tmp_path):
 
 def test_comparison_by_hand(results):
     table = tables.comparison(records.frame(*results)).set_index("method")
-    assert list(table.index) == ["Teacher", "CE", "KD (temperature 1)", "KD (temperature 4)", "PLD"]
+    assert list(table.index) == ["Teacher", "CE", "KD (τ = 1)", "KD (τ = 4)", "PLD"]
     assert table.loc["Teacher", "top1"] == 97.5
     assert table.loc["CE", "top1"] == 82 and table.loc["CE", "top1_std"] == pytest.approx(2)
     assert table.loc["CE", "gain"] == pytest.approx(8)
-    assert table.loc["KD (temperature 1)", "gain"] == pytest.approx(4)
-    assert math.isnan(table.loc["KD (temperature 4)", "top1"])
-    assert math.isnan(table.loc["KD (temperature 4)", "gain"])
-    assert table.loc["KD (temperature 4)", "n"] == 0 and table.loc["PLD", "n"] == 3
+    assert table.loc["KD (τ = 1)", "gain"] == pytest.approx(4)
+    assert math.isnan(table.loc["KD (τ = 4)", "top1"])
+    assert math.isnan(table.loc["KD (τ = 4)", "gain"])
+    assert table.loc["KD (τ = 4)", "n"] == 0 and table.loc["PLD", "n"] == 3
 
 
 def test_gains_are_paired_by_seed(results):
@@ -66,7 +66,7 @@ def test_tables_as_text_and_files(results, tmp_path):
     text = tables.text(table, made.experiment)
     rows = [[c.strip() for c in line.split("|")[1:-1]] for line in text.splitlines() if "|" in line]
     assert ["CE", "82.00 ± 2.00", "+8.00", "–", "–", "10.0 ± 0.0", "3.0 ± 0.0", "3"] in rows
-    assert ["KD (temperature 4)", "–", "", "–", "–", "–", "–", "0 of 3"] in rows
+    assert ["KD (τ = 4)", "–", "", "–", "–", "–", "–", "0 of 3"] in rows
     assert text.startswith("A test: resnet20 → resnet8")
     assert len({len(line) for line in text.splitlines() if line.startswith("|")}) == 1
     paths = {p.suffix: p for p in tables.write(table, tmp_path / "out", made.experiment)}
@@ -75,7 +75,7 @@ def test_tables_as_text_and_files(results, tmp_path):
     assert float(by_method["PLD"]["top1_std"]) == pytest.approx(2)
     tex = paths[".tex"].read_text()
     assert r"\toprule" in tex and r"CE & 82.00 $\pm$ 2.00 & +8.00" in tex
-    assert "\\%" in tex and "±" not in tex
+    assert r"KD ($\tau$ = 1)" in tex and tex.isascii()
 
 
 def test_other_axes_become_settings_and_losses_without_teacher_stay_in_their_pair(
