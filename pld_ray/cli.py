@@ -63,7 +63,7 @@ def run(
         with Console().status(f"{len(pending)} trials to run: checking them and starting Ray"):
             from pld_ray import sweep
 
-            ready = sweep.check(pending, store)
+            ready = sweep.check(pending, store, address)
         log = Path(store.root if store.local else ".") / "ray.log"
         with screen_apart(log) as console, View(plan, pending, console) as view:
             failures = sweep.run(plan, ready, store, view, address)

@@ -10,7 +10,7 @@ import itertools
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -315,19 +315,24 @@ def _cell(raw: dict[str, Any], teacher: Trial | Weights | None, where: str) -> C
     name = None
     if teacher is not None:
         name = teacher.student.name if isinstance(teacher, Trial) else teacher.name
-    return Cell(trial if trial.loss.needs_teacher else _without_teacher(trial), name)
-
-
-def _without_teacher(trial: Trial) -> Trial:
-    return trial.model_copy(update={"teacher": None}) if trial.teacher else trial
+    if not trial.loss.needs_teacher:
+        trial = trial.model_copy(update={"teacher": None})
+    return Cell(trial, name)
 
 
 def _sha256(path: str, where: str) -> str:
     try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        state = Path(path).stat()
+        return _digest(path, state.st_mtime_ns, state.st_size)
     except OSError as error:
         raise InputError(
             f'{where}.weights is {path!r}: expected "train", "pretrained" or a safetensors file '
             f"({error.strerror})"
         ) from None
+
+
+@cache
+def _digest(path: str, mtime: int, size: int) -> str:
+    """Read once however many cells name the file; anew when it has changed."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

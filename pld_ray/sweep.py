@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 import tempfile
 import traceback
 from collections.abc import Callable
 from typing import Any
+from urllib.parse import urlsplit
 
 os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
 os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # our store keeps the records
@@ -93,18 +95,23 @@ def run(
 # ---------------------------------------------------------------- before anything starts
 
 
-def check(pending: dict[str, Trial], store: Store) -> dict[str, data.Images]:
+def check(
+    pending: dict[str, Trial], store: Store, address: str | None = None
+) -> dict[str, data.Images]:
     """Load the datasets and make every network, so that bad input is known before Ray starts."""
+    if address and address != "auto":
+        _reach(address)
     from timm.optim import list_optimizers
 
+    optimizers = set(list_optimizers())
     images: dict[str, data.Images] = {}
     seen: set[str] = set()
     for trial in pending.values():
         key = _data_key(trial)
         if key not in images:
             images[key] = data.load(trial.data)
-        if trial.optimizer.name not in list_optimizers():
-            hint = nearest(trial.optimizer.name, list_optimizers())
+        if trial.optimizer.name not in optimizers:
+            hint = nearest(trial.optimizer.name, optimizers)
             raise InputError(f"optimizer.name is {trial.optimizer.name!r}: not in timm; {hint}")
         wanted: list[Model | Weights] = [trial.student]
         teacher = trial.teacher
@@ -130,13 +137,19 @@ def _connect(address: str | None) -> bool:
     """Join or start Ray; True if it has to be shut down after."""
     if ray.is_initialized():
         return False
-    try:
-        ray.init(address=address, log_to_driver=False)
-    except (ConnectionError, RuntimeError) as error:
-        raise InputError(
-            f"--address is {address!r}: no Ray cluster answers there: {str(error).splitlines()[0]}"
-        ) from None
+    ray.init(address=address, log_to_driver=False)
     return True
+
+
+def _reach(address: str) -> None:
+    """Raise InputError if nothing listens there; Ray itself would try for minutes."""
+    try:
+        place = urlsplit(address if "//" in address else f"//{address}")
+        socket.create_connection((place.hostname, place.port), timeout=10).close()
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"--address is {address!r}: no Ray cluster answers there: {error}"
+        ) from None
 
 
 def _needs(trial: Trial, resources: Resources) -> dict[str, float]:

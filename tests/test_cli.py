@@ -21,6 +21,7 @@ BAD = {
     "run demo --set optimizer=adamx": "optimizer.name is 'adamx': not in timm; did you mean",
     "run demo --set data.name=folder:/nowhere": "expected a folder train with a folder a class in",
     "run demo --set teacher=resnet18.a1_in1k": "knows 1000 classes and the data has 10",
+    "run demo --address 127.0.0.1:9": "no Ray cluster answers there",
     "run demo --set loss.temperature=-1": "loss.temperature is -1: input should be greater than 0",
     "status demo --storage nosuch://x": "storage 'nosuch://x': expected a folder or a URI",
 }
