@@ -64,7 +64,7 @@ def train(trial: Trial, images: Images, store: Store, report: Report) -> None:
     teacher = _teacher(trial, images, store)
     if teacher is not None:
         teacher = teacher.to(device).to(memory_format=layout).eval().requires_grad_(False)
-    loss_function = create_loss(trial.loss)
+    loss_function = create_loss(trial.loss, ignore_index=None)
     optimizer = create_optimizer_v2(student, **_optimizer_arguments(trial))
     steps = len(list(batches(order(0, 0, len(images.train)), trial.batch_size, trial.drop_last)))
     if steps == 0:

@@ -23,6 +23,35 @@ def plackett_luce(student, order, weights):
     return total
 
 
+def weighted_ranking(student, order, weights):
+    """The same value and its gradient, one step after the other, small as they may be.
+
+    order: the classes that are ranked, best first; the others are the tail of every step.
+    """
+    student = student.astype(np.float64)
+    gradient, value = np.zeros(len(student)), 0.0
+    left = list(range(len(student)))
+    for c, w in zip(order, weights, strict=True):
+        left.remove(c)
+        if not left:
+            continue
+        rest = np.logaddexp.reduce(student[left])
+        value += w * np.logaddexp(0, rest - student[c])
+        z = np.logaddexp(rest, student[c])
+        gradient[c] -= w * np.exp(rest - z)  # 1 - p, without subtracting
+        gradient[left] += w * np.exp(student[left] - z)
+    return value, gradient
+
+
+def pld_rows(student, teacher, labels, tau=1.0):
+    """PLD's losses [B] and gradients [B, C]."""
+    rows = []
+    for s, t, y in zip(student, teacher, labels, strict=True):
+        order = ranking(t, y)
+        rows.append(weighted_ranking(s, order, softmax((t.astype(np.float64)) / tau)[order]))
+    return tuple(np.array(x) for x in zip(*rows, strict=True))
+
+
 def pld(student, teacher, labels, tau=1.0):
     values = []
     for s, t, y in zip(student, teacher, labels, strict=True):
@@ -48,7 +77,7 @@ def cross_entropy(student, labels):
 
 
 def kl(p, q):
-    return sum(a * np.log(a / b) for a, b in zip(p, q, strict=True))
+    return sum(a * np.log(a / b) for a, b in zip(p, q, strict=True) if a > 0)
 
 
 def kd(student, teacher, labels, tau, ce_weight, divergence):

@@ -1,4 +1,3 @@
-import itertools
 import math
 
 import numpy as np
@@ -21,7 +20,6 @@ from pld_ray.losses import (
     PListMLELoss,
     create_loss,
 )
-from pld_ray.losses.plackett_luce import plackett_luce_loss, teacher_ranking
 
 
 def logits(batch=7, classes=6, seed=0, scale=2.0):
@@ -42,22 +40,6 @@ def test_pld_is_the_double_loop(batch, classes, seed, tau):
     assert apply(PLDLoss(tau), *args) == pytest.approx(reference.pld(*args, tau), rel=1e-10)
 
 
-def test_pld_ranks_the_label_first_then_the_teacher_with_ties_by_class():
-    teacher = torch.tensor([[1.0, 5.0, 5.0, 2.0]])
-    assert teacher_ranking(teacher, torch.tensor([0])).tolist() == [[0, 1, 2, 3]]
-    assert teacher_ranking(teacher, torch.tensor([3])).tolist() == [[3, 1, 2, 0]]
-
-
-def test_plackett_luce_probabilities_of_all_rankings_sum_to_one():
-    student = torch.randn(1, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    weights = torch.ones(4, dtype=torch.float64)
-    total = sum(
-        math.exp(-plackett_luce_loss(student, torch.tensor([order]), weights).item())
-        for order in itertools.permutations(range(4))
-    )
-    assert total == pytest.approx(1, abs=1e-12)
-
-
 @pytest.mark.parametrize("tau", [0.5, 1.0, 4.0])
 def test_pld_gradient_is_the_papers_closed_form(tau):
     student, teacher, labels = logits()
@@ -66,6 +48,25 @@ def test_pld_gradient_is_the_papers_closed_form(tau):
     expected = reference.pld_gradient(student, teacher, labels, tau)
     np.testing.assert_allclose(x.grad.numpy(), expected, atol=1e-12)
     np.testing.assert_allclose(x.grad.sum(1).numpy(), 0, atol=1e-12)
+
+
+@pytest.mark.parametrize("loss", [PLDLoss(), KDLoss(1.0), DISTLoss(), DKDLoss()], ids=type)
+def test_classes_that_the_teacher_masks_weigh_nothing(loss):
+    student, teacher, _ = logits()
+    labels = np.zeros(len(student), int)
+    teacher[:, 4:] = -np.inf
+    expected = {
+        PLDLoss: lambda: reference.pld(student, teacher, labels),
+        KDLoss: lambda: reference.kd(student, teacher, labels, 1.0, 0.1, "forward_kl"),
+        DISTLoss: lambda: reference.dist(student, teacher, labels, 4.0, 1.0, 2.0, 2.0),
+        DKDLoss: lambda: reference.dkd(student, teacher, labels, 4.0, 1.0, 1.0, 8.0),
+    }[type(loss)]
+    if isinstance(loss, DISTLoss):  # a class of no variance has no correlation, here 0
+        with np.errstate(invalid="ignore"):
+            assert np.isnan(expected())
+        assert math.isfinite(apply(loss, student, teacher, labels))
+    else:
+        assert apply(loss, student, teacher, labels) == pytest.approx(expected(), rel=1e-6)
 
 
 ALL = [
@@ -98,6 +99,57 @@ def test_a_constant_added_to_a_row_changes_nothing(loss):
     assert apply(loss, student + shift, teacher - shift, labels) == pytest.approx(before, rel=1e-9)
 
 
+@pytest.mark.parametrize("loss", ALL, ids=lambda loss: type(loss).__name__)
+def test_positions_of_a_sequence_are_samples_and_ignored_ones_are_left_out(loss):
+    student, teacher, labels = (torch.tensor(x) for x in logits(6))
+    expected = loss(student[:5], teacher[:5], labels[:5])
+    x = student.clone().requires_grad_()
+    ignored = labels.clone()
+    ignored[5] = -100
+    value = loss(x.view(2, 3, -1), teacher.view(2, 3, -1), ignored.view(2, 3))
+    value.backward()
+    assert value.item() == pytest.approx(expected.item(), rel=1e-12)
+    assert x.grad[5].abs().max() == 0 < x.grad[:5].abs().max()
+    nothing = loss(student, teacher, torch.full_like(labels, -100))
+    assert nothing.item() == 0
+
+
+@pytest.mark.parametrize("name", REGISTRY)
+def test_reductions_and_sample_weights(name):
+    student, teacher, labels = (torch.tensor(x) for x in logits(6))
+    weight = torch.tensor([0.0, 1, 2, 3, 4, 5], dtype=torch.float64)
+    losses, total, mean = (
+        create_loss(REGISTRY[name](name=name), reduction=r)(
+            student.view(2, 3, -1), teacher.view(2, 3, -1), labels.view(2, 3), **more
+        )
+        for r, more in (
+            ("none", {}),
+            ("sum", {"sample_weight": weight.view(2, 3)}),
+            ("mean", {"sample_weight": weight.view(2, 3)}),
+        )
+    )
+    assert losses.shape == (2, 3)
+    by_hand = sum(w * x for w, x in zip(weight.tolist(), losses.flatten().tolist(), strict=True))
+    assert total.item() == pytest.approx(by_hand)
+    assert mean.item() == pytest.approx(by_hand / 15)
+    plain = create_loss(REGISTRY[name](name=name))(student, teacher, labels)
+    assert plain.item() == pytest.approx(losses.mean().item())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("loss", ALL, ids=lambda loss: type(loss).__name__)
+def test_half_precision_logits_are_computed_in_float32(loss, dtype):
+    student, teacher, labels = (torch.tensor(x) for x in logits())
+    student, teacher = student.to(dtype), teacher.to(dtype)
+    expected = loss(student.double(), teacher.double(), labels).item()
+    x = student.clone().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        value = loss(x, teacher, labels)
+    value.backward()
+    assert value.dtype == torch.float32 and x.grad.dtype == dtype
+    assert value.item() == pytest.approx(expected, rel=1e-5)
+
+
 @given(st.integers(0, 10**6), st.floats(0, 1))
 @settings(max_examples=50, deadline=None)
 def test_plackett_luce_losses_are_convex_along_segments(seed, where):
@@ -108,15 +160,6 @@ def test_plackett_luce_losses_are_convex_along_segments(seed, where):
         ends = where * apply(loss, one, teacher, labels)
         ends += (1 - where) * apply(loss, other, teacher, labels)
         assert middle <= ends + 1e-9
-
-
-def test_one_hot_weights_are_cross_entropy():
-    student, teacher, labels = (torch.tensor(x) for x in logits())
-    weights = torch.tensor([1.0, 0, 0, 0, 0, 0], dtype=torch.float64)
-    loss = plackett_luce_loss(student, teacher_ranking(teacher, labels), weights)
-    assert loss.item() == pytest.approx(reference.cross_entropy(student.numpy(), labels.numpy()))
-    sure = torch.nn.functional.one_hot(labels, 6) * 1e4  # a teacher without doubt
-    assert PLDLoss()(student, sure.double(), labels).item() == pytest.approx(loss.item())
 
 
 @pytest.mark.parametrize("classes", [2, 6, 1500])
@@ -205,8 +248,8 @@ def test_standardization_of_both_and_of_the_teacher():
 @pytest.mark.parametrize("loss", ALL, ids=lambda loss: type(loss).__name__)
 def test_wrong_arguments_say_what_was_expected(loss):
     s, y = torch.zeros(3, 4), torch.tensor([0, 1, 2])
-    with pytest.raises(ValueError, match=r"labels: expected classes in \[0, 4\), got 4"):
-        loss(s, s, torch.tensor([0, 1, 4]))
+    with pytest.raises(ValueError, match=r"labels: expected classes in \[0, 4\) or -100 .* got 4"):
+        loss(s, s, torch.tensor([0, -100, 4]))
     with pytest.raises(ValueError, match=r"got -1"):
         loss(s, s, torch.tensor([0, 1, -1]))
     with pytest.raises(ValueError, match=r"labels: expected int64 of shape \[3\]"):
@@ -215,6 +258,8 @@ def test_wrong_arguments_say_what_was_expected(loss):
         loss(s, s, y.float())
     with pytest.raises(ValueError, match=r"expected shape \[batch, classes\]"):
         loss(s[0], s[0], y)
+    with pytest.raises(ValueError, match=r"sample_weight: expected the labels' shape \[3\]"):
+        loss(s, s, y, sample_weight=torch.ones(3, 1))
     if REGISTRY_BY_CLASS[type(loss).__name__].needs_teacher:
         with pytest.raises(ValueError, match=r"must share their classes"):
             loss(s, torch.zeros(3, 5), y)
@@ -224,6 +269,11 @@ REGISTRY_BY_CLASS = {params.module.split(":")[1]: params for params in REGISTRY.
 
 
 def test_parameters_are_checked():
+    with pytest.raises(ValueError, match="reduction is 'avg': expected one of"):
+        CELoss(reduction="avg")
+    for wrong in ({"top_k": 0}, {"top_k": "some"}, {"tolerance": 0.0}, {"adaptive": "margins"}):
+        with pytest.raises(ValueError, match=f"pld: {next(iter(wrong))}"):
+            PLDLoss(**wrong)
     with pytest.raises(ValueError, match=r"pld: temperature is -1\.0: Input should be greater"):
         PLDLoss(temperature=-1.0)
     with pytest.raises(ValueError, match="divergence"):

@@ -10,18 +10,23 @@ This file imports no torch, so that plans are made without it; the modules are l
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Unpack, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
 
 if TYPE_CHECKING:
-    from torch import nn
-
+    from pld_ray.losses.common import DistillationLoss, Options
     from pld_ray.losses.correlation import DISTLoss
     from pld_ray.losses.cross_entropy import CELoss, LabelSmoothingLoss
     from pld_ray.losses.decoupled import DKDLoss
     from pld_ray.losses.divergence import KDLoss
-    from pld_ray.losses.plackett_luce import ListMLELoss, PLDLoss, PListMLELoss
+    from pld_ray.losses.order import teacher_order
+    from pld_ray.losses.plackett_luce import (
+        ListMLELoss,
+        PlackettLuceLoss,
+        PLDLoss,
+        PListMLELoss,
+    )
 
 Temperature = Annotated[float, Field(gt=0)]
 Weight = Annotated[float, Field(ge=0)]
@@ -105,6 +110,9 @@ class PLD(LossParams):
     name: Literal["pld"]
     temperature: Temperature = 1.0
     standardize: Standardize = "none"
+    top_k: Annotated[int, Field(gt=0)] | Literal["auto"] | None = None
+    tolerance: float = Field(1e-3, gt=0, lt=1)
+    adaptive: Literal["none", "entropy", "margin"] = "none"
 
 
 class ListMLE(LossParams):
@@ -135,9 +143,12 @@ REGISTRY: dict[str, type[LossParams]] = {
 }
 
 
-def create_loss(params: LossParams) -> nn.Module:
-    """Return the torch module that computes the loss described by `params`."""
-    return _load(params.module)(**params.model_dump(exclude={"name"}))
+def create_loss(params: LossParams, **options: Unpack[Options]) -> DistillationLoss:
+    """Return the torch module that computes the loss described by `params`.
+
+    `options`: `ignore_index` and `reduction`, which all losses take.
+    """
+    return _load(params.module)(**params.model_dump(exclude={"name"}), **options)
 
 
 def _load(module: str) -> Any:
@@ -146,11 +157,14 @@ def _load(module: str) -> Any:
 
 
 _modules = {params.module.partition(":")[2]: params.module for params in REGISTRY.values()}
+_modules |= {"PlackettLuceLoss": "plackett_luce:PlackettLuceLoss"}
+_modules |= {"teacher_order": "order:teacher_order", "DistillationLoss": "common:DistillationLoss"}
 __all__ = [
     "REGISTRY",
     "CELoss",
     "DISTLoss",
     "DKDLoss",
+    "DistillationLoss",
     "KDLoss",
     "LabelSmoothingLoss",
     "ListMLELoss",
@@ -158,7 +172,9 @@ __all__ = [
     "LossParams",
     "PLDLoss",
     "PListMLELoss",
+    "PlackettLuceLoss",
     "create_loss",
+    "teacher_order",
 ]
 
 

@@ -2,21 +2,35 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from typing import Unpack
+
+from torch import Tensor
 from torch.nn import functional as F
 
-from pld_ray.losses.common import check_inputs, check_params, standardize_pair
+from pld_ray.losses.common import (
+    DistillationLoss,
+    Options,
+    check_params,
+    soften,
+    standardize_pair,
+)
 
 
-def pearson_distance(a: Tensor, b: Tensor, dim: int) -> Tensor:
-    """1 - the mean Pearson correlation of `a` and `b` along `dim`."""
-    a = a - a.mean(dim, keepdim=True)
-    b = b - b.mean(dim, keepdim=True)
-    correlation = (a * b).sum(dim) / (a.norm(dim=dim) * b.norm(dim=dim) + 1e-8)
-    return 1 - correlation.mean()
+def pearson(a: Tensor, b: Tensor, dim: int, kept: Tensor | None = None) -> Tensor:
+    """Pearson correlations of `a` and `b` along `dim`; `kept`: 1 or 0 for each entry along it."""
+    a, b = (_centred(x, dim, kept) for x in (a, b))
+    norms = [(x * x).sum(dim).clamp_min(1e-24).sqrt() for x in (a, b)]  # sqrt has no slope at 0
+    return (a * b).sum(dim) / (norms[0] * norms[1] + 1e-8)
 
 
-class DISTLoss(nn.Module):
+def _centred(x: Tensor, dim: int, kept: Tensor | None) -> Tensor:
+    if kept is None:
+        return x - x.mean(dim, keepdim=True)
+    mean = (x * kept).sum(dim, keepdim=True) / kept.sum(dim, keepdim=True).clamp_min(1)
+    return (x - mean) * kept
+
+
+class DISTLoss(DistillationLoss):
     """w CE + tau^2 (beta inter + gamma intra), Pearson distances of softmax(logits / tau).
 
     Inter-class: over the classes of each sample. Intra-class: over the samples of each class, so
@@ -33,8 +47,9 @@ class DISTLoss(nn.Module):
         gamma: float = 2.0,
         tau_squared: bool = True,
         standardize: str = "none",
+        **options: Unpack[Options],
     ) -> None:
-        super().__init__()
+        super().__init__(**options)
         check_params(
             "dist",
             temperature=temperature,
@@ -51,14 +66,19 @@ class DISTLoss(nn.Module):
         self.intra_weight = scale * gamma
         self.standardize = standardize
 
-    def forward(self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor) -> Tensor:
-        """[B, C] student and teacher logits and [B] labels to a scalar."""
-        check_inputs(student_logits, teacher_logits, labels)
-        student, teacher = standardize_pair(student_logits, teacher_logits, self.standardize)
-        p = F.softmax(teacher / self.temperature, -1)
-        q = F.softmax(student / self.temperature, -1)
-        loss = self.inter_weight * pearson_distance(q, p, dim=1)
-        loss = loss + self.intra_weight * pearson_distance(q, p, dim=0)
+    def losses(
+        self, student: Tensor, teacher: Tensor, labels: Tensor, kept: Tensor | None
+    ) -> Tensor:
+        """[N, C] student and teacher logits and [N] labels to the losses [N].
+
+        The intra-class part, one number for the batch, is added to each.
+        """
+        z, t = standardize_pair(student, teacher, self.standardize)
+        p = F.softmax(soften(t, self.temperature), 1)
+        q = F.softmax(soften(z, self.temperature), 1)
+        rows = None if kept is None else kept[:, None].to(q.dtype)
+        losses = self.inter_weight * (1 - pearson(q, p, dim=1))
+        losses = losses + self.intra_weight * (1 - pearson(q, p, dim=0, kept=rows).mean())
         if self.ce_weight > 0:
-            loss = loss + self.ce_weight * F.cross_entropy(student_logits, labels)
-        return loss
+            losses = losses + self.ce_weight * F.cross_entropy(student, labels, reduction="none")
+        return losses

@@ -2,37 +2,33 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from typing import Unpack
+
+from torch import Tensor
 from torch.nn import functional as F
 
-from pld_ray.losses.common import check_inputs, check_params
+from pld_ray.losses.common import DistillationLoss, Options, check_params
 
 
-class CELoss(nn.Module):
-    """-log softmax(student)[label], averaged over the batch."""
+class CELoss(DistillationLoss):
+    """-log softmax(student)[label]; the teacher is not looked at and may be None."""
 
-    def forward(
-        self, student_logits: Tensor, teacher_logits: Tensor | None, labels: Tensor
+    smoothing = 0.0
+
+    def losses(
+        self, student: Tensor, teacher: Tensor | None, labels: Tensor, kept: Tensor | None
     ) -> Tensor:
-        """[B, C] student logits and [B] labels to a scalar; the teacher is not looked at."""
-        check_inputs(student_logits, None, labels)
-        return F.cross_entropy(student_logits, labels)
+        """[N, C] student logits and [N] labels to the losses [N]."""
+        return F.cross_entropy(student, labels, reduction="none", label_smoothing=self.smoothing)
 
 
-class LabelSmoothingLoss(nn.Module):
+class LabelSmoothingLoss(CELoss):
     """Cross-entropy with (1 - smoothing) on the label and smoothing / C on every class.
 
     Szegedy et al. 2016; the paper's LS row uses 0.1.
     """
 
-    def __init__(self, smoothing: float = 0.1) -> None:
-        super().__init__()
+    def __init__(self, smoothing: float = 0.1, **options: Unpack[Options]) -> None:
+        super().__init__(**options)
         check_params("ls", smoothing=smoothing)
         self.smoothing = smoothing
-
-    def forward(
-        self, student_logits: Tensor, teacher_logits: Tensor | None, labels: Tensor
-    ) -> Tensor:
-        """[B, C] student logits and [B] labels to a scalar; the teacher is not looked at."""
-        check_inputs(student_logits, None, labels)
-        return F.cross_entropy(student_logits, labels, label_smoothing=self.smoothing)

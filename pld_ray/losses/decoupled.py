@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Unpack
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from pld_ray.losses.common import check_inputs, check_params, standardize_pair
+from pld_ray.losses.common import (
+    DistillationLoss,
+    Options,
+    check_params,
+    soften,
+    standardize_pair,
+)
 from pld_ray.losses.divergence import kl_divergence
 
 
-class DKDLoss(nn.Module):
+class DKDLoss(DistillationLoss):
     """w CE + tau^2 (alpha TCKD + beta NCKD); Zhao et al. 2022, eq. 7.
 
     TCKD: KL of the two-way distributions (label, rest). NCKD: KL of the softmax over the classes
@@ -26,8 +34,9 @@ class DKDLoss(nn.Module):
         beta: float = 8.0,
         warmup_epochs: int = 0,
         standardize: str = "none",
+        **options: Unpack[Options],
     ) -> None:
-        super().__init__()
+        super().__init__(**options)
         check_params(
             "dkd",
             temperature=temperature,
@@ -49,25 +58,27 @@ class DKDLoss(nn.Module):
         """Tell the loss which epoch (from 0) it is in, for its warm-up."""
         self.warmup = min((epoch + 1) / self.warmup_epochs, 1.0) if self.warmup_epochs else 1.0
 
-    def forward(self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor) -> Tensor:
-        """[B, C] student and teacher logits and [B] labels to a scalar."""
-        check_inputs(student_logits, teacher_logits, labels)
-        student, teacher = standardize_pair(student_logits, teacher_logits, self.standardize)
-        target_p, others_p = _split(teacher / self.temperature, labels)
-        target_q, others_q = _split(student / self.temperature, labels)
+    def losses(
+        self, student: Tensor, teacher: Tensor, labels: Tensor, kept: Tensor | None
+    ) -> Tensor:
+        """[N, C] student and teacher logits and [N] labels to the losses [N]."""
+        z, t = standardize_pair(student, teacher, self.standardize)
+        target_p, others_p = _split(soften(t, self.temperature), labels)
+        target_q, others_q = _split(soften(z, self.temperature), labels)
         distance = self.alpha * kl_divergence(target_p, target_q)
         distance = distance + self.beta * kl_divergence(others_p, others_q)
-        loss = self.warmup * self.temperature**2 * distance
+        losses = self.warmup * self.temperature**2 * distance
         if self.ce_weight > 0:
-            loss = loss + self.ce_weight * F.cross_entropy(student_logits, labels)
-        return loss
+            losses = losses + self.ce_weight * F.cross_entropy(student, labels, reduction="none")
+        return losses
 
 
 def _split(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of (label, rest) [B, 2], and of the C - 1 other classes [B, C - 1]."""
-    classes = logits.shape[1]
+    """Log-probabilities of (label, rest) [N, 2], and of the other classes [N, C].
+
+    The latter has the label too, with a probability of 0 whose logarithm is finite.
+    """
     index = labels[:, None]
-    rank = torch.arange(classes - 1, device=logits.device)
-    others = logits.gather(1, rank + (rank >= index))  # the label's column skipped
-    two_way = torch.cat([logits.gather(1, index), others.logsumexp(1, keepdim=True)], 1)
-    return F.log_softmax(two_way, 1), F.log_softmax(others, 1)
+    others = logits.scatter(1, index, torch.finfo(logits.dtype).min / 4)
+    rest = others.logsumexp(1, keepdim=True)
+    return F.log_softmax(torch.cat([logits.gather(1, index), rest], 1), 1), others - rest

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import math
+from typing import Unpack
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from pld_ray.losses.common import check_inputs, check_params, standardize_pair
+from pld_ray.losses.common import (
+    DistillationLoss,
+    Options,
+    check_params,
+    soften,
+    standardize_pair,
+)
 
 
 def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """KL(p || q) averaged over the batch, from log-probabilities [B, C]."""
-    return (log_p.exp() * (log_p - log_q)).sum(1).mean()
+    """KL(p || q) of each row, from log-probabilities [N, C] to [N]; 0 log 0 is 0."""
+    return (log_p.exp() * (log_p.clamp_min(-1e30) - log_q)).sum(1)
 
 
-class KDLoss(nn.Module):
+class KDLoss(DistillationLoss):
     """w CE + (1 - w) tau^2 D, with p = softmax(teacher / tau), q = softmax(student / tau).
 
     D is KL(p || q) ("forward_kl": Hinton et al. 2015), KL(q || p) ("reverse_kl") or
@@ -30,8 +37,9 @@ class KDLoss(nn.Module):
         ce_weight: float = 0.1,
         divergence: str = "forward_kl",
         standardize: str = "none",
+        **options: Unpack[Options],
     ) -> None:
-        super().__init__()
+        super().__init__(**options)
         check_params(
             "kd",
             temperature=temperature,
@@ -44,12 +52,13 @@ class KDLoss(nn.Module):
         self.divergence = divergence
         self.standardize = standardize
 
-    def forward(self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor) -> Tensor:
-        """[B, C] student and teacher logits and [B] labels to a scalar."""
-        check_inputs(student_logits, teacher_logits, labels)
-        student, teacher = standardize_pair(student_logits, teacher_logits, self.standardize)
-        log_p = F.log_softmax(teacher / self.temperature, -1)
-        log_q = F.log_softmax(student / self.temperature, -1)
+    def losses(
+        self, student: Tensor, teacher: Tensor, labels: Tensor, kept: Tensor | None
+    ) -> Tensor:
+        """[N, C] student and teacher logits and [N] labels to the losses [N]."""
+        z, t = standardize_pair(student, teacher, self.standardize)
+        log_p = F.log_softmax(soften(t, self.temperature), 1)
+        log_q = F.log_softmax(soften(z, self.temperature), 1)
         if self.divergence == "forward_kl":
             distance = kl_divergence(log_p, log_q)
         elif self.divergence == "reverse_kl":
@@ -57,7 +66,7 @@ class KDLoss(nn.Module):
         else:
             log_m = torch.logaddexp(log_p, log_q) - math.log(2)
             distance = (kl_divergence(log_p, log_m) + kl_divergence(log_q, log_m)) / 2
-        loss = (1 - self.ce_weight) * self.temperature**2 * distance
+        losses = (1 - self.ce_weight) * self.temperature**2 * distance
         if self.ce_weight > 0:
-            loss = loss + self.ce_weight * F.cross_entropy(student_logits, labels)
-        return loss
+            losses = losses + self.ce_weight * F.cross_entropy(student, labels, reduction="none")
+        return losses

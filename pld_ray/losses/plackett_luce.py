@@ -1,4 +1,4 @@
-"""Plackett-Luce losses: the likelihood of one ranking of the classes per example.
+"""Plackett-Luce losses: the likelihood of one ranking of the classes per sample.
 
 The ranking pi* puts the label first, then the other classes by descending teacher logit. Under the
 Plackett-Luce model with utilities s (the student's logits) its step k costs
@@ -8,82 +8,288 @@ Plackett-Luce model with utilities s (the student's logits) its step k costs
 and a loss is the weighted sum of the C steps (arXiv 2506.12542, section 4). The losses here differ
 in their weights alone: PLD takes the teacher's probabilities, ListMLE equal ones, P-ListMLE a
 fixed decreasing sequence. All weights sum to 1; weights (1, 0, ..., 0) are cross-entropy.
+The order of the classes is in `order`, the likelihood and its gradient in `likelihood`.
 """
 
 from __future__ import annotations
 
+import itertools
+import math
+import warnings
+from collections.abc import Callable
+from typing import Unpack
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from pld_ray.losses.common import check_inputs, check_params, standardize_pair
+from pld_ray.losses.common import (
+    DistillationLoss,
+    Options,
+    check_params,
+    standardize_pair,
+    transformed,
+)
+from pld_ray.losses.likelihood import ranking_loss
+from pld_ray.losses.order import Ranking, rank_all, rank_in_order
+
+FLAT = 0.9  # of log C: the teacher's entropy above which its ranking says little (paper, section 6)
+FEWEST = 64  # ranked classes that top_k="auto" starts from
 
 
-def teacher_ranking(teacher_logits: Tensor, labels: Tensor) -> Tensor:
-    """[B, C] teacher logits and [B] labels to pi*: [B, C] class indices, the best first.
+class RankingLoss(DistillationLoss):
+    """What the losses of this file share; a child says how it weighs the steps of a ranking."""
 
-    Ties keep the lower class first, so that the ranking is a function of its arguments alone.
-    """
-    label_first = teacher_logits.scatter(1, labels[:, None], float("inf"))
-    return label_first.argsort(dim=1, descending=True, stable=True)
+    def __init__(self, standardize: str, **options: Unpack[Options]) -> None:
+        super().__init__(**options)
+        self.standardize = standardize
+
+    def rank(self, teacher: Tensor, labels: Tensor, order: Tensor | None) -> Ranking:
+        """The ranking by teacher logits [N, C], or by their order int64 [N, K] if it is known."""
+        if order is None:
+            return rank_all(teacher, labels)
+        return rank_in_order(self._columns(order, teacher.shape[1]), labels, teacher.shape[1])
+
+    def _columns(self, order: Tensor, needed: int) -> Tensor:
+        if order.shape[1] < needed:
+            raise ValueError(f"order: expected {needed} classes, got {order.shape[1]}")
+        return order[:, :needed]
+
+    def weigh(self, teacher: Tensor, labels: Tensor, ranking: Ranking) -> Tensor:
+        """The weights of the steps [N, M], 0 where a label is passed over."""
+        raise NotImplementedError
+
+    def notice(self, teacher: Tensor) -> None:
+        """Called once a forward pass with the teacher [N, C]: the place to warn."""
+
+    def weigh_samples(self, teacher: Tensor) -> Tensor | None:
+        """Each sample's own weight [N] by the teacher's logits [N, C]; None: all the same."""
+        return None
+
+    def losses(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        labels: Tensor,
+        kept: Tensor | None,
+        order: Tensor | None = None,
+        mean: bool = False,
+    ) -> Tensor:
+        """[N, C], [N, C], [N] and the order [N, K], where it is known, to losses [N] or a mean."""
+        student, teacher = standardize_pair(student, teacher, self.standardize)
+        return ranking_loss(student, teacher, labels, order, self, mean)
+
+    def forward(
+        self,
+        student_logits: Tensor,
+        teacher_logits: Tensor | None,
+        labels: Tensor,
+        *,
+        sample_weight: Tensor | None = None,
+        order: Tensor | None = None,
+    ) -> Tensor:
+        """As every loss; `order`: integers [..., C], as `teacher_order(teacher_logits)` gives.
+
+        With an order nothing is sorted. It is trusted: whether it is a permutation, and the
+        teacher's, is not looked at. A loss with `top_k` uses the first top_k columns.
+        """
+        student, teacher, rows, kept = self._rows(student_logits, teacher_logits, labels)
+        if order is not None:
+            if order.shape[:-1] != labels.shape or order.is_floating_point():
+                raise ValueError(
+                    f"order: expected integers of shape {[*labels.shape, student.shape[1]]}, "
+                    f"got {order.dtype} of shape {list(order.shape)}"
+                )
+            order = order.reshape(-1, order.shape[-1])
+        adaptive = self.weigh_samples(teacher)
+        if adaptive is not None:
+            adaptive = adaptive.reshape(labels.shape)
+            sample_weight = adaptive if sample_weight is None else adaptive * sample_weight
+        if self.reduction == "mean" and kept is None and sample_weight is None:
+            return self.losses(student, teacher, rows, kept, order, mean=True)
+        losses = self.losses(student, teacher, rows, kept, order)
+        return self._reduced(losses, kept, sample_weight, labels)
 
 
-def plackett_luce_loss(student_logits: Tensor, ranking: Tensor, weights: Tensor) -> Tensor:
-    """Weighted negative log-likelihood of `ranking`, averaged over the batch.
-
-    student_logits [B, C]; ranking [B, C] class indices; weights [B, C] or [C], weights[..., k]
-    belongs to step k of the ranking.
-    """
-    ranked = student_logits.gather(1, ranking)
-    tails = ranked.flip(1).logcumsumexp(1).flip(1)  # [B, C], over the steps l >= k
-    return (weights * (tails - ranked)).sum(1).mean()
-
-
-class PLDLoss(nn.Module):
-    """Plackett-Luce distillation: step k weighted by softmax(teacher / tau)[pi*_k].
+class PLDLoss(RankingLoss):
+    """Plackett-Luce distillation: step k weighted by alpha_k = softmax(teacher / tau)[pi*_k].
 
     arXiv 2506.12542, eq. 7. It needs neither a cross-entropy term nor a mixing weight; the
     temperature softens the weights alone. The paper uses tau 1 on ImageNet and 4 on CIFAR-100.
+
+    **Many classes.** With `top_k` K the label and the teacher's K best classes are ranked and the
+    others are one unordered tail: the steps of the ranked classes are exact, tail in their
+    denominators and all; the tail's own steps are left out. With eps the teacher's probability of
+    the tail's n classes, and s the student's logits on them,
+
+        0 <= full loss - top-K loss <= eps (log n + max s - min s)
+        1-norm of the difference of the gradients <= 2 eps
+
+    for a step k of the tail costs logsumexp over l >= k of s_l - s_k, which is at least 0 and at
+    most log n + max s - min s; its gradient is softmax minus one-hot, of 1-norm at most 2; and the
+    weights of these steps sum to eps. With "auto" each sample keeps its steps until eps is under
+    `tolerance`: a sample's loss does not depend on the batch it is in.
+
+    **Adaptive weights** (an open direction of the paper, section 7): samples count by how much
+    the teacher's ranking says, with q = softmax(teacher / tau): "entropy" 1 - H(q) / log C, or
+    "margin", the difference of the two largest q. The mean is then the weighted one.
+
+    Warns once when the teacher's mean entropy is above 0.9 log C, where the paper expects little
+    of PLD (section 6). It is looked at in calls 1, 2, 4, 8, ... only, so that it costs nothing.
     """
 
-    def __init__(self, temperature: float = 1.0, standardize: str = "none") -> None:
-        super().__init__()
-        check_params("pld", temperature=temperature, standardize=standardize)
+    def __init__(
+        self,
+        temperature: float = 1.0,
+        standardize: str = "none",
+        top_k: int | str | None = None,
+        tolerance: float = 1e-3,
+        adaptive: str = "none",
+        **options: Unpack[Options],
+    ) -> None:
+        super().__init__(standardize, **options)
+        check_params(
+            "pld",
+            temperature=temperature,
+            standardize=standardize,
+            top_k=top_k,
+            tolerance=tolerance,
+            adaptive=adaptive,
+        )
         self.temperature = temperature
-        self.standardize = standardize
+        self.top_k = top_k
+        self.tolerance = tolerance
+        self.adaptive = adaptive
+        self._calls = itertools.count(1)
+        self._warned = False
 
-    def forward(self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor) -> Tensor:
-        """[B, C] student and teacher logits and [B] labels to a scalar."""
-        check_inputs(student_logits, teacher_logits, labels)
-        student, teacher = standardize_pair(student_logits, teacher_logits, self.standardize)
-        ranking = teacher_ranking(teacher, labels)
-        weights = F.softmax(teacher / self.temperature, -1).gather(1, ranking)
-        return plackett_luce_loss(student, ranking, weights)
+    def _probabilities(self, teacher: Tensor) -> Tensor:
+        if self.temperature != 1:  # the maximum first: dividing rounds large logits
+            teacher = (teacher - teacher.amax(1, keepdim=True)).div_(self.temperature)
+        return F.softmax(teacher, 1)
+
+    def rank(self, teacher: Tensor, labels: Tensor, order: Tensor | None) -> Ranking:
+        """The ranking, of as many classes as `top_k` says."""
+        classes = teacher.shape[1]
+        if self.top_k is None:
+            return super().rank(teacher, labels, order)
+
+        def best(k: int) -> Tensor:
+            return teacher.topk(k, 1).indices if order is None else self._columns(order, k).long()
+
+        k = self._enough(teacher, best) if self.top_k == "auto" else int(self.top_k)
+        if k >= classes:
+            return super().rank(teacher, labels, order)
+        return rank_in_order(best(k), labels, classes)
+
+    def _enough(self, teacher: Tensor, best: Callable[[int], Tensor]) -> int:
+        """The K, of 64, 256, ... or C, whose best classes leave less than `tolerance` out."""
+        k, classes = FEWEST, teacher.shape[1]
+        if not transformed():
+            probabilities = self._probabilities(teacher)
+            while 4 * k < classes:  # from there on sorting them all is as cheap
+                left_out = 1 - probabilities.gather(1, best(k)).sum(1)
+                if left_out.max() < self.tolerance:
+                    return k
+                k *= 4
+        return classes
+
+    def weigh(self, teacher: Tensor, labels: Tensor, ranking: Ranking) -> Tensor:
+        """The teacher's probabilities, ranked: [N, M]."""
+        weights = ranking.take(self._probabilities(teacher), 0.0, overwrite=not transformed())
+        if self.top_k == "auto":
+            left_out = 1 - weights.cumsum(1)[:, :-1]  # before each step but the label's
+            weights[:, 1:] *= left_out >= self.tolerance
+        return weights
+
+    def weigh_samples(self, teacher: Tensor) -> Tensor | None:
+        """1 - entropy / log C, or the margin, of the teacher's probabilities: [N, C] to [N]."""
+        if self.adaptive == "none":
+            return None
+        probabilities = self._probabilities(standardize_pair(teacher, teacher, self.standardize)[1])
+        classes = teacher.shape[1]
+        if classes == 1:
+            return torch.ones_like(probabilities[:, 0])
+        if self.adaptive == "margin":
+            best = probabilities.topk(2, dim=1).values
+            return best[:, 0] - best[:, 1]
+        return (1 - _entropy(probabilities) / math.log(classes)).clamp_min(0)
+
+    def notice(self, teacher: Tensor) -> None:
+        """Warn once if the teacher [N, C] is close to uniform."""
+        call, classes = next(self._calls), teacher.shape[1]
+        if call & (call - 1) or self._warned or classes == 1:
+            return
+        entropy = float(_entropy(self._probabilities(teacher)).mean())
+        if entropy > FLAT * math.log(classes):
+            self._warned = True
+            warnings.warn(
+                f"pld: the teacher is close to uniform at temperature {self.temperature:g} (mean "
+                f"entropy {entropy / math.log(classes):.0%} of log {classes}): its ranking says "
+                "little there, and PLD gains less; a lower temperature sharpens its weights",
+                stacklevel=2,
+            )
 
 
-class ListMLELoss(nn.Module):
+def _entropy(probabilities: Tensor) -> Tensor:
+    return torch.special.entr(probabilities).sum(-1)
+
+
+class PlackettLuceLoss(RankingLoss):
+    """The ranking under weights of one's own: `schedule` gives each step's.
+
+    `schedule` maps the steps 1 .. C (float64 [C]) to weights [C], finite, not negative, not all 0;
+    they are normalised to sum 1. An example: `PlackettLuceLoss(lambda step: 1 / step)`.
+    """
+
+    def __init__(
+        self,
+        schedule: Callable[[Tensor], Tensor],
+        standardize: str = "none",
+        **options: Unpack[Options],
+    ) -> None:
+        super().__init__(standardize, **options)
+        self.schedule = schedule
+
+    def weigh(self, teacher: Tensor, labels: Tensor, ranking: Ranking) -> Tensor:
+        """The schedule's weights for each sample: [N, M]."""
+        classes = teacher.shape[1]
+        weights = schedule_weights(self.schedule, classes).to(teacher)
+        if not ranking.repeated:
+            return weights.expand(len(labels), classes)
+        # the label took the first step: what the order has before it comes one step later
+        again = ranking.index[:, 1:] == labels[:, None]
+        step = torch.arange(1, classes + 1, device=labels.device) - again.cumsum(1)
+        rows = weights[step.clamp_max(classes - 1)].masked_fill(again, 0)
+        return torch.cat([weights[:1].expand(len(rows), 1), rows], 1)
+
+
+def schedule_weights(schedule: Callable[[Tensor], Tensor], classes: int) -> Tensor:
+    """The weights of a schedule, float64 [C] of sum 1. Raises ValueError if they are none."""
+    steps = torch.arange(1, classes + 1, dtype=torch.float64)
+    weights = schedule(steps).double()
+    if weights.shape != steps.shape:
+        raise ValueError(
+            f"schedule: expected {classes} weights for {classes} steps, got {list(weights.shape)}"
+        )
+    total, least = weights.sum(), weights.min()
+    if not transformed() and not (0 < float(total) < math.inf and float(least) >= 0):
+        raise ValueError(
+            "schedule: expected finite weights, none negative and not all 0; "
+            f"their sum is {total:g} and the least is {least:g}"
+        )
+    return weights / total
+
+
+class ListMLELoss(PlackettLuceLoss):
     """Equal weights 1/C: ListMLE (Xia et al. 2008) divided by the number of classes."""
 
-    name = "listmle"
-
-    def __init__(self, standardize: str = "none") -> None:
-        super().__init__()
-        check_params(self.name, standardize=standardize)
-        self.standardize = standardize
-
-    def weights(self, classes: int, like: Tensor) -> Tensor:
-        """The C weights of the steps, of the type and device of `like`."""
-        return torch.full((classes,), 1 / classes, dtype=like.dtype, device=like.device)
-
-    def forward(self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor) -> Tensor:
-        """[B, C] student and teacher logits and [B] labels to a scalar."""
-        check_inputs(student_logits, teacher_logits, labels)
-        student, teacher = standardize_pair(student_logits, teacher_logits, self.standardize)
-        weights = self.weights(student.shape[1], like=student)
-        return plackett_luce_loss(student, teacher_ranking(teacher, labels), weights)
+    def __init__(self, standardize: str = "none", **options: Unpack[Options]) -> None:
+        check_params("listmle", standardize=standardize)
+        super().__init__(torch.ones_like, standardize, **options)
 
 
-class PListMLELoss(ListMLELoss):
+class PListMLELoss(PlackettLuceLoss):
     """Weights proportional to 2^(C-k) - 1, k = 1 .. C: position-aware ListMLE (Lan et al. 2014).
 
     Normalised to sum 1, which also keeps them from overflowing: 2^(C-k) - 1 is first divided by
@@ -91,11 +297,13 @@ class PListMLELoss(ListMLELoss):
     the method it names.
     """
 
-    name = "plistmle"
+    def __init__(self, standardize: str = "none", **options: Unpack[Options]) -> None:
+        check_params("plistmle", standardize=standardize)
+        super().__init__(position_weights, standardize, **options)
 
-    def weights(self, classes: int, like: Tensor) -> Tensor:
-        """The C weights of the steps, of the type and device of `like`."""
-        step = torch.arange(1, classes + 1, dtype=torch.float64, device=like.device)
-        weights = torch.exp2(1 - step) - 2.0 ** (1 - classes)
-        # with one class 2^0 - 1 = 0: nothing is ranked and the loss is 0
-        return (weights / weights.sum().clamp_min(1e-300)).to(like.dtype)
+
+def position_weights(step: Tensor) -> Tensor:
+    """P-ListMLE's weights divided by 2^(C-1): of steps 1 .. C (float64 [C]), to [C]."""
+    classes = len(step)
+    # with one class 2^0 - 1 = 0; nothing is ranked there and any weight gives a loss of 0
+    return torch.exp2(1 - step) - 2.0 ** (1 - classes) if classes > 1 else torch.ones_like(step)
