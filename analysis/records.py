@@ -19,8 +19,9 @@ def frame(plan: Plan, store: Store) -> pd.DataFrame:
     """One row a cell, in the plan's order.
 
     Columns: id, student, teacher (as the experiment names it, also for losses without one),
-    setting (what else the grid varies), method, loss, seed, finished (bool), and every metric of
-    the record, NaN where there is none; seconds is the trial's training time.
+    setting (what else the grid varies), method, loss, seed, finished (bool), notes (sentences that
+    the trial left for its user), and every metric of the record, NaN where there is none; seconds
+    is the trial's training time.
     """
     methods, settings = _methods(plan), _settings(plan)
     teachers = {key: record for key in plan.teacher_ids if (record := store.record(key))}
@@ -36,6 +37,7 @@ def frame(plan: Plan, store: Store) -> pd.DataFrame:
             "loss": cell.trial.loss.name,
             "seed": cell.trial.seed,
             "finished": record is not None,
+            "notes": [] if record is None else record.get("notes", []),
             "top1": float("nan"),
         }
         if record is not None:

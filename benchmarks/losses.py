@@ -25,6 +25,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import pandas as pd
 import torch
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -169,10 +170,10 @@ def show(results: pd.DataFrame, console: Console) -> None:
             ("ratio_to_kd", "forward + backward, as a multiple of KD's"),
             ("peak_mib", "peak memory in MiB, the gradient with it"),
         ):
-            table = Table("", title=f"{device}: {title}")
+            table = Table("batch x classes", title=f"{device}: {title}", box=box.SIMPLE)
             wide = part.pivot(index="loss", columns=["batch", "classes"], values=value)
             for batch, classes in wide.columns:
-                table.add_column(f"{batch} x {classes:,}", justify="right")
+                table.add_column(f"{batch}x{classes}", justify="right")
             for loss in part["loss"].unique():
                 cells = [cell(x) for x in wide.loc[loss]]
                 table.add_row(loss, *cells)

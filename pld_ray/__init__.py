@@ -15,9 +15,11 @@ if TYPE_CHECKING:
         DKDLoss,
         KDLoss,
         ListMLELoss,
+        PlackettLuceLoss,
         PLDLoss,
         PListMLELoss,
         create_loss,
+        teacher_order,
     )
     from pld_ray.spec import Trial
     from pld_ray.store import Store
@@ -33,7 +35,9 @@ _home = {
             "ListMLELoss",
             "PLDLoss",
             "PListMLELoss",
+            "PlackettLuceLoss",
             "create_loss",
+            "teacher_order",
         ],
         "losses",
     ),
@@ -49,11 +53,13 @@ __all__ = [
     "ListMLELoss",
     "PLDLoss",
     "PListMLELoss",
+    "PlackettLuceLoss",
     "Store",
     "Trial",
     "create_loss",
     "load_experiment",
     "plan",
+    "teacher_order",
 ]
 
 

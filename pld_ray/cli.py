@@ -184,9 +184,12 @@ def _tables(plan: Plan, store: Store, out: Path | None) -> Path:
     from analysis import records, tables
 
     folder = _folder(plan, store, out)
-    table = tables.comparison(records.frame(plan, store))
+    frame = records.frame(plan, store)
+    table = tables.comparison(frame)
     paths = tables.write(table, folder, plan.experiment)
     typer.echo("\n" + tables.text(table, plan.experiment) + "\n")
+    for note in dict.fromkeys(note for notes in frame["notes"] for note in notes):
+        typer.echo(f"note: {note}\n")
     _say("tables", paths)
     return folder
 

@@ -98,6 +98,7 @@ def train(trial: Trial, images: Images, store: Store, report: Report) -> None:
     teacher_val, teacher_scores = None, {}
     if teacher is not None:
         teacher_val = _logits_on_val(teacher, stream, val_index, autocast)
+        loss_function.notice(torch.cat(teacher_val))
         total = _val_sums(teacher_val, stream, val_index, None)
         teacher_top1 = metrics.averages(_sum_over_workers(total), False)["top1"]
         teacher_scores = {"teacher_top1": teacher_top1}
@@ -176,7 +177,8 @@ def train(trial: Trial, images: Images, store: Store, report: Report) -> None:
 
     if rank == 0:
         model = student if ema is None else ema.module
-        store.finish(trial, _record(trial, history, student, device), model.state_dict())
+        record = _record(trial, history, student, device) | {"notes": loss_function.notes}
+        store.finish(trial, record, model.state_dict())
 
 
 def _device() -> torch.device:

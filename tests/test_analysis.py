@@ -35,6 +35,7 @@ def results(experiment, tmp_path):
         history = [{"epoch": e, "top1": top1 - 2 + e, "train_loss": 1 / e} for e in (1, 2)]
         store.checkpoint(cell.trial, {"history": history})
         record = {"metrics": metrics, "seconds": {"seconds": 3.0}, "parameters": 10}
+        record["notes"] = ["look here"] if method == "PLD" else []
         store.finish(cell.trial, record, {"w": torch.zeros(1)})
     return made, store
 
@@ -49,6 +50,15 @@ def test_comparison_by_hand(results):
     assert math.isnan(table.loc["KD (τ = 4)", "top1"])
     assert math.isnan(table.loc["KD (τ = 4)", "gain"])
     assert table.loc["KD (τ = 4)", "n"] == 0 and table.loc["PLD", "n"] == 3
+
+
+def test_notes_are_told_once_below_the_table(results, capsys):
+    from pld_ray import cli
+
+    cli._tables(*results, out=None)
+    printed = capsys.readouterr().out
+    assert printed.count("note: look here") == 1
+    assert printed.index("| PLD") < printed.index("note:") < printed.index("tables: ")
 
 
 def test_gains_are_paired_by_seed(results):

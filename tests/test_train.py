@@ -96,6 +96,18 @@ def test_training_learns_and_leaves_a_record(experiment, tmp_path):
     assert record["seconds"]["seconds"] >= record["seconds"]["student_seconds"] > 0
 
 
+def test_a_teacher_close_to_uniform_is_noted_in_the_record(experiment, tmp_path):
+    store = Store(tmp_path)
+    for temperature, noted in ((1000, 1), (0.001, 0)):
+        text = SMALL.replace("loss: pld", f"loss: {{name: pld, temperature: {temperature}}}")
+        trial = plan(experiment(text, "epochs=1")).cells[0].trial
+        if store.record(trial.teacher.id) is None:
+            run(trial.teacher, store)
+        notes = run(trial, store)["notes"]
+        assert len(notes) == noted
+        assert all(n.startswith("pld: the teacher is close to uniform at temp") for n in notes)
+
+
 def test_the_saved_student_has_the_recorded_accuracy(experiment, tmp_path):
     from pld_ray.models import create_model
 

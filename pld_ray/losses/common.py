@@ -37,6 +37,10 @@ class DistillationLoss(nn.Module):
         self.reduction = options.get("reduction", "mean")
         if self.reduction not in REDUCTIONS:
             raise ValueError(f"reduction is {self.reduction!r}: expected one of {REDUCTIONS}")
+        self.notes: list[str] = []  # what a user should know of the data that was seen
+
+    def notice(self, teacher: Tensor) -> None:
+        """Look at teacher logits [N, C] for what a user should be told, and add it to `notes`."""
 
     def losses(
         self, student: Tensor, teacher: Tensor, labels: Tensor, kept: Tensor | None

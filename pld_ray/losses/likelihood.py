@@ -97,17 +97,17 @@ class _ClosedForm(torch.autograd.Function):
             weights = weights.to(probabilities.dtype)
             losses, gradient = _linear(probabilities, ranking, weights, wanted)
         if gradient is not None:
-            ctx.rule, ctx.mean = rule, mean
-            gradient = gradient.to(student.dtype)
-            ctx.save_for_backward(student, teacher, labels, order, gradient)
+            ctx.constants, ctx.mean = (rule, teacher, labels, order), mean
+            ctx.save_for_backward(student, gradient.to(student.dtype))
         return (losses.mean() if mean else losses).to(student.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad_losses: Tensor) -> tuple[Tensor | None, ...]:
-        student, teacher, labels, order, gradient = ctx.saved_tensors
+        student, gradient = ctx.saved_tensors
         if torch.is_grad_enabled():  # the gradient will itself be differentiated
-            ranking = ctx.rule.rank(teacher, labels, order)
-            weights = ctx.rule.weigh(teacher, labels, ranking)
+            rule, teacher, labels, order = ctx.constants
+            ranking = rule.rank(teacher, labels, order)
+            weights = rule.weigh(teacher, labels, ranking)
             gradient = cast(Tensor, _in_log_space(student, ranking, weights, True)[1])
             gradient = gradient.to(student.dtype)
         scale = grad_losses / len(student) if ctx.mean else grad_losses[:, None]
@@ -120,7 +120,7 @@ def _safe_probabilities(student: Tensor) -> Tensor | None:
         return None
     for dtype, (least, _) in LINEAR.items():
         if dtype.itemsize >= student.dtype.itemsize:
-            probabilities = F.softmax(student, 1, dtype=dtype)
+            probabilities = student.to(dtype).softmax(1)
             if probabilities.amin().item() >= least:
                 return probabilities
     return None
@@ -145,7 +145,8 @@ def _linear(
     costs = rest / items[:, :-1]
     # torch.log1p takes float32 numbers one by one: 1.4 times as long as all the rest at 1,000
     # classes. NumPy's is vectorised
-    np.log1p(costs.numpy(), out=costs.numpy())
+    array = costs.numpy()
+    np.log1p(array, out=array)
     losses = costs.mul_(weights).sum(1)  # no product that autocast would do in half precision
     if not wanted:
         return losses, None

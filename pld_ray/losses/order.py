@@ -82,7 +82,9 @@ def rank_in_order(order: Tensor, labels: Tensor, classes: int) -> Ranking:
 
 def rank_all(teacher: Tensor, labels: Tensor) -> Ranking:
     """The ranking of all classes by teacher logits [N, C]."""
-    descending = (0 - teacher).scatter(1, labels[:, None], float("-inf"))
+    descending = 0 - teacher
+    scatter = descending.scatter if transformed() else descending.scatter_
+    descending = scatter(1, labels[:, None], float("-inf"))
     return Ranking(argsort(descending), False, teacher.shape[1])
 
 

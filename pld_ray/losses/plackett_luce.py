@@ -21,7 +21,6 @@ from typing import Unpack
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from pld_ray.losses.common import (
     DistillationLoss,
@@ -58,9 +57,6 @@ class RankingLoss(DistillationLoss):
     def weigh(self, teacher: Tensor, labels: Tensor, ranking: Ranking) -> Tensor:
         """The weights of the steps [N, M], 0 where a label is passed over."""
         raise NotImplementedError
-
-    def notice(self, teacher: Tensor) -> None:
-        """Called once a forward pass with the teacher [N, C]: the place to warn."""
 
     def weigh_samples(self, teacher: Tensor) -> Tensor | None:
         """Each sample's own weight [N] by the teacher's logits [N, C]; None: all the same."""
@@ -161,12 +157,11 @@ class PLDLoss(RankingLoss):
         self.tolerance = tolerance
         self.adaptive = adaptive
         self._calls = itertools.count(1)
-        self._warned = False
 
     def _probabilities(self, teacher: Tensor) -> Tensor:
         if self.temperature != 1:  # the maximum first: dividing rounds large logits
             teacher = (teacher - teacher.amax(1, keepdim=True)).div_(self.temperature)
-        return F.softmax(teacher, 1)
+        return teacher.softmax(1)
 
     def rank(self, teacher: Tensor, labels: Tensor, order: Tensor | None) -> Ranking:
         """The ranking, of as many classes as `top_k` says."""
@@ -218,17 +213,16 @@ class PLDLoss(RankingLoss):
     def notice(self, teacher: Tensor) -> None:
         """Warn once if the teacher [N, C] is close to uniform."""
         call, classes = next(self._calls), teacher.shape[1]
-        if call & (call - 1) or self._warned or classes == 1:
+        if call & (call - 1) or self.notes or classes == 1:
             return
-        entropy = float(_entropy(self._probabilities(teacher)).mean())
-        if entropy > FLAT * math.log(classes):
-            self._warned = True
-            warnings.warn(
+        entropy = float(_entropy(self._probabilities(teacher)).mean()) / math.log(classes)
+        if entropy > FLAT:
+            self.notes.append(
                 f"pld: the teacher is close to uniform at temperature {self.temperature:g} (mean "
-                f"entropy {entropy / math.log(classes):.0%} of log {classes}): its ranking says "
-                "little there, and PLD gains less; a lower temperature sharpens its weights",
-                stacklevel=2,
+                f"entropy {entropy:.0%} of log {classes}): its ranking says little there, and PLD "
+                "gains less; a lower temperature sharpens its weights"
             )
+            warnings.warn(self.notes[-1], stacklevel=2)
 
 
 def _entropy(probabilities: Tensor) -> Tensor:
