@@ -202,7 +202,13 @@ def draw(results: pd.DataFrame, path: Path) -> None:
     }
     devices = results["device"].unique()
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(1, len(devices), figsize=(6.4 * len(devices), 4), squeeze=False)
+        figure, axes = plt.subplots(
+            1,
+            len(devices),
+            figsize=(5 * len(devices) + 2.2, 4),
+            squeeze=False,
+            layout="constrained",
+        )
         for axis, device in zip(axes[0], devices, strict=True):
             part = results[results["device"] == device]
             for loss, colour in drawn.items():
@@ -227,7 +233,7 @@ def draw(results: pd.DataFrame, path: Path) -> None:
             axis.set_xlabel("classes")
             axis.set_ylabel("time, as a multiple of KD's")
             axis.set_title(f"One forward and backward pass of the loss ({device})")
-        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right")
+        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside center right")
         save(figure, path)
 
 

@@ -87,10 +87,10 @@ def kd(student, teacher, labels, tau, ce_weight, divergence):
         m = (p + q) / 2
         values.append(
             {
-                "forward_kl": kl(p, q),
-                "reverse_kl": kl(q, p),
-                "jensen_shannon": (kl(p, m) + kl(q, m)) / 2,
-            }[divergence]
+                "forward_kl": lambda p=p, q=q, m=m: kl(p, q),
+                "reverse_kl": lambda p=p, q=q, m=m: kl(q, p),
+                "jensen_shannon": lambda p=p, q=q, m=m: (kl(p, m) + kl(q, m)) / 2,
+            }[divergence]()
         )
     return ce_weight * cross_entropy(student, labels) + (1 - ce_weight) * tau**2 * np.mean(values)
 

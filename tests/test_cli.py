@@ -23,6 +23,7 @@ BAD = {
     "run demo --set teacher=resnet18.a1_in1k": "knows 1000 classes and the data has 10",
     "run demo --address 127.0.0.1:9": "no Ray cluster answers there",
     "run demo --set loss.temperature=-1": "loss.temperature is -1: input should be greater than 0",
+    "run demo --set loss=pld --set loss.top_k=0": "loss.top_k is 0: expected a number of classes",
     "status demo --storage nosuch://x": "storage 'nosuch://x': expected a folder or a URI",
 }
 

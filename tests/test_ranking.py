@@ -239,7 +239,7 @@ def test_top_k_keeps_its_bound_on_random_and_adversarial_logits():
 
 def test_auto_top_k_leaves_less_than_the_tolerance_out_and_each_sample_to_itself():
     rng = np.random.default_rng(0)
-    classes = 2000
+    classes = 5000
     rank = 1 + np.argsort(rng.random((6, classes)))
     steep = np.array([1.2, 1.5, 2, 3, 4, 6])[:, None]  # probabilities fall as rank^-steep
     teacher = (-steep * np.log(rank)).astype(np.float32)
@@ -293,6 +293,7 @@ def test_a_teacher_close_to_uniform_is_told_once():
 FORMS = {
     "pld": PLDLoss(2.0),
     "top_k": PLDLoss(top_k=2),
+    "auto": PLDLoss(top_k="auto", tolerance=0.2),
     "listmle": ListMLELoss(),
     "plistmle": PListMLELoss(),
 }

@@ -12,7 +12,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Unpack, get_args
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator
+from pydantic_core import PydanticCustomError
 
 if TYPE_CHECKING:
     from pld_ray.losses.common import DistillationLoss, Options
@@ -31,6 +32,15 @@ if TYPE_CHECKING:
 Temperature = Annotated[float, Field(gt=0)]
 Weight = Annotated[float, Field(ge=0)]
 Standardize = Literal["none", "both", "teacher"]
+
+
+def _top_k(value: Any) -> Any:
+    if value in (None, "auto") or (type(value) is int and value > 0):
+        return value
+    raise PydanticCustomError("top_k", "expected a number of classes above 0, or auto")
+
+
+TopK = Annotated[int | str | None, PlainValidator(_top_k)]
 
 
 class LossParams(BaseModel):
@@ -110,7 +120,7 @@ class PLD(LossParams):
     name: Literal["pld"]
     temperature: Temperature = 1.0
     standardize: Standardize = "none"
-    top_k: Annotated[int, Field(gt=0)] | Literal["auto"] | None = None
+    top_k: TopK = None
     tolerance: float = Field(1e-3, gt=0, lt=1)
     adaptive: Literal["none", "entropy", "margin"] = "none"
 

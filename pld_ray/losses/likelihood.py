@@ -7,8 +7,8 @@ Z_k = sum of exp(s) over all that is not ranked before step k, and R_k = Z_k wit
     loss          = sum over k of w_k log(1 + R_k / exp(s_k))
     gradient at j = exp(s_j) A_j  -  w_j R_j / Z_j,     A_j = sum over k < j of w_k / Z_k
 
-(arXiv 2506.12542, eq. 7 and section 4.3, with w_j taken out of the first sum). A tail class has no
-second term. Nothing cancels here. All terms of the loss are positive. The gradient summed over the
+(arXiv 2506.12542, its closed form with w_j taken out of the first sum). A tail class has no second
+term. Nothing cancels here: all terms of the loss are positive, and the gradient summed over the
 steps up to m is -R_m (A_m + w_m / Z_m), which bounds both terms at j: neither is larger than the
 1-norm of the whole gradient. So loss and gradient are as exact as exp and sums of positive numbers
 are, however sure or wrong the student is.
@@ -133,9 +133,8 @@ def _linear(
 
     exp: exp(s) up to a factor of each row [N, C], overwritten; weights [N, M].
     """
-    items = ranking.take(
-        exp, LINEAR[exp.dtype][1], overwrite=True
-    )  # [N, L]: what is ranked, then the tail
+    # items [N, L]: what is ranked, then the tail if there is one
+    items = ranking.take(exp, LINEAR[exp.dtype][1], overwrite=True)
     if ranking.tailed:
         tail = exp.scatter_(1, ranking.index, 0.0).sum(1, keepdim=True)
         items = torch.cat([items, tail], 1)
@@ -143,8 +142,7 @@ def _linear(
     steps = items.shape[1] - 1  # the last item is all that is left: it costs nothing
     rest, weights = z[:, 1:], weights[:, :steps]
     costs = rest / items[:, :-1]
-    # torch.log1p takes float32 numbers one by one: 1.4 times as long as all the rest at 1,000
-    # classes. NumPy's is vectorised
+    # torch.log1p takes float32 numbers one by one, at 1,000 classes as long as all the rest
     array = costs.numpy()
     np.log1p(array, out=array)
     losses = costs.mul_(weights).sum(1)  # no product that autocast would do in half precision
@@ -186,5 +184,6 @@ def _in_log_space(
     before = shares.logcumsumexp(1)
     pushes = F.pad((items[:, 1:] + before).exp(), (1, 0))
     pulls = F.pad(weights * (rest - z[:, :-1]).exp(), (0, 1))
+    # cloned, since it is overwritten and the derivative of exp needs its result
     gradient = (s + before[:, -1:]).exp().clone() if ranking.tailed else torch.zeros_like(s)
     return losses, ranking.put_(gradient, pushes - pulls)

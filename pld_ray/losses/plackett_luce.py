@@ -5,9 +5,9 @@ Plackett-Luce model with utilities s (the student's logits) its step k costs
 
     logsumexp over l >= k of s[pi*_l]  -  s[pi*_k]
 
-and a loss is the weighted sum of the C steps (arXiv 2506.12542, section 4). The losses here differ
-in their weights alone: PLD takes the teacher's probabilities, ListMLE equal ones, P-ListMLE a
-fixed decreasing sequence. All weights sum to 1; weights (1, 0, ..., 0) are cross-entropy.
+and a loss is the weighted sum of the C steps (arXiv 2506.12542). The losses here differ in their
+weights alone: PLD takes the teacher's probabilities, ListMLE equal ones, P-ListMLE a fixed
+decreasing sequence. All weights sum to 1; weights (1, 0, ..., 0) are cross-entropy.
 The order of the classes is in `order`, the likelihood and its gradient in `likelihood`.
 """
 
@@ -110,8 +110,8 @@ class RankingLoss(DistillationLoss):
 class PLDLoss(RankingLoss):
     """Plackett-Luce distillation: step k weighted by alpha_k = softmax(teacher / tau)[pi*_k].
 
-    arXiv 2506.12542, eq. 7. It needs neither a cross-entropy term nor a mixing weight; the
-    temperature softens the weights alone. The paper uses tau 1 on ImageNet and 4 on CIFAR-100.
+    arXiv 2506.12542. It needs neither a cross-entropy term nor a mixing weight; the temperature
+    softens the weights alone. The paper uses tau 1 on ImageNet and 4 on CIFAR-100.
 
     **Many classes.** With `top_k` K the label and the teacher's K best classes are ranked and the
     others are one unordered tail: the steps of the ranked classes are exact, tail in their
@@ -126,9 +126,9 @@ class PLDLoss(RankingLoss):
     weights of these steps sum to eps. With "auto" each sample keeps its steps until eps is under
     `tolerance`: a sample's loss does not depend on the batch it is in.
 
-    **Adaptive weights** (an open direction of the paper, section 7): samples count by how much
-    the teacher's ranking says, with q = softmax(teacher / tau): "entropy" 1 - H(q) / log C, or
-    "margin", the difference of the two largest q. The mean is then the weighted one.
+    **Adaptive weights** (an open direction of the paper): samples count by how much the teacher's
+    ranking says, with q = softmax(teacher / tau): "entropy" 1 - H(q) / log C, or "margin", the
+    difference of the two largest q. The mean is then the weighted one.
 
     Warns once when the teacher's mean entropy is above 0.9 log C, where the paper expects little
     of PLD (section 6). It is looked at in calls 1, 2, 4, 8, ... only, so that it costs nothing.
@@ -165,29 +165,31 @@ class PLDLoss(RankingLoss):
 
     def rank(self, teacher: Tensor, labels: Tensor, order: Tensor | None) -> Ranking:
         """The ranking, of as many classes as `top_k` says."""
-        classes = teacher.shape[1]
-        if self.top_k is None:
-            return super().rank(teacher, labels, order)
+        classes, chosen = teacher.shape[1], None
 
         def best(k: int) -> Tensor:
             return teacher.topk(k, 1).indices if order is None else self._columns(order, k).long()
 
-        k = self._enough(teacher, best) if self.top_k == "auto" else int(self.top_k)
-        if k >= classes:
+        if self.top_k == "auto":
+            chosen = None if transformed() else self._enough(teacher, best)
+        elif self.top_k is not None and int(self.top_k) < classes:
+            chosen = best(int(self.top_k))
+        if chosen is None:
             return super().rank(teacher, labels, order)
-        return rank_in_order(best(k), labels, classes)
+        return rank_in_order(chosen, labels, classes)
 
-    def _enough(self, teacher: Tensor, best: Callable[[int], Tensor]) -> int:
-        """The K, of 64, 256, ... or C, whose best classes leave less than `tolerance` out."""
-        k, classes = FEWEST, teacher.shape[1]
-        if not transformed():
-            probabilities = self._probabilities(teacher)
-            while 4 * k < classes:  # from there on sorting them all is as cheap
-                left_out = 1 - probabilities.gather(1, best(k)).sum(1)
-                if left_out.max() < self.tolerance:
-                    return k
-                k *= 4
-        return classes
+    def _enough(self, teacher: Tensor, best: Callable[[int], Tensor]) -> Tensor | None:
+        """The 64, 256, ... best classes that leave less than `tolerance` out; None: take them all.
+
+        Many of them cost more to find than sorting all classes does.
+        """
+        probabilities, k = self._probabilities(teacher), FEWEST
+        while 16 * k <= teacher.shape[1]:
+            chosen = best(k)
+            if (1 - probabilities.gather(1, chosen).sum(1)).max() < self.tolerance:
+                return chosen
+            k *= 4
+        return None
 
     def weigh(self, teacher: Tensor, labels: Tensor, ranking: Ranking) -> Tensor:
         """The teacher's probabilities, ranked: [N, M]."""
@@ -201,7 +203,8 @@ class PLDLoss(RankingLoss):
         """1 - entropy / log C, or the margin, of the teacher's probabilities: [N, C] to [N]."""
         if self.adaptive == "none":
             return None
-        probabilities = self._probabilities(standardize_pair(teacher, teacher, self.standardize)[1])
+        _, teacher = standardize_pair(teacher, teacher, self.standardize)
+        probabilities = self._probabilities(teacher)
         classes = teacher.shape[1]
         if classes == 1:
             return torch.ones_like(probabilities[:, 0])
@@ -215,6 +218,7 @@ class PLDLoss(RankingLoss):
         call, classes = next(self._calls), teacher.shape[1]
         if call & (call - 1) or self.notes or classes == 1:
             return
+        _, teacher = standardize_pair(teacher, teacher, self.standardize)
         entropy = float(_entropy(self._probabilities(teacher)).mean()) / math.log(classes)
         if entropy > FLAT:
             self.notes.append(
