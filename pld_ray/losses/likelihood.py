@@ -93,13 +93,16 @@ class _ClosedForm(torch.autograd.Function):
         probabilities = _safe_probabilities(student)
         if probabilities is None:
             losses, gradient = _in_log_space(student, ranking, weights, wanted)
+            losses = losses.mean() if mean else losses
         else:
-            weights = weights.to(probabilities.dtype)
-            losses, gradient = _linear(probabilities, ranking, weights, wanted)
-        if gradient is not None:
+            losses, gradient = _linear(probabilities, ranking, weights, wanted, mean)
+        if losses.dtype != student.dtype:
+            losses = losses.to(student.dtype)
+            gradient = None if gradient is None else gradient.to(student.dtype)
+        if wanted:
             ctx.constants, ctx.mean = (rule, teacher, labels, order), mean
-            ctx.save_for_backward(student, gradient.to(student.dtype))
-        return (losses.mean() if mean else losses).to(student.dtype)
+            ctx.save_for_backward(student, gradient)
+        return losses
 
     @staticmethod
     def backward(ctx: Any, grad_losses: Tensor) -> tuple[Tensor | None, ...]:
@@ -120,16 +123,16 @@ def _safe_probabilities(student: Tensor) -> Tensor | None:
         return None
     for dtype, (least, _) in LINEAR.items():
         if dtype.itemsize >= student.dtype.itemsize:
-            probabilities = student.to(dtype).softmax(1)
+            probabilities = student.softmax(1, dtype=dtype)
             if probabilities.amin().item() >= least:
                 return probabilities
     return None
 
 
 def _linear(
-    exp: Tensor, ranking: Ranking, weights: Tensor, wanted: bool
+    exp: Tensor, ranking: Ranking, weights: Tensor, wanted: bool, mean: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Losses [N] and, where wanted, gradients [N, C], by sums of exponentials.
+    """Losses [N], or their mean, and where wanted their gradients [N, C], by sums of exponentials.
 
     exp: exp(s) up to a factor of each row [N, C], overwritten; weights [N, M].
     """
@@ -141,11 +144,14 @@ def _linear(
     z = items.flip(1).cumsum_(1).flip(1)
     steps = items.shape[1] - 1  # the last item is all that is left: it costs nothing
     rest, weights = z[:, 1:], weights[:, :steps]
+    if weights.dtype != exp.dtype:
+        weights = weights.to(exp.dtype)
     costs = rest / items[:, :-1]
     # torch.log1p takes float32 numbers one by one, at 1,000 classes as long as all the rest
     array = costs.numpy()
     np.log1p(array, out=array)
-    losses = costs.mul_(weights).sum(1)  # no product that autocast would do in half precision
+    costs.mul_(weights)  # by no product that autocast would do in half precision
+    losses = costs.sum() / len(costs) if mean else costs.sum(1)
     if not wanted:
         return losses, None
 
