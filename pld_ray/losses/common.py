@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any, TypedDict, Unpack, cast
 
 import torch
@@ -20,7 +21,7 @@ class Options(TypedDict, total=False):
     reduction: str
 
 
-class DistillationLoss(nn.Module):
+class DistillationLoss(nn.Module, ABC):
     """A loss of student logits [..., C], teacher logits [..., C] and int64 labels [...].
 
     The leading dimensions are as many as there are: [B, C] for images, [B, L, C] for the tokens of
@@ -42,6 +43,7 @@ class DistillationLoss(nn.Module):
     def notice(self, teacher: Tensor) -> None:
         """Look at teacher logits [N, C] for what a user should be told, and add it to `notes`."""
 
+    @abstractmethod
     def losses(
         self, student: Tensor, teacher: Tensor, labels: Tensor, kept: Tensor | None
     ) -> Tensor:
@@ -49,7 +51,6 @@ class DistillationLoss(nn.Module):
 
         Labels are in [0, C) at ignored samples too, and the losses there may be any finite number.
         """
-        raise NotImplementedError
 
     def forward(
         self,

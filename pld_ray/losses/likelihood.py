@@ -42,7 +42,7 @@ class Rule(Protocol):
     """What a loss says about its rankings: how they are made, and how their steps are weighed."""
 
     def rank(self, teacher: Tensor, labels: Tensor, order: Tensor | None) -> Ranking:
-        """[N, C], [N] and the teacher's order int64 [N, K], if it is known, to the ranking."""
+        """[N, C], [N] and the teacher's order [N, K], if it is known, to the ranking."""
 
     def weigh(self, teacher: Tensor, labels: Tensor, ranking: Ranking) -> Tensor:
         """The weights of the steps [N, M], 0 where a label is passed over."""

@@ -16,6 +16,7 @@ from __future__ import annotations
 import itertools
 import math
 import warnings
+from abc import abstractmethod
 from collections.abc import Callable
 from typing import Unpack
 
@@ -44,7 +45,7 @@ class RankingLoss(DistillationLoss):
         self.standardize = standardize
 
     def rank(self, teacher: Tensor, labels: Tensor, order: Tensor | None) -> Ranking:
-        """The ranking by teacher logits [N, C], or by their order int64 [N, K] if it is known."""
+        """The ranking by teacher logits [N, C], or by their order [N, K] if it is known."""
         if order is None:
             return rank_all(teacher, labels)
         return rank_in_order(self._columns(order, teacher.shape[1]), labels, teacher.shape[1])
@@ -54,9 +55,9 @@ class RankingLoss(DistillationLoss):
             raise ValueError(f"order: expected {needed} classes, got {order.shape[1]}")
         return order[:, :needed]
 
+    @abstractmethod
     def weigh(self, teacher: Tensor, labels: Tensor, ranking: Ranking) -> Tensor:
         """The weights of the steps [N, M], 0 where a label is passed over."""
-        raise NotImplementedError
 
     def weigh_samples(self, teacher: Tensor) -> Tensor | None:
         """Each sample's own weight [N] by the teacher's logits [N, C]; None: all the same."""
@@ -237,7 +238,8 @@ class PlackettLuceLoss(RankingLoss):
     """The ranking under weights of one's own: `schedule` gives each step's.
 
     `schedule` maps the steps 1 .. C (float64 [C]) to weights [C], finite, not negative, not all 0;
-    they are normalised to sum 1. An example: `PlackettLuceLoss(lambda step: 1 / step)`.
+    they are normalised to sum 1. It is asked at every call, so that it may change in the course of
+    the training. An example: `PlackettLuceLoss(lambda step: 1 / step)`.
     """
 
     def __init__(
