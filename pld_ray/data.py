@@ -1,24 +1,25 @@
-"""Datasets by name, and the stream: images as a pure function of (seed, epoch, index).
+"""Datasets by name, and the order of their samples.
 
 A dataset is two uint8 arrays [N, H, W, channels] in memory, shared by all trials of a node.
-Which samples form a batch, and how each is cropped and flipped, is computed from
-(seed, epoch, index) by a hash, never from a generator's running state: so it is the same in every
-trial, on every number of workers, and after a resume.
+Everything random is computed from (seed, epoch, index) by a hash, never from a generator's running
+state: so it is the same in every trial, on every number of workers, and after a resume. What is
+made of it, batches of augmented images, stands in stream.py; nothing here needs torch.
 """
 
 from __future__ import annotations
 
+import hashlib
 import io
+import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
 
 from pld_ray.errors import InputError, nearest
 from pld_ray.spec import Data
@@ -46,16 +47,30 @@ class Images:
         """(classes, channels, image size): what a network must be made for."""
         return self.classes, self.train.shape[3], self.train.shape[1]
 
+    @cached_property
+    def fingerprint(self) -> str:
+        """16 hex digits: the hash of all that the dataset holds, wherever it came from."""
+        digest = hashlib.sha256(repr((self.classes, self.mean, self.std)).encode())
+        for array in (self.train, self.train_labels, self.val, self.val_labels):
+            digest.update(str(array.shape).encode())
+            digest.update(np.ascontiguousarray(array).data)
+        return digest.hexdigest()[:16]
+
+
+class Size(NamedTuple):
+    """How many images of each split, and how many classes."""
+
+    train: int
+    val: int
+    classes: int
+
 
 # ---------------------------------------------------------------- datasets by name
 
 
 def load(data: Data) -> Images:
     """The dataset `data` names; InputError if it is not there or not usable."""
-    kind, _, path = data.name.partition(":")
-    if kind not in LOADERS or (":" in data.name) != (kind in ("folder", "parquet")):
-        names = [f"{name}:PATH" if name in ("folder", "parquet") else name for name in LOADERS]
-        raise InputError(f"data.name is {data.name!r}: no such dataset; {nearest(kind, names)}")
+    kind, path = _kind(data)
     (train, train_labels), (val, val_labels), classes = LOADERS[kind](data, path)
     train, train_labels = train[: data.limit], train_labels[: data.limit]
     for name, images, labels in (("train", train, train_labels), ("val", val, val_labels)):
@@ -77,6 +92,36 @@ def load(data: Data) -> Images:
             raise InputError(f"data.{field} is {given}: expected {channels} numbers, one a channel")
     mean, std = _statistics(train)
     return Images(train, train_labels, val, val_labels, classes, data.mean or mean, data.std or std)
+
+
+def size(data: Data) -> Size:
+    """The size of the dataset `data` names, without decoding an image.
+
+    Raises InputError if it is not there.
+    """
+    kind, path = _kind(data)
+    match kind:
+        case "digits":
+            found = Size(1437, 360, 10)
+        case "cifar10" | "cifar100":
+            found = Size(50000, 10000, int(kind[5:]))
+        case "folder":
+            train, val, classes = _list_folder(data, path)
+            found = Size(len(train[1]), len(val[1]), classes)
+        case _:
+            labels = [_read_parquet(data, path, names, ["label"])["label"] for names in PARQUET]
+            classes = max(max(x, default=0) for x in labels) + 1
+            found = Size(len(labels[0]), len(labels[1]), classes)
+    return found._replace(train=min(found.train, data.limit or found.train))
+
+
+def _kind(data: Data) -> tuple[str, str]:
+    """The key in LOADERS, and what follows the colon."""
+    kind, _, path = data.name.partition(":")
+    if kind not in LOADERS or (":" in data.name) != (kind in ("folder", "parquet")):
+        names = [f"{name}:PATH" if name in ("folder", "parquet") else name for name in LOADERS]
+        raise InputError(f"data.name is {data.name!r}: no such dataset; {nearest(kind, names)}")
+    return kind, path
 
 
 def _statistics(images: Bytes) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -128,56 +173,82 @@ def _cifar(data: Data, path: str) -> tuple[Split, Split, int]:
 
 def _folder(data: Data, path: str) -> tuple[Split, Split, int]:
     """PATH/train/CLASS/*.png and PATH/val (or validation, or test)/CLASS/*.png."""
-    from torchvision.datasets import ImageFolder
-
-    train = ImageFolder(_existing(data, path, ["train"]))
-    val = ImageFolder(_existing(data, path, ["val", "validation", "test"]))
-    if train.classes != val.classes:
-        odd = sorted(set(train.classes) ^ set(val.classes))
-        raise InputError(
-            f"data {data.name!r}: class {odd[0]!r} is in one of {train.root}, {val.root} only"
-        )
-
-    def read(split: ImageFolder) -> Split:
-        files = [file for file, _ in split.samples]
-        labels = np.asarray([label for _, label in split.samples], dtype=np.int64)
-        return _decode(data, files, files), labels
-
+    train, val, classes = _list_folder(data, path)
     # the folder lists class after class: shuffle by a hash, so that `limit` takes all classes
-    images, labels = read(train)
-    order = np.argsort(hashes(0, 0, np.arange(len(labels)), "limit"))
-    return (images[order], labels[order]), read(val), len(train.classes)
+    order = np.argsort(hashes(0, 0, np.arange(len(train[0])), "limit"))
+    train = [train[0][i] for i in order], train[1][order]
+    splits = [(_decode(data, files, files), labels) for files, labels in (train, val)]
+    return splits[0], splits[1], classes
+
+
+Files = tuple[list[str], Ints]  # paths and labels
+
+
+def _list_folder(data: Data, path: str) -> tuple[Files, Files, int]:
+    """Train and val, class after class, both in the order of their names; how many classes."""
+    splits: list[Files] = []
+    known: list[str] = []
+    for names in (["train"], ["val", "validation", "test"]):
+        root = _existing(data, path, names)
+        classes = sorted(child.name for child in root.iterdir() if child.is_dir())
+        odd = sorted(set(classes) ^ set(known or classes))
+        if odd:
+            where = root if odd[0] in classes else Path(path) / "train"
+            raise InputError(f"data {data.name!r}: class {odd[0]!r} is in {where} only")
+        known = classes
+        files, labels = [], []
+        for label, name in enumerate(classes):
+            for folder, _, inside in sorted(os.walk(root / name, followlinks=True)):
+                found = [f for f in sorted(inside) if Path(f).suffix.lower() in IMAGE_SUFFIXES]
+                files += [os.path.join(folder, file) for file in found]
+                labels += [label] * len(found)
+        if not files:
+            raise InputError(f"data {data.name!r}: there are no images in {root}")
+        splits.append((files, np.asarray(labels, dtype=np.int64)))
+    return splits[0], splits[1], len(known)
 
 
 def _parquet(data: Data, path: str) -> tuple[Split, Split, int]:
     """Hugging Face style: columns image {bytes} and label, in PATH/train*.parquet and val*."""
-    import pyarrow.parquet as pq
-
-    def read(names: list[str]) -> Split:
-        folder = Path(path)
-        files = sorted(f for name in names for f in folder.glob(f"{name}*.parquet"))
-        if not files:
-            raise InputError(
-                f"data {data.name!r}: expected {' or '.join(f'{n}*.parquet' for n in names)} "
-                f"in {folder}"
-            )
-        columns: list[Any] = []
-        for file in files:
-            try:
-                columns += pq.read_table(file, columns=["image", "label"]).to_pylist()
-            except Exception as error:  # pyarrow raises many types for a broken file
-                raise InputError(
-                    f"{file}: expected a parquet file with columns image and label: {error}"
-                ) from None
-        contents = [row["image"]["bytes"] for row in columns]
-        names_of_rows = [f"{path} row {i}" for i in range(len(columns))]
-        labels = np.asarray([row["label"] for row in columns], dtype=np.int64)
-        return _decode(data, contents, names_of_rows), labels
-
-    train, val = read(["train"]), read(["val", "test"])
+    splits = []
+    for names in PARQUET:
+        columns = _read_parquet(data, path, names, ["image", "label"])
+        contents = [image["bytes"] for image in columns["image"]]
+        rows = [f"{path} row {i}" for i in range(len(contents))]
+        labels = np.asarray(columns["label"], dtype=np.int64)
+        splits.append((_decode(data, contents, rows), labels))
+    train, val = splits
     return train, val, int(max(train[1].max(), val[1].max())) + 1
 
 
+def _read_parquet(
+    data: Data, path: str, names: list[str], columns: list[str]
+) -> dict[str, list[Any]]:
+    """The columns of all files of a split, one after another."""
+    import pyarrow.parquet as pq
+
+    folder = Path(path)
+    files = sorted(f for name in names for f in folder.glob(f"{name}*.parquet"))
+    if not files:
+        raise InputError(
+            f"data {data.name!r}: expected {' or '.join(f'{n}*.parquet' for n in names)} "
+            f"in {folder}"
+        )
+    found: dict[str, list[Any]] = {name: [] for name in columns}
+    for file in files:
+        try:
+            table = pq.read_table(file, columns=columns)
+            for name in columns:
+                found[name] += table[name].to_pylist()
+        except Exception as error:  # pyarrow raises many types for a broken file
+            raise InputError(
+                f"{file}: expected a parquet file with columns image and label: {error}"
+            ) from None
+    return found
+
+
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"}
+PARQUET = (["train"], ["val", "test"])  # how the files of a split begin
 LOADERS: dict[str, Callable[[Data, str], tuple[Split, Split, int]]] = {
     "digits": _digits,
     "cifar10": _cifar,
@@ -236,7 +307,7 @@ def _resize(image: Bytes, size: int | None) -> Bytes:
     return np.asarray(picture.crop((left, top, left + size, top + size)))
 
 
-# ---------------------------------------------------------------- the stream
+# ---------------------------------------------------------------- order and randomness
 
 
 def hashes(seed: int, epoch: int, index: Ints, purpose: str) -> Hashes:
@@ -265,78 +336,3 @@ def batches(order: Ints, batch_size: int, drop_last: bool) -> Iterator[Ints]:
     end = len(order) // batch_size * batch_size if drop_last else len(order)
     for start in range(0, end, batch_size):
         yield order[start : start + batch_size]
-
-
-class Stream:
-    """Batches of a dataset on a device, normalised, channels last in memory.
-
-    On an accelerator the whole uint8 array is moved there once; on the CPU it stays shared.
-    """
-
-    def __init__(self, images: Images, data: Data, seed: int, device: torch.device) -> None:
-        self.seed, self.data, self.device = seed, data, device
-        self.arrays = {"train": images.train, "val": images.val}
-        self.labels = {
-            "train": torch.from_numpy(images.train_labels.copy()).to(device),
-            "val": torch.from_numpy(images.val_labels.copy()).to(device),
-        }
-        self.on_device = (
-            {
-                split: torch.from_numpy(array.copy()).to(device)
-                for split, array in self.arrays.items()
-            }
-            if device.type != "cpu"
-            else {}
-        )
-        mean, std = torch.tensor(images.mean), torch.tensor(images.std)
-        self.scale = (1 / (255 * std)).to(device)
-        self.shift = (-mean / std).to(device)
-
-    def train(self, index: Ints, epoch: int) -> tuple[Tensor, Tensor]:
-        """Augmented images [B, channels, H, W] float32 and labels [B] of the given samples."""
-        images, where = self._gather("train", index)
-        pad = self.data.pad
-        if pad or self.data.flip:
-            bits = hashes(self.seed, epoch, index, "augment")
-            top = _below(bits, 0, 2 * pad + 1)
-            left = _below(bits, 24, 2 * pad + 1)
-            flip = _below(bits, 48, 2) if self.data.flip else np.zeros_like(top)
-            images = crop_and_flip(images, pad, *(self._put(x) for x in (top, left, flip)))
-        return self._normalise(images), self.labels["train"][where]
-
-    def val(self, index: Ints) -> Tensor:
-        """Validation images [B, channels, H, W] float32, not augmented."""
-        return self._normalise(self._gather("val", index)[0])
-
-    def _gather(self, split: str, index: Ints) -> tuple[Tensor, Tensor]:
-        where = self._put(index)
-        if split in self.on_device:
-            return self.on_device[split][where], where
-        return torch.from_numpy(self.arrays[split][index]), where
-
-    def _put(self, x: Ints) -> Tensor:
-        return torch.from_numpy(x).to(self.device, non_blocking=True)
-
-    def _normalise(self, images: Tensor) -> Tensor:
-        """uint8 [B, H, W, channels] to float32 [B, channels, H, W], the memory as it was."""
-        return (images * self.scale + self.shift).permute(0, 3, 1, 2)
-
-
-def _below(bits: Hashes, shift: int, limit: int) -> Ints:
-    """A number in [0, limit) from the bits above `shift`."""
-    field = (bits >> np.uint64(shift)) & np.uint64(0xFFFF)
-    return (field % np.uint64(limit)).astype(np.int64)
-
-
-def crop_and_flip(images: Tensor, pad: int, top: Tensor, left: Tensor, flip: Tensor) -> Tensor:
-    """Zero-pad by `pad`, crop at (top, left), mirror where flip is 1.
-
-    images uint8 [B, H, W, channels]; top, left in [0, 2 pad], flip in {0, 1}: int64 [B].
-    """
-    batch, height, width, _ = images.shape
-    rows = top[:, None] + torch.arange(height, device=images.device)  # [B, H]
-    columns = torch.arange(width, device=images.device)
-    columns = torch.where(flip[:, None] == 1, width - 1 - columns, columns) + left[:, None]
-    padded = torch.nn.functional.pad(images, (0, 0, pad, pad, pad, pad))
-    sample = torch.arange(batch, device=images.device)[:, None, None]
-    return padded[sample, rows[:, :, None], columns[:, None, :]]

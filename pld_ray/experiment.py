@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import yaml
 from pydantic import Field
@@ -40,13 +40,17 @@ class TeacherEntry(Part):
     """What YAML says of a teacher.
 
     weights: "train" (train it under the experiment's base settings, changed by `train`),
-    "pretrained" (timm's; the default for a name with a tag) or a safetensors file.
+    "pretrained" (timm's; the default for a name with a tag) or a safetensors file. logits: kept in
+    the bank as float16 or float32, or computed "live" in every step. views: how many different
+    augmentations of an image the students see; default: one an epoch.
     """
 
     name: str
     args: dict[str, Any] = {}
     weights: str = ""
     train: dict[str, Any] = {}
+    logits: Literal["float16", "float32", "live"] = "float16"
+    views: int | None = Field(None, ge=1)
 
 
 class Cell(NamedTuple):
@@ -201,7 +205,7 @@ def merge(low: dict[str, Any], high: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in high.items():
         value, below = _named(key, value), _named(key, low.get(key))
         if isinstance(value, dict) and isinstance(below, dict):
-            other = value.get("name", below.get("name")) != below.get("name")
+            other = "name" in below and value.get("name", below["name"]) != below["name"]
             merged[key] = value if key in _REPLACED and other else merge(below, value)
         else:
             merged[key] = value
@@ -248,9 +252,9 @@ def plan(experiment: Experiment) -> Plan:
                     continue
                 taken.add(field)
             raw = merge(raw, _nest(field, value))
-        teacher = _teacher(raw.pop("teacher", None), raw, experiment)
+        taught = _teacher(raw.pop("teacher", None), raw, experiment)
         for seed in experiment.seeds:
-            cells.append(_cell(raw | {"seed": seed}, teacher, where))
+            cells.append(_cell(raw | {"seed": seed}, taught, where))
     for field in set(used) - taken:
         names = {name for loss in used[field] for name in REGISTRY[loss].model_fields}
         hint = nearest(field.partition(".")[2], names - {"name"})
@@ -286,18 +290,24 @@ def _each(loss: Any) -> Iterator[Any]:
         yield dict(zip(loss, values, strict=True))
 
 
-def _teacher(entry: Any, raw: dict[str, Any], experiment: Experiment) -> Trial | Weights | None:
-    """The teacher that YAML describes, for a student with the settings `raw`."""
+def _teacher(entry: Any, raw: dict[str, Any], experiment: Experiment) -> dict[str, Any]:
+    """The fields of a trial that YAML's teacher stands for, for a student with settings `raw`."""
     if entry is None:
-        return None
+        return {}
     where = f"{experiment.name}: teacher"
     teacher = validated(TeacherEntry, _named("teacher", entry), where)
+    taught = {"teacher_logits": teacher.logits, "views": teacher.views}
     weights = teacher.weights or ("pretrained" if "." in teacher.name else "train")
     if weights == "pretrained":
-        return Weights(name=teacher.name, args=teacher.args, weights=weights)
+        return {"teacher": Weights(name=teacher.name, args=teacher.args, weights=weights), **taught}
     if weights != "train":
-        digest = _sha256(weights, where)
-        return Weights(name=teacher.name, args=teacher.args, weights=weights, sha256=digest)
+        fixed = Weights(
+            name=teacher.name,
+            args=teacher.args,
+            weights=weights,
+            sha256=_sha256(weights, where),
+        )
+        return {"teacher": fixed, **taught}
     base = {key: value for key, value in experiment.base.items() if key != "teacher"}
     for field, value in experiment.overrides.items():
         if field.partition(".")[0] not in ("loss", "student", "teacher"):
@@ -306,18 +316,27 @@ def _teacher(entry: Any, raw: dict[str, Any], experiment: Experiment) -> Trial |
     base |= settings | {"data": raw.get("data")}
     base = merge(base, teacher.train)
     above = _teacher(base.pop("teacher", None), base, experiment)
-    return _cell(base, above, experiment.name).trial
+    return {"teacher": _cell(base, above, experiment.name).trial, **taught}
 
 
-def _cell(raw: dict[str, Any], teacher: Trial | Weights | None, where: str) -> Cell:
-    """The validated trial of one cell; a loss that needs no teacher gets none."""
-    trial = validated(Trial, raw | {"teacher": teacher}, where)
-    name = None
+def _cell(raw: dict[str, Any], taught: dict[str, Any], where: str) -> Cell:
+    """The validated trial of one cell, without what makes no difference to it.
+
+    A loss that needs no teacher gets none, but the same views of the images as the others.
+    """
+    for field in ("teacher_logits", "views"):
+        if field in raw:
+            raise InputError(f"{where}: {field}: set teacher.{field.removeprefix('teacher_')}")
+    trial = validated(Trial, raw | taught, where)
+    teacher, name = trial.teacher, None
     if teacher is not None:
         name = teacher.student.name if isinstance(teacher, Trial) else teacher.name
+    unused: dict[str, Any] = {}
     if not trial.loss.needs_teacher:
-        trial = trial.model_copy(update={"teacher": None})
-    return Cell(trial, name)
+        unused |= {"teacher": None, "teacher_logits": "float16"}
+    if not trial.data.augmented or (trial.views or 0) >= trial.epochs:
+        unused["views"] = None
+    return Cell(trial.model_copy(update=unused) if unused else trial, name)
 
 
 def _sha256(path: str, where: str) -> str:

@@ -63,6 +63,23 @@ class Data(Part):
     std: tuple[float, ...] | None = None
     limit: int | None = Field(None, ge=1)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _no_mixing(cls, value: Any) -> Any:
+        for field in ("mixup", "cutmix"):
+            if isinstance(value, dict) and field in value:
+                raise ValueError(
+                    f"{field}: augmentation that mixes samples is not supported: a ranking begins "
+                    "with the one true label, and teacher logits are kept for each image; "
+                    "pad and flip are"
+                )
+        return value
+
+    @property
+    def augmented(self) -> bool:
+        """Whether an image looks different from epoch to epoch."""
+        return self.pad > 0 or self.flip
+
 
 class Optimizer(Part):
     """timm's optimizer factory: any name it knows, and further arguments for it."""
@@ -109,6 +126,9 @@ class Trial(Part):
     data: Data
     student: Model
     teacher: Trial | Weights | None = None
+    # how they are kept in the bank; "live": the teacher's forward pass in every step instead
+    teacher_logits: Literal["float16", "float32", "live"] = "float16"
+    views: int | None = Field(None, ge=1)  # epoch e sees images and teacher as in epoch e mod views
     loss: Loss
     optimizer: Optimizer = Optimizer()
     schedule: Schedule = Schedule()
@@ -138,6 +158,10 @@ class Trial(Part):
         if self.loss.needs_teacher and self.teacher is None:
             raise ValueError(f"loss {self.loss.name} needs a teacher: set the field teacher")
         return self
+
+    def view(self, epoch: int) -> int:
+        """Which augmentation of the images an epoch sees."""
+        return epoch % self.views if self.views else epoch
 
     @cached_property
     def id(self) -> str:

@@ -3,7 +3,7 @@
     Plan -> PlanSearch (a trial as soon as its teacher exists and the cluster has room)
          -> Ray Tune: one actor a trial, reused            -> train(), one worker
                       or, for workers > 1, TorchTrainer    -> train(), in every worker
-         -> store
+         -> store; the Ledger sees to it that no two of them compute the same teacher logits
 
 Tune restarts a trial whose process died; the trial itself goes on from its last checkpoint.
 """
@@ -28,7 +28,7 @@ from ray import tune
 from ray.tune.callback import Callback
 from ray.tune.search import Searcher
 
-from pld_ray import data, models
+from pld_ray import bank, data, models
 from pld_ray.errors import InputError, nearest
 from pld_ray.experiment import Plan
 from pld_ray.spec import Model, Resources, Trial, Weights
@@ -64,6 +64,7 @@ def run(
             images=references,
             store_uri=store.uri,
             scratch=scratch,
+            ledger=bank.open_ledger() if any(map(bank.banked, pending.values())) else None,
         )
         tuner = tune.Tuner(
             tune.with_resources(trainable, lambda config: _placement(needs[config["id"]])),
@@ -293,6 +294,7 @@ def _trial(
     images: dict[str, Any],
     store_uri: str,
     scratch: str,
+    ledger: Any,
 ) -> None:
     """Run one trial in its Tune actor; a failure that would come again is noted, not raised."""
     trial = trials[config["id"]]
@@ -300,21 +302,21 @@ def _trial(
     store.forget_failure(trial)
     reference = images[_data_key(trial)]
     if trial.workers == 1:
-        _train_and_note(trial, reference, store, tune.report)
+        _train_and_note(trial, reference, store, tune.report, ledger)
     else:
-        _train_on_workers(trial, reference, store, scratch, needs[trial.id])
+        _train_on_workers(trial, reference, store, scratch, needs[trial.id], ledger)
     if store.failure(trial.id):
         tune.report({"failed": True})
 
 
 def _train_and_note(
-    trial: Trial, images: Any, store: Store, report: Callable[[dict[str, Any]], None]
+    trial: Trial, images: Any, store: Store, report: Callable[[dict[str, Any]], None], ledger: Any
 ) -> bool:
     """Train; True if it finished, False if the reason why not stands in the store."""
     from pld_ray.train import train
 
     try:
-        train(trial, ray.get(images), store, report)
+        train(trial, ray.get(images), store, report, ledger)
     except Exception as error:
         reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
         store.fail(trial, reason.splitlines()[0], traceback.format_exc())
@@ -323,7 +325,7 @@ def _train_and_note(
 
 
 def _train_on_workers(
-    trial: Trial, images: Any, store: Store, scratch: str, need: dict[str, float]
+    trial: Trial, images: Any, store: Store, scratch: str, need: dict[str, float], ledger: Any
 ) -> None:
     """Run one trial as a Ray Train worker group: DDP over gloo or NCCL."""
     from ray.train import RunConfig, ScalingConfig
@@ -334,7 +336,12 @@ def _train_on_workers(
     gpus = need["GPU"] / trial.workers
     trainer = TorchTrainer(
         _worker,
-        train_loop_config={"trial": trial, "store": store.uri, "images": [images]},
+        train_loop_config={
+            "trial": trial,
+            "store": store.uri,
+            "images": [images],
+            "ledger": ledger,
+        },
         scaling_config=ScalingConfig(
             num_workers=trial.workers,
             use_gpu=gpus > 0,
@@ -353,5 +360,6 @@ def _train_on_workers(
 
 def _worker(config: dict[str, Any]) -> None:
     store = Store(config["store"])
-    if not _train_and_note(config["trial"], config["images"][0], store, ray.train.report):
+    trial, images, ledger = config["trial"], config["images"][0], config["ledger"]
+    if not _train_and_note(trial, images, store, ray.train.report, ledger):
         raise RuntimeError("the trial failed; its reason stands in the store")

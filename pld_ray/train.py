@@ -1,6 +1,6 @@
 """Training one trial, on one worker or many: one function, read top to bottom.
 
-    stream(seed, epoch) -> student, teacher -> loss -> optimizer        every step
+    stream(seed, epoch) -> student, teacher or its bank -> loss -> optimizer        every step
     validation -> metrics -> checkpoint -> report                      every epoch
     weights, then record                                               at the end
 
@@ -15,8 +15,7 @@ import math
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -28,13 +27,16 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pld_ray import __version__, metrics
-from pld_ray.data import Images, Stream, batches, hashes, order
+from pld_ray.bank import VAL_BATCH, banked
+from pld_ray.clock import Clock
+from pld_ray.data import Images, batches, hashes, order
 from pld_ray.losses import DKDLoss, create_loss
-from pld_ray.models import create_model, load_teacher
+from pld_ray.losses.plackett_luce import RankingLoss
+from pld_ray.models import create_model
 from pld_ray.spec import Schedule, Trial
 from pld_ray.store import Store
-
-VAL_BATCH = 512
+from pld_ray.stream import Stream
+from pld_ray.teacher import Teacher, open_banks
 
 Report = Callable[[dict[str, Any]], None]
 
@@ -43,11 +45,12 @@ class TrainingError(RuntimeError):
     """The trial cannot go on, and would not if it were tried again."""
 
 
-def train(trial: Trial, images: Images, store: Store, report: Report) -> None:
+def train(trial: Trial, images: Images, store: Store, report: Report, ledger: Any = None) -> None:
     """Run a trial to its end, from its last checkpoint if there is one.
 
     With several workers every one of them calls this with torch.distributed initialised; the
     first writes to the store. `report` is called after every epoch with its metrics, by all.
+    ledger: the Ray actor that keeps trials from computing the same teacher logits twice.
     Raises TrainingError when the loss is not finite.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -57,14 +60,19 @@ def train(trial: Trial, images: Images, store: Store, report: Report) -> None:
         trial.precision == "auto" and device.type == "cuda"
     )
     layout = torch.channels_last if trial.channels_last else torch.contiguous_format
-    autocast = torch.autocast(device.type, torch.bfloat16) if bfloat16 else nullcontext()
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=bfloat16)
 
     _seed(trial.seed, epoch=0, rank=0)  # the first weights are the same on every worker
     student = create_model(trial.student, *images.shape).to(device).to(memory_format=layout)
-    teacher = _teacher(trial, images, store)
-    if teacher is not None:
-        teacher = teacher.to(device).to(memory_format=layout).eval().requires_grad_(False)
+    stream = Stream(images, trial.data, trial.seed, device, layout)
+    clock = Clock(device)
+    teacher = Teacher(trial, images, store, device, bfloat16) if trial.teacher else None
+    bank = val_bank = None
+    if teacher is not None and banked(trial):
+        bank, val_bank = open_banks(teacher, stream, clock, ledger, f"{trial.id}/{rank}")
     loss_function = create_loss(trial.loss, ignore_index=None)
+    # a loss that ranks the first classes alone takes the label beside them: no kept order for it
+    ranks = isinstance(loss_function, RankingLoss) and getattr(loss_function, "top_k", None) is None
     optimizer = create_optimizer_v2(student, **_optimizer_arguments(trial))
     steps = len(list(batches(order(0, 0, len(images.train)), trial.batch_size, trial.drop_last)))
     if steps == 0:
@@ -81,8 +89,6 @@ def train(trial: Trial, images: Images, store: Store, report: Report) -> None:
             student, device_ids=[device] if device.type == "cuda" else None
         )
     forward = torch.compile(parallel) if trial.compile else parallel
-    stream = Stream(images, trial.data, trial.seed, device)
-    clock = Clock(device)
     history: list[dict[str, Any]] = []
     state = store.load_checkpoint(trial)
     if state is None:
@@ -97,7 +103,11 @@ def train(trial: Trial, images: Images, store: Store, report: Report) -> None:
     val_index = order(0, 0, len(images.val))[rank::world]
     teacher_val, teacher_scores = None, {}
     if teacher is not None:
-        teacher_val = _logits_on_val(teacher, stream, val_index, autocast)
+        if val_bank is not None:
+            logits = val_bank.read(val_index, 0)[0].to(device)
+            teacher_val = list(logits.split(VAL_BATCH))
+        else:
+            teacher_val = _logits_on_val(teacher, stream, val_index)
         loss_function.notice(torch.cat(teacher_val))
         total = _val_sums(teacher_val, stream, val_index, None)
         teacher_top1 = metrics.averages(_sum_over_workers(total), False)["top1"]
@@ -111,6 +121,7 @@ def train(trial: Trial, images: Images, store: Store, report: Report) -> None:
         parallel.train()
         train_loss = torch.zeros((), dtype=torch.float64, device=device)
         seen = 0
+        view = trial.view(epoch)
         epoch_order = order(trial.seed, epoch, len(images.train))
         for step, batch in enumerate(batches(epoch_order, trial.batch_size, trial.drop_last)):
             with clock("data"):
@@ -120,20 +131,25 @@ def train(trial: Trial, images: Images, store: Store, report: Report) -> None:
                         f"the last batch has {len(batch)} samples for {world} workers: "
                         "set drop_last: true"
                     )
-                x, labels = stream.train(share, epoch)
-                x = x.contiguous(memory_format=layout)
-            teacher_logits = None
-            if teacher is not None:
-                with clock("teacher"), torch.no_grad(), autocast:
-                    teacher_logits = teacher(x).float()
-            with clock("student"):
-                scheduler.step_update(epoch * steps + step)
-                with autocast:
-                    logits = forward(x).float()
-                loss = loss_function(logits, teacher_logits, labels)
+                x, labels = stream.train(share, view)
+            teacher_logits, ranking = None, {}
+            if bank is not None:
+                teacher_logits, kept_order = bank.read(share, view, ranks)
+                teacher_logits = teacher_logits.to(device, non_blocking=True)
+                if kept_order is not None:
+                    ranking["order"] = kept_order.to(device, non_blocking=True)
+            elif teacher is not None:
+                with clock("teacher"):
+                    teacher_logits = teacher(x)
+            scheduler.step_update(epoch * steps + step)
+            with clock("student"), autocast:
+                logits = forward(x).float()
+            with clock("loss"):
+                loss = loss_function(logits, teacher_logits, labels, **ranking)
                 # shares of a ragged batch differ by one: weight them so that the mean of the
                 # workers' gradients is the gradient of the mean over the batch
                 loss = loss * (len(share) * world / len(batch))
+            with clock("student"):
                 optimizer.zero_grad()
                 loss.backward()
                 if trial.clip_grad:
@@ -141,7 +157,7 @@ def train(trial: Trial, images: Images, store: Store, report: Report) -> None:
                 optimizer.step()
                 if ema is not None:
                     ema.update(student, step=epoch * steps + step)
-                train_loss += loss.detach() * len(batch)
+            train_loss += loss.detach() * len(batch)
             seen += len(batch)
 
         train_seconds = time.perf_counter() - started
@@ -150,7 +166,8 @@ def train(trial: Trial, images: Images, store: Store, report: Report) -> None:
             raise TrainingError(f"the training loss is {loss_mean} in epoch {epoch + 1}")
         with clock("validation"):
             model = student if ema is None else ema.module
-            val_logits = _logits_on_val(model.eval(), stream, val_index, autocast)
+            with autocast:
+                val_logits = _logits_on_val(model.eval(), stream, val_index)
             total = _val_sums(val_logits, stream, val_index, teacher_val)
             scores = metrics.averages(_sum_over_workers(total), teacher is not None)
         history.append(
@@ -196,16 +213,6 @@ def _seed(seed: int, epoch: int, rank: int) -> None:
     torch.manual_seed(int(bits) >> 1)  # torch takes 63 bits
 
 
-def _teacher(trial: Trial, images: Images, store: Store) -> nn.Module | None:
-    if trial.teacher is None:
-        return None
-    if isinstance(trial.teacher, Trial):
-        model = create_model(trial.teacher.student, *images.shape)
-        model.load_state_dict(store.load_weights(trial.teacher))
-        return model
-    return load_teacher(trial.teacher, *images.shape)
-
-
 def _optimizer_arguments(trial: Trial) -> dict[str, Any]:
     spec = trial.optimizer
     extra = {} if spec.betas is None else {"betas": spec.betas}
@@ -238,13 +245,9 @@ def _scheduler(spec: Schedule, optimizer: torch.optim.Optimizer, epochs: int, st
 
 
 @torch.no_grad()
-def _logits_on_val(model: nn.Module, stream: Stream, index: Any, autocast: Any) -> list[Tensor]:
+def _logits_on_val(model: Callable[[Tensor], Tensor], stream: Stream, index: Any) -> list[Tensor]:
     """Logits [B, C] of each validation batch of this worker."""
-    kept = []
-    for batch in batches(index, VAL_BATCH, drop_last=False):
-        with autocast:
-            kept.append(model(stream.val(batch)).float())
-    return kept
+    return [model(stream.val(batch)).float() for batch in batches(index, VAL_BATCH, False)]
 
 
 def _val_sums(
@@ -264,39 +267,6 @@ def _sum_over_workers(value: Tensor) -> Tensor:
     if dist.is_initialized():
         dist.all_reduce(value)
     return value
-
-
-class Clock:
-    """Seconds spent in each named part; on CUDA measured by events, without stopping the device."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.cuda = device.type == "cuda"
-        self.seconds: dict[str, float] = {}
-        self.events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
-
-    @contextmanager
-    def __call__(self, part: str) -> Iterator[None]:
-        """Count the time inside the `with` block to `part`."""
-        if self.cuda:
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            yield
-            end.record()
-            self.events.append((part, begin, end))
-        else:
-            started = time.perf_counter()
-            yield
-            elapsed = time.perf_counter() - started
-            self.seconds[part] = self.seconds.get(part, 0.0) + elapsed
-
-    def read(self) -> dict[str, float]:
-        """Seconds by part since the last reading."""
-        if self.cuda:
-            torch.cuda.synchronize()
-        for part, begin, end in self.events:
-            self.seconds[part] = self.seconds.get(part, 0.0) + begin.elapsed_time(end) / 1000
-        found, self.seconds, self.events = self.seconds, {}, []
-        return found
 
 
 def _record(

@@ -8,9 +8,10 @@ import pytest
 import torch
 from PIL import Image
 
-from pld_ray.data import Images, Stream, batches, crop_and_flip, hashes, load, order
+from pld_ray.data import Images, batches, hashes, load, order
 from pld_ray.errors import InputError
 from pld_ray.spec import Data
+from pld_ray.stream import Stream, crop_and_flip
 
 CPU = torch.device("cpu")
 

@@ -27,7 +27,7 @@ def test_round_trip(tmp_path):
     assert store.failure(TRIAL.id)["traceback"] == ["Traceback", "  line"]
     assert store.finished() == set()
     store.finish(TRIAL, {"id": TRIAL.id}, {"w": torch.arange(3.0)})
-    assert store.finished() == {TRIAL.id} and store.record(TRIAL.id) == {"id": TRIAL.id}
+    assert store.finished() == {TRIAL.id} and store.record(TRIAL.id)["id"] == TRIAL.id
     assert store.failure(TRIAL.id) is None and store.load_checkpoint(TRIAL) is None
     assert torch.equal(store.load_weights(TRIAL)["w"], torch.arange(3.0))
     names = {path.name for path in (tmp_path / "trials" / TRIAL.id).iterdir()}

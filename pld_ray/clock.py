@@ -1,0 +1,45 @@
+"""Seconds spent in the parts of a trial."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+class Clock:
+    """Seconds spent in each named part; on CUDA measured by events, without stopping the device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.cuda = device.type == "cuda"
+        self.seconds: dict[str, float] = {}
+        self.events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+
+    @contextmanager
+    def __call__(self, part: str) -> Iterator[None]:
+        """Count the time inside the `with` block to `part`."""
+        if self.cuda:
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            yield
+            end.record()
+            self.events.append((part, begin, end))
+        else:
+            started = time.perf_counter()
+            yield
+            self.add(part, time.perf_counter() - started)
+
+    def add(self, part: str, seconds: float) -> None:
+        """Count seconds that were measured, or estimated, elsewhere."""
+        self.seconds[part] = self.seconds.get(part, 0.0) + seconds
+
+    def read(self) -> dict[str, float]:
+        """Seconds by part since the last reading."""
+        if self.cuda:
+            torch.cuda.synchronize()
+        for part, begin, end in self.events:
+            self.add(part, begin.elapsed_time(end) / 1000)
+        found, self.seconds, self.events = self.seconds, {}, []
+        return found

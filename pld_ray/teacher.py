@@ -1,0 +1,293 @@
+"""The teacher of a trial: its forward pass, and the bank that makes most of them unnecessary.
+
+bank.read(samples, view):  the chunk in the store?  read it
+                           nobody at work on it?    compute it, keep it
+                           somebody is?             compute one of the next, or wait
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from pld_ray import bank as banks
+from pld_ray.bank import Array, Spec, Split
+from pld_ray.clock import Clock
+from pld_ray.data import Images, Ints, batches
+from pld_ray.losses import teacher_order
+from pld_ray.models import create_model, load_teacher
+from pld_ray.spec import Trial
+from pld_ray.store import Store
+from pld_ray.stream import Stream
+
+AHEAD = 16  # chunks that a process may compute before it needs them
+
+
+class Teacher:
+    """The frozen network, made when it is first needed: with a full bank it never is."""
+
+    def __init__(
+        self,
+        trial: Trial,
+        images: Images,
+        store: Store,
+        device: torch.device,
+        bfloat16: bool,
+    ) -> None:
+        self.trial, self.images, self.store = trial, images, store
+        self.device, self.bfloat16 = device, bfloat16
+
+    @cached_property
+    def network(self) -> nn.Module:
+        """On its device, in evaluation mode."""
+        with torch.random.fork_rng():  # whether it is made changes no random number of the trial
+            model = self._load()
+        layout = torch.channels_last if self.trial.channels_last else torch.contiguous_format
+        return model.to(self.device).to(memory_format=layout).eval().requires_grad_(False)
+
+    def _load(self) -> nn.Module:
+        teacher = self.trial.teacher
+        if isinstance(teacher, Trial):
+            model = create_model(teacher.student, *self.images.shape)
+            model.load_state_dict(self.store.load_weights(teacher))
+            return model
+        assert teacher is not None
+        return load_teacher(teacher, *self.images.shape)
+
+    @torch.no_grad()
+    def __call__(self, x: Tensor) -> Tensor:
+        """Images [B, channels, H, W] to logits [B, C], float32."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
+            return self.network(x).float()
+
+    def digest(self) -> str:
+        """The sha256 of its weights; of timm's pretrained ones they are loaded for it, once."""
+        teacher = self.trial.teacher
+        if isinstance(teacher, Trial):
+            return self.store.weights_digest(teacher)
+        assert teacher is not None
+        if teacher.sha256:
+            return teacher.sha256
+        name = teacher.model_dump_json()
+        if name not in _pretrained:
+            state = {k: v.cpu().contiguous() for k, v in self.network.state_dict().items()}
+            _pretrained[name] = hashlib.sha256(save(state)).hexdigest()
+        return _pretrained[name]
+
+
+_pretrained: dict[str, str] = {}  # digests, for the trials that this process runs
+
+
+@dataclass
+class Bank:
+    """One split of a teacher's logits, as one process reads it; it computes what is missing.
+
+    Of the time, `clock` is told: "teacher" (computing), "waiting" (for others who compute), "bank"
+    (reading), and "teacher_avoided": what the logits that were read here and paid for elsewhere,
+    or before, took to compute.
+    """
+
+    spec: Spec
+    about: dict[str, Any]  # what the store should say of it
+    labels: Ints  # [N]
+    classes: int
+    views: int
+    batch: int  # samples in a forward pass
+    forward: Callable[[Ints, int], Tensor]  # samples [B] and view to logits [B, C]
+    store: Store
+    clock: Clock
+    ledger: Any  # the Ray actor that says who computes what; None: nobody else does
+    holder: str  # this process's name there
+
+    def __post_init__(self) -> None:
+        self.key = self.spec.key
+        self.size = len(self.labels)
+        self.chunks = math.ceil(self.size / self.spec.rows)  # of a view
+        self.row = banks.row_type(self.classes, self.spec.logits)
+        self.order_row = banks.order_type(self.classes)
+        self.view = -1  # the one that is open
+        self.place = self.labels  # of each sample in it
+        self.logits: dict[int, tuple[Array, float]] = {}  # its chunks so far, their seconds
+        self.orders: dict[int, Array] = {}
+        self.unread: dict[tuple[int, int], int] = {}  # rows computed here and not yet read
+
+    def read(
+        self, samples: Ints, view: int, with_order: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """Logits [B, C] of the samples in a view, and the teacher's order [B, C] if asked for.
+
+        The order comes, label first, where there are so many classes that it is worth keeping.
+        """
+        with_order = with_order and self.classes >= banks.ORDER_FROM
+        if view != self.view:
+            self.view, self.place, self.logits, self.orders = view, self._places(view), {}, {}
+        chunk, row = np.divmod(self.place[samples], self.spec.rows)
+        needed = np.unique(chunk).tolist()
+        for number in needed:
+            if number not in self.logits:
+                self.logits[number] = self._chunk(view, number)
+            if with_order and number not in self.orders:
+                self.orders[number] = self._order_chunk(view, number)
+        with self.clock("bank"):
+            rows = _gather({n: self.logits[n][0] for n in needed}, chunk, row)
+            logits = torch.from_numpy(banks.unpack(rows))
+            order = None
+            if with_order:
+                order = torch.from_numpy(_gather(self.orders, chunk, row)["order"])
+            self._count(chunk, needed)
+        return logits, order
+
+    def fill(self) -> None:
+        """Compute every chunk that is missing and that nobody else computes."""
+        names = [self._name(*divmod(i, self.chunks)) for i in range(self.chunks * self.views)]
+        for name in self.store.missing_chunks(names):
+            self._compute_one([name], patience=0)
+
+    def _places(self, view: int) -> Ints:
+        order = self.spec.order(view, self.size)
+        places = np.empty_like(order)
+        places[order] = np.arange(self.size)
+        return places
+
+    def _count(self, chunk: Ints, needed: list[int]) -> None:
+        """Add what reading these rows would have cost without the bank."""
+        for number in needed:
+            rows, seconds = self.logits[number]
+            read = len(chunk) if len(needed) == 1 else int((chunk == number).sum())
+            paid = min(read, self.unread.get((self.view, number), 0))
+            if paid:
+                self.unread[self.view, number] -= paid
+            self.clock.add("teacher_avoided", (read - paid) * seconds / len(rows))
+
+    # ---- chunks
+
+    def _name(self, view: int, chunk: int, kind: str = "logits") -> str:
+        return f"{self.key}/{view}/{chunk}.{kind}"
+
+    def _samples(self, view: int, chunk: int) -> Ints:
+        start = chunk * self.spec.rows
+        return self.spec.order(view, self.size)[start : start + self.spec.rows]
+
+    def _load(self, name: str, row: np.dtype[Any], count: int) -> tuple[Array, float] | None:
+        """A chunk of the store; a damaged one is deleted, and is then as if it had never been."""
+        content = self.store.read_chunk(name)
+        if content is None:
+            return None
+        found = banks.decode(content, row, count)
+        if found is None:
+            self.store.drop_chunk(name)
+        return found
+
+    def _chunk(self, view: int, number: int) -> tuple[Array, float]:
+        """Rows of a chunk and their seconds, from wherever it takes the least time to get them."""
+        first = view * self.chunks + number
+        last = min(first + AHEAD, self.views * self.chunks)
+        names = [self._name(*divmod(i, self.chunks)) for i in range(first, last)]
+        count = len(self._samples(view, number))
+        while (found := self._load(names[0], self.row, count)) is None:
+            missing = self.store.missing_chunks(names)
+            if missing and missing[0] == names[0]:
+                self._compute_one(missing, patience=1.0)
+        return found
+
+    def _compute_one(self, names: list[str], patience: float) -> None:
+        """Compute the first chunk that nobody else does; where there is none, wait."""
+        name = names[0]
+        if self.ledger is not None:
+            with self.clock("waiting"):
+                name = ray.get(self.ledger.claim.remote(names, self.holder, patience))
+            if name is None:
+                return
+        try:
+            if self.store.missing_chunks([name]):  # else it was made just before the claim
+                self._compute(name)
+        finally:
+            if self.ledger is not None:
+                self.ledger.release.remote(name, self.holder)
+
+    def _compute(self, name: str) -> None:
+        view, number = (int(part.split(".")[0]) for part in name.split("/")[1:])
+        samples = self._samples(view, number)
+        self.store.start_bank(self.key, self.about)
+        parts = []
+        with self.clock("teacher"):
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()  # the student's last steps are not the teacher's time
+            started = time.perf_counter()
+            for batch in batches(samples, self.batch, drop_last=False):
+                parts.append(self.forward(batch, view).cpu())
+                if self.ledger is not None:
+                    self.ledger.renew.remote(name, self.holder)
+            seconds = time.perf_counter() - started
+        rows = banks.pack(torch.cat(parts).numpy(), self.row)
+        self.store.write_chunk(name, banks.encode(rows, seconds))
+        self.unread[view, number] = len(samples)
+
+    def _order_chunk(self, view: int, number: int) -> Array:
+        """The teacher's order, label first, made from a chunk's logits by who needs it first."""
+        name, rows = self._name(view, number, "order"), self.logits[number][0]
+        found = self._load(name, self.order_row, len(rows))
+        if found is None:
+            labels = torch.from_numpy(self.labels[self._samples(view, number)])
+            order = np.empty(len(rows), self.order_row)
+            order["order"] = teacher_order(torch.from_numpy(banks.unpack(rows)), labels).numpy()
+            self.store.write_chunk(name, banks.encode(order, 0.0))
+            return order
+        return found[0]
+
+
+def _gather(chunks: dict[int, Array], chunk: Ints, row: Ints) -> Array:
+    """Rows by their chunk and the place there, [B] each."""
+    needed = np.unique(chunk)
+    if len(needed) == 1:
+        return chunks[int(needed[0])][row]
+    rows = np.empty(len(row), chunks[int(needed[0])].dtype)
+    for number in needed.tolist():
+        inside = chunk == number
+        rows[inside] = chunks[number][row[inside]]
+    return rows
+
+
+def open_banks(
+    teacher: Teacher, stream: Stream, clock: Clock, ledger: Any, holder: str
+) -> tuple[Bank, Bank]:
+    """The banks of the training and the validation images, as a trial's worker reads them."""
+    trial, images, digest = teacher.trial, teacher.images, teacher.digest()
+
+    def bank(split: Split, labels: Ints, views: int, batch: int, x: Any) -> Bank:
+        spec = banks.spec(trial, split, digest, images.fingerprint, teacher.bfloat16)
+        return Bank(
+            spec=spec,
+            about=banks.about(spec, trial, len(labels), images.classes),
+            labels=labels,
+            classes=images.classes,
+            views=views,
+            batch=batch,
+            forward=lambda samples, view: teacher(x(samples, view)),
+            store=teacher.store,
+            clock=clock,
+            ledger=ledger,
+            holder=holder,
+        )
+
+    def train(samples: Ints, view: int) -> Tensor:
+        return stream.train(samples, view)[0]
+
+    def val(samples: Ints, view: int) -> Tensor:
+        return stream.val(samples)
+
+    return (
+        bank("train", images.train_labels, banks.views(trial), trial.batch_size, train),
+        bank("val", images.val_labels, 1, banks.VAL_BATCH, val),
+    )
