@@ -215,7 +215,8 @@ def planned(
                 row = row_type(samples.classes, logits).itemsize
                 images = samples.train if split == "train" else samples.val
                 found[key] = Planned(trial, split, count, row * images)
-            found[key].views = max(found[key].views, count)
+            if count > found[key].views:
+                found[key].trial, found[key].views = trial, count
     for key, files in store.banks().items() if found else ():
         about = store.bank(key)
         if about and about["planned"] in found:

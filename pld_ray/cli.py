@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pld_ray.errors import InputError
+from pld_ray.errors import InputError, nearest
 
 if TYPE_CHECKING:
+    from pld_ray.bank import Planned
     from pld_ray.experiment import Plan
+    from pld_ray.spec import Trial
     from pld_ray.store import Store
 
 app = typer.Typer(
@@ -35,6 +37,7 @@ Storage = Annotated[
         envvar="PLD_RAY_STORAGE", help="Where records and weights are kept: a folder or a URI."
     ),
 ]
+Address = Annotated[str | None, typer.Option(help="Ray cluster to join; default: start Ray here.")]
 Out = Annotated[
     Path | None, typer.Option(help="Folder to write to [default: STORAGE/reports/EXPERIMENT].")
 ]
@@ -45,32 +48,16 @@ def run(
     experiment: ExperimentName,
     overrides: Overrides = None,
     storage: Storage = "results",
-    address: Annotated[
-        str | None, typer.Option(help="Ray cluster to join; default: start Ray here.")
-    ] = None,
+    address: Address = None,
     out: Out = None,
 ) -> None:
     """Run the trials that have no record yet, then write the table and the figures."""
     plan, store = _open(experiment, overrides, storage)
-    finished = store.finished()
-    pending = {key: trial for key, trial in plan.trials.items() if key not in finished}
+    pending = _pending(plan, store)
     failures: dict[str, str] = {}
     if pending:
-        from rich.console import Console
-
-        from pld_ray.view import View, screen_apart
-
-        with Console().status(f"{len(pending)} trials to run: checking them and starting Ray"):
-            from pld_ray import sweep
-
-            ready = sweep.check(pending, store, address)
-        log = Path(store.root if store.local else ".") / "ray.log"
-        with screen_apart(log) as console, View(plan, pending, console) as view:
-            failures = sweep.run(plan, ready, store, view, address)
-        for key, reason in failures.items():
-            typer.echo(
-                f"failed: {plan.trials[key].label}: {reason} ({store.folder(key)})", err=True
-            )
+        _banks(pending, store)
+        failures = _train(plan, pending, store, address)
     else:
         typer.echo(f"all {len(plan.trials)} trials are done")
     folder = _tables(plan, store, out)
@@ -92,9 +79,14 @@ def plan(
     """Show the unique trials, teachers first, which are done, and an estimate of the work."""
     planned, store = _open(experiment, overrides, storage)
     done = store.finished()
-    from pld_ray import estimate
+    from pld_ray import bank, data, estimate
 
     seconds = estimate.seconds(planned, store, done)
+    try:
+        banks = bank.planned(planned.trials.values(), data.size, store)
+        unknown = ""
+    except InputError as error:  # a plan can be made where the data is not
+        banks, unknown = {}, f"teacher bank: of unknown size: {error}"
     if as_json:
         rows = [
             {
@@ -109,9 +101,12 @@ def plan(
             for key, trial in planned.trials.items()
         ]
         summary = {"experiment": planned.experiment.name, "cells": len(planned.cells)}
-        typer.echo(json.dumps(summary | {"trials": rows}, indent=1))
+        sizes = [estimate.bank_row(bank) for bank in banks.values()]
+        typer.echo(json.dumps(summary | {"trials": rows, "banks": sizes}, indent=1))
         return
     estimate.show(planned, done, seconds)
+    if banks or unknown:
+        typer.echo(unknown or estimate.bank_line(banks.values()))
 
 
 @app.command()
@@ -166,6 +161,117 @@ def landscape(
     from analysis import landscape as surfaces
 
     _say("landscapes", surfaces.draw(out, classes, seed))
+
+
+bank_app = typer.Typer(
+    help="The teacher bank: logits of teachers, kept so that no trial computes them again.",
+    no_args_is_help=True,
+)
+app.add_typer(bank_app, name="bank")
+
+
+@bank_app.command("ls")
+def bank_ls(storage: Storage = "results") -> None:
+    """List the banks: whose logits, on which images, how many views, how large."""
+    from pld_ray import estimate
+    from pld_ray.store import Store
+
+    estimate.show_banks(Store(storage))
+
+
+@bank_app.command("rm")
+def bank_rm(
+    keys: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY...", help="As ls has it.")
+    ] = None,
+    everything: Annotated[bool, typer.Option("--all", help="Delete every bank.")] = False,
+    storage: Storage = "results",
+) -> None:
+    """Delete banks. Records and weights stay; a trial that needs a bank computes it again."""
+    from pld_ray.bank import in_bytes
+    from pld_ray.store import Store
+
+    store = Store(storage)
+    banks = store.banks()
+    if bool(keys) == everything:
+        raise InputError("bank rm: expected the keys of banks (pld-ray bank ls), or --all")
+    for key in keys or []:
+        if key not in banks:
+            hint = nearest(key, banks) if banks else "there is none"
+            raise InputError(f"bank rm {key}: no such bank in {store.uri}; {hint}")
+    chosen = list(dict.fromkeys(keys or banks))
+    for key in chosen:
+        store.drop_bank(key)
+    freed = sum(sum(banks[key].values()) for key in chosen)
+    typer.echo(f"deleted: {len(chosen)} banks, {in_bytes(freed)}")
+
+
+@bank_app.command("build")
+def bank_build(
+    experiment: ExperimentName,
+    overrides: Overrides = None,
+    storage: Storage = "results",
+    address: Address = None,
+) -> None:
+    """Compute all teacher logits of an experiment on the whole cluster, before its trials run."""
+    from pld_ray.experiment import Cell, Plan
+
+    plan, store = _open(experiment, overrides, storage)
+    banks = _banks(plan.trials, store)
+    cells = tuple(Cell(plan.trials[key], None) for key in plan.teacher_ids)
+    teachers = Plan(plan.experiment, cells)
+    if (untrained := _pending(teachers, store)) and _train(teachers, untrained, store, address):
+        raise typer.Exit(1)
+    from pld_ray import estimate, sweep
+    from pld_ray.view import screen_apart
+
+    planned = [bank for bank in banks.values() if bank.split == "train"]
+    if not planned:
+        raise InputError(f"{plan.experiment.name}: none of its trials reads a bank")
+    images = sweep.check({bank.trial.id: bank.trial for bank in planned}, store, address)
+    with screen_apart(_log(store)) as console, console.status("computing teacher logits"):
+        sweep.build_banks(planned, plan.experiment.resources, images, store, address)
+    estimate.show_banks(store)
+
+
+def _pending(plan: Plan, store: Store) -> dict[str, Trial]:
+    """The trials that have no record yet."""
+    finished = store.finished()
+    return {key: trial for key, trial in plan.trials.items() if key not in finished}
+
+
+def _banks(trials: dict[str, Trial], store: Store) -> dict[str, Planned]:
+    """The banks that trials need; says how large, and refuses what does not fit the disk."""
+    from pld_ray import bank, data, estimate
+
+    banks = bank.planned(trials.values(), data.size, store)
+    bank.check_room(banks.values(), store)
+    if banks:
+        typer.echo(estimate.bank_line(banks.values()))
+    return banks
+
+
+def _train(
+    plan: Plan, pending: dict[str, Trial], store: Store, address: str | None
+) -> dict[str, str]:
+    """Run trials under the live view; returns, and prints, why some failed."""
+    from rich.console import Console
+
+    from pld_ray.view import View, screen_apart
+
+    with Console().status(f"{len(pending)} trials to run: checking them and starting Ray"):
+        from pld_ray import sweep
+
+        ready = sweep.check(pending, store, address)
+    with screen_apart(_log(store)) as console, View(plan, pending, console) as view:
+        failures = sweep.run(plan, ready, store, view, address)
+    for key, reason in failures.items():
+        typer.echo(f"failed: {plan.trials[key].label}: {reason} ({store.folder(key)})", err=True)
+    return failures
+
+
+def _log(store: Store) -> Path:
+    return Path(store.root if store.local else ".") / "ray.log"
 
 
 def _open(experiment: str, overrides: list[str] | None, storage: str) -> tuple[Plan, Store]:

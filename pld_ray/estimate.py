@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from pld_ray.bank import Planned, in_bytes
 from pld_ray.experiment import Plan
 from pld_ray.spec import Trial
 from pld_ray.store import Store
@@ -64,3 +66,56 @@ def show(plan: Plan, done: set[str], estimate: dict[str, float]) -> None:
     if known:
         rest = f", {len(left) - len(known)} trials not yet timed" if len(known) < len(left) else ""
         console.print(f"about {duration(sum(known))} of one worker's time{rest}", highlight=False)
+
+
+def bank_row(bank: Planned) -> dict[str, Any]:
+    """A planned bank for programs; sizes in bytes."""
+    teacher, trial = bank.trial.teacher, bank.trial
+    return {
+        "teacher": teacher.student.name if isinstance(teacher, Trial) else teacher and teacher.name,
+        "data": trial.data.name,
+        "split": bank.split,
+        "seed": trial.seed if bank.split == "train" and trial.data.augmented else None,
+        "logits": trial.teacher_logits if bank.split == "train" else "float32",
+        "views": bank.views,
+        "bytes": bank.bytes,
+        "kept": bank.kept,
+    }
+
+
+def bank_line(banks: Iterable[Planned]) -> str:
+    """What the teacher bank of a plan takes, in one line."""
+    banks = list(banks)
+    most = max(bank.views for bank in banks)
+    total, kept = sum(bank.bytes for bank in banks), sum(bank.kept for bank in banks)
+    share = "all" if kept >= total else in_bytes(kept) if kept else "none"
+    return (
+        f"teacher bank: {in_bytes(total)} in {len(banks)} banks of up to {most} views, "
+        f"{share} of it computed so far"
+    )
+
+
+def show_banks(store: Store) -> None:
+    """Print what banks a store holds."""
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    for name in ("key", "teacher", "data", "split", "seed", "views", "size"):
+        table.add_column(name, justify="right" if name in ("seed", "views", "size") else "left")
+    banks = store.banks()
+    known = [(store.bank(key), key, files) for key, files in banks.items()]
+    rows = [(about, key, files) for about, key, files in known if about is not None]
+    for about, key, files in sorted(rows, key=lambda row: str(row[0])):
+        spec, views = about["spec"], {name.split("/")[0] for name in files if "/" in name}
+        seed = str(spec["seed"]) if spec["pad"] or spec["flip"] else "any"
+        table.add_row(
+            key,
+            about["teacher"],
+            about["data"],
+            spec["split"],
+            seed,
+            str(len(views)),
+            in_bytes(sum(files.values())),
+        )
+    console = Console(width=None if Console().is_terminal else 120)
+    console.print(table)
+    total = sum(sum(files.values()) for files in banks.values())
+    console.print(f"\n{len(banks)} banks, {in_bytes(total)} in {store.uri}", highlight=False)

@@ -160,7 +160,9 @@ class Trial(Part):
         return self
 
     def view(self, epoch: int) -> int:
-        """Which augmentation of the images an epoch sees."""
+        """Which augmentation of the images an epoch sees: 0 if there is but one."""
+        if not self.data.augmented:
+            return 0
         return epoch % self.views if self.views else epoch
 
     @cached_property
@@ -168,6 +170,12 @@ class Trial(Part):
         """16 hex digits: the hash of the canonical spec."""
         text = json.dumps(canonical(self), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def model_copy(self, **kwargs: Any) -> Trial:
+        """As pydantic's; the copy has an id of its own."""
+        copied = super().model_copy(**kwargs)
+        copied.__dict__.pop("id", None)
+        return copied
 
     @property
     def label(self) -> str:

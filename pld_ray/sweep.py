@@ -93,6 +93,39 @@ def run(
             ray.shutdown()
 
 
+def build_banks(
+    planned: list[bank.Planned],
+    resources: Resources,
+    images: dict[str, data.Images],
+    store: Store,
+    address: str | None = None,
+) -> None:
+    """Compute all banks of `planned`, on every node of the cluster; their teachers are trained.
+
+    Each bank in turn is shared out over as many tasks as the cluster has room for.
+    """
+    owned = _connect(address)
+    try:
+        cluster = ray.cluster_resources()
+        need = _needs(planned[0].trial.model_copy(update={"workers": 1}), resources)
+        rooms = [cluster.get(kind, 0) // need[kind] for kind in ("CPU", "GPU") if need[kind]]
+        references = {name: ray.put(value) for name, value in images.items()}
+        ledger = bank.open_ledger()
+        task = ray.remote(_fill).options(num_cpus=need["CPU"], num_gpus=need["GPU"])
+        ray.get(
+            [
+                task.remote(one.trial, references[_data_key(one.trial)], store.uri, ledger, worker)
+                for one in planned
+                for worker in range(int(min(rooms)))
+            ]
+        )
+    except ray.exceptions.RayTaskError as error:
+        raise InputError(f"the teacher bank is not complete: {error.cause}") from None
+    finally:
+        if owned:
+            ray.shutdown()
+
+
 # ---------------------------------------------------------------- before anything starts
 
 
@@ -307,6 +340,12 @@ def _trial(
         _train_on_workers(trial, reference, store, scratch, needs[trial.id], ledger)
     if store.failure(trial.id):
         tune.report({"failed": True})
+
+
+def _fill(trial: Trial, images: data.Images, store_uri: str, ledger: Any, worker: int) -> None:
+    from pld_ray.teacher import fill
+
+    fill(trial, images, Store(store_uri), ledger, f"build/{worker}")
 
 
 def _train_and_note(

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from pld_ray import bank as banks
 from pld_ray.bank import Array, Spec, Split
-from pld_ray.clock import Clock
 from pld_ray.data import Images, Ints, batches
+from pld_ray.device import Clock, memory_format, pick_device, uses_bfloat16
 from pld_ray.losses import teacher_order
 from pld_ray.models import create_model, load_teacher
 from pld_ray.spec import Trial
@@ -37,24 +37,17 @@ AHEAD = 16  # chunks that a process may compute before it needs them
 class Teacher:
     """The frozen network, made when it is first needed: with a full bank it never is."""
 
-    def __init__(
-        self,
-        trial: Trial,
-        images: Images,
-        store: Store,
-        device: torch.device,
-        bfloat16: bool,
-    ) -> None:
-        self.trial, self.images, self.store = trial, images, store
-        self.device, self.bfloat16 = device, bfloat16
+    def __init__(self, trial: Trial, images: Images, store: Store, device: torch.device) -> None:
+        self.trial, self.images, self.store, self.device = trial, images, store, device
+        self.bfloat16 = uses_bfloat16(trial, device)
 
     @cached_property
     def network(self) -> nn.Module:
         """On its device, in evaluation mode."""
         with torch.random.fork_rng():  # whether it is made changes no random number of the trial
             model = self._load()
-        layout = torch.channels_last if self.trial.channels_last else torch.contiguous_format
-        return model.to(self.device).to(memory_format=layout).eval().requires_grad_(False)
+        model = model.to(self.device).to(memory_format=memory_format(self.trial))
+        return model.eval().requires_grad_(False)
 
     def _load(self) -> nn.Module:
         teacher = self.trial.teacher
@@ -241,7 +234,9 @@ class Bank:
         if found is None:
             labels = torch.from_numpy(self.labels[self._samples(view, number)])
             order = np.empty(len(rows), self.order_row)
-            order["order"] = teacher_order(torch.from_numpy(banks.unpack(rows)), labels).numpy()
+            order["order"] = teacher_order(
+                torch.from_numpy(banks.unpack(np.array(rows))), labels
+            ).numpy()
             self.store.write_chunk(name, banks.encode(order, 0.0))
             return order
         return found[0]
@@ -291,3 +286,12 @@ def open_banks(
         bank("train", images.train_labels, banks.views(trial), trial.batch_size, train),
         bank("val", images.val_labels, 1, banks.VAL_BATCH, val),
     )
+
+
+def fill(trial: Trial, images: Images, store: Store, ledger: Any, holder: str) -> None:
+    """Compute what is missing in the banks that a trial reads, and that nobody else computes."""
+    device = pick_device()
+    stream = Stream(images, trial.data, trial.seed, device, memory_format(trial))
+    teacher = Teacher(trial, images, store, device)
+    for bank in open_banks(teacher, stream, Clock(device), ledger, holder):
+        bank.fill()

@@ -28,8 +28,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pld_ray import __version__, metrics
 from pld_ray.bank import VAL_BATCH, banked
-from pld_ray.clock import Clock
 from pld_ray.data import Images, batches, hashes, order
+from pld_ray.device import Clock, memory_format, pick_device, uses_bfloat16
 from pld_ray.losses import DKDLoss, create_loss
 from pld_ray.losses.plackett_luce import RankingLoss
 from pld_ray.models import create_model
@@ -54,19 +54,16 @@ def train(trial: Trial, images: Images, store: Store, report: Report, ledger: An
     Raises TrainingError when the loss is not finite.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    device = _device()
+    device, layout = pick_device(), memory_format(trial)
     torch.backends.cudnn.deterministic = True
-    bfloat16 = trial.precision == "bfloat16" or (
-        trial.precision == "auto" and device.type == "cuda"
-    )
-    layout = torch.channels_last if trial.channels_last else torch.contiguous_format
+    bfloat16 = uses_bfloat16(trial, device)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=bfloat16)
 
     _seed(trial.seed, epoch=0, rank=0)  # the first weights are the same on every worker
     student = create_model(trial.student, *images.shape).to(device).to(memory_format=layout)
     stream = Stream(images, trial.data, trial.seed, device, layout)
     clock = Clock(device)
-    teacher = Teacher(trial, images, store, device, bfloat16) if trial.teacher else None
+    teacher = Teacher(trial, images, store, device) if trial.teacher else None
     bank = val_bank = None
     if teacher is not None and banked(trial):
         bank, val_bank = open_banks(teacher, stream, clock, ledger, f"{trial.id}/{rank}")
@@ -198,16 +195,6 @@ def train(trial: Trial, images: Images, store: Store, report: Report, ledger: An
         store.finish(trial, record, model.state_dict())
 
 
-def _device() -> torch.device:
-    if torch.cuda.is_available():
-        if dist.is_initialized():
-            from ray.train.torch import get_device
-
-            return get_device()
-        return torch.device("cuda")
-    return torch.device("cpu")
-
-
 def _seed(seed: int, epoch: int, rank: int) -> None:
     bits = hashes(seed, epoch, torch.tensor([rank]).numpy(), "torch")[0]
     torch.manual_seed(int(bits) >> 1)  # torch takes 63 bits
@@ -275,13 +262,13 @@ def _record(
     """What a finished trial leaves behind; the metrics are those of its last epoch."""
     import timm
 
-    parts = [name for name in history[-1] if name.endswith("seconds")]
+    parts = dict.fromkeys(n for epoch in history for n in epoch if n.endswith("seconds"))
     return {
         "id": trial.id,
         "trial": trial.model_dump(mode="json"),
         "metrics": {k: v for k, v in history[-1].items() if k not in parts and k != "epoch"},
         "best_top1": max(epoch["top1"] for epoch in history),
-        "seconds": {name: sum(epoch[name] for epoch in history) for name in parts},
+        "seconds": {name: sum(epoch.get(name, 0.0) for epoch in history) for name in parts},
         "parameters": sum(p.numel() for p in student.parameters()),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "environment": {

@@ -33,6 +33,7 @@ class View:
         self.failed = 0
         self.epochs_left = sum(trial.epochs for trial in pending.values())
         self.epochs_seen = 0
+        self.teacher = {"spent": 0.0, "avoided": 0.0}  # seconds
         self.started = time.monotonic()
         self.live = _live(self, console) if console.is_terminal else None
 
@@ -46,6 +47,8 @@ class View:
     def __exit__(self, *_: object) -> None:
         if self.live:
             self.live.stop()
+        elif self._teacher():
+            self.console.print(self._teacher(), highlight=False)
 
     # ---- told by the sweep
 
@@ -61,6 +64,8 @@ class View:
         self.epochs_left -= metrics["epoch"] - before
         self.epochs_seen += 1
         self.running[trial_id] = metrics
+        self.teacher["spent"] += metrics.get("teacher_seconds", 0.0)
+        self.teacher["avoided"] += metrics.get("teacher_avoided_seconds", 0.0)
 
     def end(self, trial_id: str, failure: str | None) -> None:
         """The trial has finished, or failed for the reason given."""
@@ -90,6 +95,12 @@ class View:
         elapsed = time.monotonic() - self.started
         return f", about {duration(elapsed / self.epochs_seen * self.epochs_left)} left"
 
+    def _teacher(self) -> str:
+        if not any(self.teacher.values()):
+            return ""
+        spent, avoided = (duration(self.teacher[name]) for name in ("spent", "avoided"))
+        return f"teacher forward passes: {spent} spent, {avoided} avoided"
+
     def __rich__(self) -> Group:
         table = Table(box=None, padding=(0, 2, 0, 0), show_edge=False)
         for name in ("trial", "epoch", "", "top-1", "images/s"):
@@ -111,7 +122,7 @@ class View:
         if self.failed:
             line.append(f"  {self.failed} failed", style="bold red")
         line.append(self._left().replace(", ", "  "), style="dim")
-        return Group(table, line)
+        return Group(table, line, *([self._teacher()] if self._teacher() else []))
 
 
 def _live(view: View, console: Console) -> Live:

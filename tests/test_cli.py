@@ -24,6 +24,11 @@ BAD = {
     "run demo --address 127.0.0.1:9": "no Ray cluster answers there",
     "run demo --set loss.temperature=-1": "loss.temperature is -1: input should be greater than 0",
     "run demo --set loss=pld --set loss.top_k=0": "loss.top_k is 0: expected a number of classes",
+    "bank rm x": "bank rm x: no such bank in ",
+    "bank rm": "bank rm: expected the keys of banks (pld-ray bank ls), or --all",
+    "run demo --set epochs=99999999": "TB and there is room for ",
+    "run demo --set data.cutmix=1": "cutmix: augmentation that mixes samples is not supported",
+    "bank build demo --set grid.loss=[ce]": "demo: none of its trials reads a bank",
     "status demo --storage nosuch://x": "storage 'nosuch://x': expected a folder or a URI",
 }
 

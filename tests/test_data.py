@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from pld_ray.data import Images, batches, hashes, load, order
+from pld_ray.data import Images, batches, hashes, load, order, size
 from pld_ray.errors import InputError
 from pld_ray.spec import Data
 from pld_ray.stream import Stream, crop_and_flip
@@ -121,6 +121,7 @@ def test_folder(tmp_path):
                 arrays.setdefault((split, c), []).append(array)
     found = load(Data(name=f"folder:{tmp_path}"))
     assert found.shape == (2, 3, 5) and len(found.train) == 6 and len(found.val) == 4
+    assert size(Data(name=f"folder:{tmp_path}")) == (6, 4, 2)
     np.testing.assert_array_equal(found.val[:2], arrays["test", "cat"])
     assert found.val_labels.tolist() == [0, 0, 1, 1]
     for image, label in zip(found.train, found.train_labels, strict=True):
@@ -143,6 +144,7 @@ def test_parquet(tmp_path):
     pq.write_table(table.slice(0, 2), tmp_path / "validation-0.parquet")
     found = load(Data(name=f"parquet:{tmp_path}"))
     assert found.shape == (3, 3, 5) and found.train_labels.tolist() == [1, 0, 2, 1]
+    assert size(Data(name=f"parquet:{tmp_path}", limit=3)) == (3, 2, 3)
     np.testing.assert_array_equal(found.train, [array for array, _ in made])
     with pytest.raises(InputError, match="expected train"):
         load(Data(name=f"parquet:{tmp_path}/nowhere"))

@@ -211,3 +211,10 @@ def test_shipped_experiments_plan():
 def test_every_loss_can_be_named_alone(experiment):
     for name in REGISTRY:
         assert plan(experiment(SMALL, f"loss={name}")).cells[0].trial.loss.name == name
+
+
+def test_a_changed_copy_has_another_id(experiment):
+    trial = plan(experiment("base: {data: digits, student: resnet8, loss: ce, epochs: 2}")).cells[0]
+    first = trial.trial.id
+    assert trial.trial.model_copy(update={"epochs": 3}).id != first
+    assert trial.trial.model_copy().id == first

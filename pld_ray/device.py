@@ -1,4 +1,4 @@
-"""Seconds spent in the parts of a trial."""
+"""Where and in which precision a trial computes, and the seconds spent in its parts."""
 
 from __future__ import annotations
 
@@ -7,6 +7,30 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+import torch.distributed as dist
+
+from pld_ray.spec import Trial
+
+
+def pick_device() -> torch.device:
+    """The CUDA device of this process if there is one, else the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    if dist.is_initialized():
+        from ray.train.torch import get_device
+
+        return get_device()
+    return torch.device("cuda")
+
+
+def uses_bfloat16(trial: Trial, device: torch.device) -> bool:
+    """Whether forward passes run in bfloat16 under autocast."""
+    return trial.precision == "bfloat16" or (trial.precision == "auto" and device.type == "cuda")
+
+
+def memory_format(trial: Trial) -> torch.memory_format:
+    """The layout of images and convolutions."""
+    return torch.channels_last if trial.channels_last else torch.contiguous_format
 
 
 class Clock:
