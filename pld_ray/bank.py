@@ -268,28 +268,30 @@ class Ledger:
     """A Ray actor that gives each chunk to one process at a time to compute.
 
     A process that dies loses its claim after LEASE seconds without a sign of life; tried again
-    under the same name, it has it at once. All the Ledger forgets when it dies itself is who is at
-    work: a chunk may then be computed twice, and is the same both times.
+    under the same name, it has it at once. What is computed rests for as long, so that no node
+    computes it again because its network file system does not show it yet. All that is lost when
+    the Ledger dies is who is at work: a chunk may then be computed twice, the same both times.
     """
 
-    LEASE = 30.0
+    LEASE = 60.0
 
     def __init__(self) -> None:
-        self.claims: dict[str, tuple[str, float]] = {}  # chunk -> holder, until when
+        self.claims: dict[str, tuple[str, float]] = {}  # chunk -> holder ("": at rest), until when
         self.released = asyncio.Condition()
 
     async def claim(self, chunks: list[str], holder: str, patience: float) -> str | None:
-        """The first of `chunks` that nobody computes, now `holder`'s.
+        """The first of `chunks` that nobody computes or has just computed, now `holder`'s.
 
-        If there is none, wait until one is released, or for `patience` seconds, and return None.
+        None if there is none, after a release or `patience` seconds: time to look at the store.
         """
         async with self.released:
-            now = time.monotonic()
             for chunk in chunks:
                 owner, until = self.claims.get(chunk, (holder, 0.0))
-                if owner == holder or until < now:
-                    self.claims[chunk] = holder, now + self.LEASE
+                if owner == holder or until < time.monotonic():
+                    self._set(chunk, holder)
                     return chunk
+                if owner == "" and chunk == chunks[0]:
+                    patience = min(patience, 0.02)  # it is there, or about to be seen
             with suppress(TimeoutError):
                 await asyncio.wait_for(self.released.wait(), patience)
         return None
@@ -297,14 +299,22 @@ class Ledger:
     async def renew(self, chunk: str, holder: str) -> None:
         """A sign of life of who computes the chunk."""
         if self.claims.get(chunk, ("", 0))[0] == holder:
-            self.claims[chunk] = holder, time.monotonic() + self.LEASE
+            self._set(chunk, holder)
 
-    async def release(self, chunk: str, holder: str) -> None:
+    async def release(self, chunk: str, holder: str, computed: bool) -> None:
         """The chunk is in the store, or could not be computed."""
         async with self.released:
             if self.claims.get(chunk, ("", 0))[0] == holder:
-                del self.claims[chunk]
+                if computed:
+                    self._set(chunk, "")
+                else:
+                    del self.claims[chunk]
+            now = time.monotonic()
+            self.claims = {key: claim for key, claim in self.claims.items() if claim[1] > now}
             self.released.notify_all()
+
+    def _set(self, chunk: str, holder: str) -> None:
+        self.claims[chunk] = holder, time.monotonic() + self.LEASE
 
 
 def open_ledger() -> Any:

@@ -2,7 +2,7 @@
 
     ROOT/trials/ID/trial.json           the spec, written when the trial starts
                    epochs.jsonl         one line of metrics an epoch
-                   checkpoint.pt        everything needed to go on after that epoch
+                   checkpoint.pt        everything needed to go on after one of them
                    student.safetensors  the trained weights
                    record.json          written last: it exists only if the trial has finished
                    failure.json         why the last attempt failed, if it did
@@ -57,13 +57,16 @@ class Store:
         self._write(f"trials/{trial.id}/trial.json", _json(trial.model_dump(mode="json")))
 
     def checkpoint(self, trial: Trial, state: dict[str, Any]) -> None:
-        """Keep all that is needed to go on; `state["history"]` is the list of epoch metrics."""
+        """Keep all that is needed to go on."""
         import torch
 
         buffer = io.BytesIO()
         torch.save(state, buffer)
         self._write(f"trials/{trial.id}/checkpoint.pt", buffer.getvalue())
-        lines = "".join(json.dumps(epoch) + "\n" for epoch in state["history"])
+
+    def log(self, trial: Trial, history: list[dict[str, Any]]) -> None:
+        """Keep the metrics of every epoch so far."""
+        lines = "".join(json.dumps(epoch) + "\n" for epoch in history)
         self._write(f"trials/{trial.id}/epochs.jsonl", lines.encode())
 
     def finish(self, trial: Trial, record: dict[str, Any], weights: dict[str, Tensor]) -> None:

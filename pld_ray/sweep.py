@@ -114,7 +114,7 @@ def build_banks(
         task = ray.remote(_fill).options(num_cpus=need["CPU"], num_gpus=need["GPU"])
         ray.get(
             [
-                task.remote(one.trial, references[_data_key(one.trial)], store.uri, ledger, worker)
+                task.remote(one.trial, references[data_key(one.trial)], store.uri, ledger, worker)
                 for one in planned
                 for worker in range(int(min(rooms)))
             ]
@@ -141,7 +141,7 @@ def check(
     images: dict[str, data.Images] = {}
     seen: set[str] = set()
     for trial in pending.values():
-        key = _data_key(trial)
+        key = data_key(trial)
         if key not in images:
             images[key] = data.load(trial.data)
         if trial.optimizer.name not in optimizers:
@@ -162,7 +162,7 @@ def check(
     return images
 
 
-def _data_key(trial: Trial) -> str:
+def data_key(trial: Trial) -> str:
     """Trials with one key share one copy of the images; augmentation is not in them."""
     return trial.data.model_copy(update={"pad": 0, "flip": False}).model_dump_json()
 
@@ -333,7 +333,7 @@ def _trial(
     trial = trials[config["id"]]
     store = Store(store_uri)
     store.forget_failure(trial)
-    reference = images[_data_key(trial)]
+    reference = images[data_key(trial)]
     if trial.workers == 1:
         _train_and_note(trial, reference, store, tune.report, ledger)
     else:

@@ -40,6 +40,7 @@ class Teacher:
     def __init__(self, trial: Trial, images: Images, store: Store, device: torch.device) -> None:
         self.trial, self.images, self.store, self.device = trial, images, store, device
         self.bfloat16 = uses_bfloat16(trial, device)
+        self.images_seen = 0
 
     @cached_property
     def network(self) -> nn.Module:
@@ -61,6 +62,7 @@ class Teacher:
     @torch.no_grad()
     def __call__(self, x: Tensor) -> Tensor:
         """Images [B, channels, H, W] to logits [B, C], float32."""
+        self.images_seen += len(x)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
             return self.network(x).float()
 
@@ -202,12 +204,14 @@ class Bank:
                 name = ray.get(self.ledger.claim.remote(names, self.holder, patience))
             if name is None:
                 return
+        computed = False
         try:
             if self.store.missing_chunks([name]):  # else it was made just before the claim
                 self._compute(name)
+            computed = True
         finally:
             if self.ledger is not None:
-                self.ledger.release.remote(name, self.holder)
+                self.ledger.release.remote(name, self.holder, computed)
 
     def _compute(self, name: str) -> None:
         view, number = (int(part.split(".")[0]) for part in name.split("/")[1:])

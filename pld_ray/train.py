@@ -1,12 +1,12 @@
 """Training one trial, on one worker or many: one function, read top to bottom.
 
     stream(seed, epoch) -> student, teacher or its bank -> loss -> optimizer        every step
-    validation -> metrics -> checkpoint -> report                      every epoch
-    weights, then record                                               at the end
+    validation -> metrics -> report, and a checkpoint                               every epoch
+    weights, then record                                                            at the end
 
 A trial is a pure function of its spec: weights are drawn from `seed`, every epoch's random numbers
-from (seed, epoch, worker). So a trial that was killed goes on from its last epoch and ends with
-the same bits as one that was not.
+from (seed, epoch, worker). So a trial that was killed goes on from its last checkpoint and ends
+with the same bits as one that was not. Epochs under a second share a checkpoint.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from pld_ray.store import Store
 from pld_ray.stream import Stream
 from pld_ray.teacher import Teacher, open_banks
 
+CHECKPOINT_SECONDS = 1.0  # at the least between two checkpoints: more would be lost time
 Report = Callable[[dict[str, Any]], None]
 
 
@@ -110,6 +111,7 @@ def train(trial: Trial, images: Images, store: Store, report: Report, ledger: An
         teacher_top1 = metrics.averages(_sum_over_workers(total), False)["top1"]
         teacher_scores = {"teacher_top1": teacher_top1}
 
+    kept_at = time.perf_counter()
     for epoch in range(len(history), trial.epochs):
         started = time.perf_counter()
         _seed(trial.seed, epoch + 1, rank)
@@ -176,10 +178,15 @@ def train(trial: Trial, images: Images, store: Store, report: Report, ledger: An
                 "lr": optimizer.param_groups[0]["lr"],
                 "images_per_second": seen / train_seconds,
                 "seconds": time.perf_counter() - started,
+                "teacher_images": teacher.images_seen if teacher else 0,
                 **{f"{part}_seconds": seconds for part, seconds in clock.read().items()},
             }
         )
+        if teacher is not None:
+            teacher.images_seen = 0
         if rank == 0:
+            store.log(trial, history)
+        if rank == 0 and time.perf_counter() - kept_at >= CHECKPOINT_SECONDS:
             kept = {
                 "history": history,
                 "student": student.state_dict(),
@@ -187,6 +194,7 @@ def train(trial: Trial, images: Images, store: Store, report: Report, ledger: An
                 "ema": ema.state_dict() if ema is not None else {},
             }
             store.checkpoint(trial, kept)
+            kept_at = time.perf_counter()
         report({**history[-1], "epochs": trial.epochs})
 
     if rank == 0:
@@ -263,12 +271,14 @@ def _record(
     import timm
 
     parts = dict.fromkeys(n for epoch in history for n in epoch if n.endswith("seconds"))
+    spent = {*parts, "epoch", "teacher_images"}
     return {
         "id": trial.id,
         "trial": trial.model_dump(mode="json"),
-        "metrics": {k: v for k, v in history[-1].items() if k not in parts and k != "epoch"},
+        "metrics": {k: v for k, v in history[-1].items() if k not in spent},
         "best_top1": max(epoch["top1"] for epoch in history),
         "seconds": {name: sum(epoch.get(name, 0.0) for epoch in history) for name in parts},
+        "teacher_images": sum(epoch.get("teacher_images", 0) for epoch in history),
         "parameters": sum(p.numel() for p in student.parameters()),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "environment": {

@@ -33,7 +33,7 @@ def results(experiment, tmp_path):
         if cell.trial.teacher:
             metrics |= {"kl_teacher_student": 0.5, "agreement": 95.0, "teacher_top1": 97.5}
         history = [{"epoch": e, "top1": top1 - 2 + e, "train_loss": 1 / e} for e in (1, 2)]
-        store.checkpoint(cell.trial, {"history": history})
+        store.log(cell.trial, history)
         record = {"metrics": metrics, "seconds": {"seconds": 3.0}, "parameters": 10}
         record["notes"] = ["look here"] if method == "PLD" else []
         store.finish(cell.trial, record, {"w": torch.zeros(1)})

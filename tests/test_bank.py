@@ -237,8 +237,10 @@ from pld_ray.data import load
 from pld_ray.spec import Trial
 from pld_ray.store import Store
 from pld_ray.stream import Stream
+from pld_ray import train as training
 from pld_ray.train import train
 
+training.CHECKPOINT_SECONDS = 0
 trial, calls, shown = Trial.model_validate_json(sys.argv[2]), int(sys.argv[3]), Stream.train
 
 def dying(*arguments):
@@ -416,7 +418,7 @@ def test_the_ledger_gives_a_chunk_to_one_at_a_time(monkeypatch):
         assert await ledger.claim(["a"], "one", 0) == "a"  # tried again after it died
         waiting = asyncio.create_task(ledger.claim(["b"], "three", 60))
         await asyncio.sleep(0.01)
-        await ledger.release("b", "one")  # is not its own
+        await ledger.release("b", "one", True)  # is not its own
         await asyncio.sleep(0.01)
         assert await waiting is None  # woken, to look at the store again
         for _ in range(4):
@@ -424,8 +426,12 @@ def test_the_ledger_gives_a_chunk_to_one_at_a_time(monkeypatch):
             await ledger.renew("a", "one")
         assert await ledger.claim(["a"], "three", 0) is None  # it shows signs of life
         assert await ledger.claim(["b"], "three", 0) == "b"  # "two" does not
-        await ledger.release("a", "one")
+        await ledger.release("a", "one", False)  # it could not
         assert await ledger.claim(["a"], "three", 0) == "a"
+        await ledger.release("a", "three", True)
+        assert await ledger.claim(["a"], "one", 60) is None  # soon: it is in the store
+        await asyncio.sleep(0.3)
+        assert await ledger.claim(["a"], "one", 0) == "a"  # it is not: damaged, or deleted
 
     asyncio.run(story())
 
@@ -439,10 +445,14 @@ def race(store_uri, trial, ledger, log, kill):
             file.write(f"{name}\n")
         if kill:
             os.kill(os.getpid(), signal.SIGKILL)
-        time.sleep(0.05)  # long enough for the others to come to it
+        time.sleep(0.2)  # long enough for the others to come to it
         compute(self, name)
 
     teacher.Bank._compute = noted
+    if not kill:  # wait for the other two
+        Path(f"{log}.{os.getpid()}").touch()
+        while len(list(Path(log).parent.glob("log.*"))) < 3:
+            time.sleep(0.01)
     try:
         train(trial, load(trial.data), Store(store_uri), lambda metrics: None, ledger)
     finally:
@@ -457,15 +467,15 @@ def test_trials_that_start_together_compute_each_chunk_once(experiment, tmp_path
     train(doomed.teacher, load(doomed.teacher.data), store, lambda metrics: None)
 
     class Hasty(bank.Ledger):
-        LEASE = 1.0
+        LEASE = 4.0
 
     ledger = local_ray.remote(Hasty).options(num_cpus=0).remote()
     task = local_ray.remote(race).options(num_cpus=0.01, max_retries=0)
     dead = task.remote(store.uri, doomed, ledger, str(log), True)
     with pytest.raises(local_ray.exceptions.WorkerCrashedError):
-        local_ray.get(dead, timeout=60)
+        local_ray.get(dead, timeout=200)
     assert len(log.read_text().split()) == 1  # it died with a claim
-    local_ray.get([task.remote(store.uri, t, ledger, str(log), False) for t in trials], timeout=120)
+    local_ray.get([task.remote(store.uri, t, ledger, str(log), False) for t in trials], timeout=200)
     names = log.read_text().split()
     assert names.count(names[0]) == 2 and len(set(names)) == len(names) - 1 == len(chunks(store))
     assert len(chunks(store)) == 4 + 1  # views, validation

@@ -20,6 +20,7 @@ def test_round_trip(tmp_path):
     )
     state = {"history": [{"epoch": 1, "top1": 3.0}], "student": {"w": torch.arange(3.0)}}
     store.checkpoint(TRIAL, state)
+    store.log(TRIAL, state["history"])
     loaded = store.load_checkpoint(TRIAL)
     assert loaded["history"] == state["history"] == store.epochs(TRIAL.id)
     assert torch.equal(loaded["student"]["w"], state["student"]["w"])

@@ -1,0 +1,108 @@
+"""What running trials costs beside training them: seconds a trial, and seconds a large plan.
+
+    .venv/bin/python benchmarks/orchestration.py    # two minutes on 2 cores
+
+Runs 20 tiny students (ResNet-8, 200 digits, CE and PLD in turn) one after the other on one CPU:
+of 1 epoch, and of 60, as in the demo. A trial's own seconds are those its record has for training
+and validation; the rest of the time between the end of the first trial and the end of the last,
+divided by 19, is the overhead: Ray, network and optimizer made, checkpoints, reports, records.
+Then `pld-ray plan` of a grid of 10,000 trials.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from pld_ray import sweep
+from pld_ray.experiment import load_experiment, plan
+from pld_ray.store import Store
+from pld_ray.view import View, screen_apart
+
+import ray  # isort: skip  after sweep, which sets its environment
+
+LARGE = """
+base: {data: {name: digits, pad: 1}, student: resnet8, teacher: resnet20, epochs: 60}
+grid:
+  loss: [{name: kd, temperature: [1, 2, 3, 4, 5]}, {name: pld, temperature: [1, 2, 3, 4, 5]}]
+  optimizer.lr: [1e-3, 2e-3, 3e-3, 4e-3, 5e-3, 6e-3, 7e-3, 8e-3, 9e-3, 1e-2]
+  optimizer.weight_decay: [0, 0.01, 0.02, 0.03, 0.04, 0.05, 0.06, 0.07, 0.08, 0.09]
+seeds: [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]
+"""
+
+
+class Watch(View):
+    """A view that notes when trials end."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.ends: dict[str, float] = {}
+
+    def end(self, trial_id: str, failure: str | None) -> None:
+        """As View's."""
+        self.ends[trial_id] = time.perf_counter()
+        super().end(trial_id, failure)
+
+
+def overhead(epochs: int, folder: Path) -> tuple[float, float]:
+    """Seconds of a tiny trial: its own, and those beside it."""
+    sets = ("grid.loss=[ce,pld]", f"seeds={list(range(10))}", f"epochs={epochs}")
+    made = plan(load_experiment("demo", (*sets, "teacher.train.epochs=1")))
+    store = Store(folder / str(epochs))
+    pending = made.trials
+    images = sweep.check(pending, store)
+    view = Watch(made, pending, Console(quiet=True))
+    sweep.run(made, images, store, view)
+    students = [key for key in view.ends if key not in made.teacher_ids]
+    own = {key: store.record(key)["seconds"]["seconds"] for key in students}  # type: ignore[index]
+    ends = sorted((view.ends[key], key) for key in students)
+    span = ends[-1][0] - ends[0][0]
+    between = [own[key] for _, key in ends[1:]]
+    return mean(between), (span - sum(between)) / len(between)
+
+
+def planning(folder: Path) -> float:
+    """Wall seconds of `pld-ray plan` for 10,000 trials."""
+    file = folder / "large.yaml"
+    file.write_text(LARGE)
+    command = [sys.executable, "-m", "pld_ray.cli", "plan", str(file), "--storage", str(folder)]
+    started = time.perf_counter()
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "10000 cells" in done.stdout
+    return time.perf_counter() - started
+
+
+def main() -> None:
+    """Measure and print."""
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    ).parse_args()
+    table = Table(box=box.MARKDOWN)
+    for head in ("20 tiny trials of", "own seconds", "beside"):
+        table.add_column(head, justify="right")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        with screen_apart(folder / "ray.log"):
+            ray.init(num_cpus=1, log_to_driver=False)
+            for epochs in (1, 60):
+                own, beside = overhead(epochs, folder)
+                table.add_row(f"{epochs} epochs", f"{own:.2f}", f"{beside:.2f}")
+            ray.shutdown()
+        seconds = planning(folder)
+    console = Console()
+    console.print(table)
+    console.print(f"pld-ray plan of 10,000 trials: {seconds:.1f} s")
+
+
+if __name__ == "__main__":
+    main()
