@@ -273,22 +273,25 @@ class Ledger:
     the Ledger dies is who is at work: a chunk may then be computed twice, the same both times.
     """
 
-    LEASE = 60.0
+    LEASE = 30.0
 
     def __init__(self) -> None:
-        self.claims: dict[str, tuple[str, float]] = {}  # chunk -> holder ("": at rest), until when
+        # (store, chunk) -> holder ("": at rest), until when
+        self.claims: dict[tuple[str, str], tuple[str, float]] = {}
         self.released = asyncio.Condition()
 
-    async def claim(self, chunks: list[str], holder: str, patience: float) -> str | None:
+    async def claim(
+        self, store: str, chunks: list[str], holder: str, patience: float
+    ) -> str | None:
         """The first of `chunks` that nobody computes or has just computed, now `holder`'s.
 
         None if there is none, after a release or `patience` seconds: time to look at the store.
         """
         async with self.released:
             for chunk in chunks:
-                owner, until = self.claims.get(chunk, (holder, 0.0))
+                owner, until = self.claims.get((store, chunk), (holder, 0.0))
                 if owner == holder or until < time.monotonic():
-                    self._set(chunk, holder)
+                    self._set(store, chunk, holder)
                     return chunk
                 if owner == "" and chunk == chunks[0]:
                     patience = min(patience, 0.02)  # it is there, or about to be seen
@@ -296,25 +299,28 @@ class Ledger:
                 await asyncio.wait_for(self.released.wait(), patience)
         return None
 
-    async def renew(self, chunk: str, holder: str) -> None:
+    async def renew(self, store: str, chunk: str, holder: str) -> None:
         """A sign of life of who computes the chunk."""
-        if self.claims.get(chunk, ("", 0))[0] == holder:
-            self._set(chunk, holder)
+        if self._holds(store, chunk, holder):
+            self._set(store, chunk, holder)
 
-    async def release(self, chunk: str, holder: str, computed: bool) -> None:
+    async def release(self, store: str, chunk: str, holder: str, computed: bool) -> None:
         """The chunk is in the store, or could not be computed."""
         async with self.released:
-            if self.claims.get(chunk, ("", 0))[0] == holder:
+            if self._holds(store, chunk, holder):
                 if computed:
-                    self._set(chunk, "")
+                    self._set(store, chunk, "")
                 else:
-                    del self.claims[chunk]
+                    del self.claims[store, chunk]
             now = time.monotonic()
             self.claims = {key: claim for key, claim in self.claims.items() if claim[1] > now}
             self.released.notify_all()
 
-    def _set(self, chunk: str, holder: str) -> None:
-        self.claims[chunk] = holder, time.monotonic() + self.LEASE
+    def _holds(self, store: str, chunk: str, holder: str) -> bool:
+        return self.claims.get((store, chunk), ("", 0.0))[0] == holder
+
+    def _set(self, store: str, chunk: str, holder: str) -> None:
+        self.claims[store, chunk] = holder, time.monotonic() + self.LEASE
 
 
 def open_ledger() -> Any:

@@ -201,7 +201,9 @@ class Bank:
         name = names[0]
         if self.ledger is not None:
             with self.clock("waiting"):
-                name = ray.get(self.ledger.claim.remote(names, self.holder, patience))
+                name = ray.get(
+                    self.ledger.claim.remote(self.store.uri, names, self.holder, patience)
+                )
             if name is None:
                 return
         computed = False
@@ -211,7 +213,7 @@ class Bank:
             computed = True
         finally:
             if self.ledger is not None:
-                self.ledger.release.remote(name, self.holder, computed)
+                self.ledger.release.remote(self.store.uri, name, self.holder, computed)
 
     def _compute(self, name: str) -> None:
         view, number = (int(part.split(".")[0]) for part in name.split("/")[1:])
@@ -225,7 +227,7 @@ class Bank:
             for batch in batches(samples, self.batch, drop_last=False):
                 parts.append(self.forward(batch, view).cpu())
                 if self.ledger is not None:
-                    self.ledger.renew.remote(name, self.holder)
+                    self.ledger.renew.remote(self.store.uri, name, self.holder)
             seconds = time.perf_counter() - started
         rows = banks.pack(torch.cat(parts).numpy(), self.row)
         self.store.write_chunk(name, banks.encode(rows, seconds))

@@ -412,26 +412,27 @@ def test_the_ledger_gives_a_chunk_to_one_at_a_time(monkeypatch):
 
     async def story():
         ledger = bank.Ledger()
-        assert await ledger.claim(["a", "b"], "one", 0) == "a"
-        assert await ledger.claim(["a", "b"], "two", 0) == "b"
-        assert await ledger.claim(["a", "b"], "three", 0) is None
-        assert await ledger.claim(["a"], "one", 0) == "a"  # tried again after it died
-        waiting = asyncio.create_task(ledger.claim(["b"], "three", 60))
+        assert await ledger.claim("s", ["a", "b"], "one", 0) == "a"
+        assert await ledger.claim("s", ["a", "b"], "two", 0) == "b"
+        assert await ledger.claim("s", ["a", "b"], "three", 0) is None
+        assert await ledger.claim("t", ["a"], "three", 0) == "a"  # of another store
+        assert await ledger.claim("s", ["a"], "one", 0) == "a"  # tried again after it died
+        waiting = asyncio.create_task(ledger.claim("s", ["b"], "three", 60))
         await asyncio.sleep(0.01)
-        await ledger.release("b", "one", True)  # is not its own
+        await ledger.release("s", "b", "one", True)  # is not its own
         await asyncio.sleep(0.01)
         assert await waiting is None  # woken, to look at the store again
         for _ in range(4):
             await asyncio.sleep(0.1)
-            await ledger.renew("a", "one")
-        assert await ledger.claim(["a"], "three", 0) is None  # it shows signs of life
-        assert await ledger.claim(["b"], "three", 0) == "b"  # "two" does not
-        await ledger.release("a", "one", False)  # it could not
-        assert await ledger.claim(["a"], "three", 0) == "a"
-        await ledger.release("a", "three", True)
-        assert await ledger.claim(["a"], "one", 60) is None  # soon: it is in the store
+            await ledger.renew("s", "a", "one")
+        assert await ledger.claim("s", ["a"], "three", 0) is None  # it shows signs of life
+        assert await ledger.claim("s", ["b"], "three", 0) == "b"  # "two" does not
+        await ledger.release("s", "a", "one", False)  # it could not
+        assert await ledger.claim("s", ["a"], "three", 0) == "a"
+        await ledger.release("s", "a", "three", True)
+        assert await ledger.claim("s", ["a"], "one", 60) is None  # soon: it is in the store
         await asyncio.sleep(0.3)
-        assert await ledger.claim(["a"], "one", 0) == "a"  # it is not: damaged, or deleted
+        assert await ledger.claim("s", ["a"], "one", 0) == "a"  # it is not: damaged, or deleted
 
     asyncio.run(story())
 
