@@ -16,12 +16,13 @@ SYMBOLS = {"temperature": "τ", "alpha": "α", "beta": "β", "gamma": "γ"}
 
 
 def frame(plan: Plan, store: Store) -> pd.DataFrame:
-    """One row a cell, in the plan's order.
+    """One row a cell, in the plan's order; cells that are the same trial in the same place are one.
 
     Columns: id, student, teacher (as the experiment names it, also for losses without one),
     setting (what else the grid varies), method, loss, seed, finished (bool), notes (sentences that
     the trial left for its user), and every metric of the record, NaN where there is none; seconds
-    is the trial's training time.
+    is the trial's training time, teacher_seconds what of it the teacher's forward passes took, and
+    teacher_avoided_seconds what the teacher bank spared.
     """
     methods, settings = _methods(plan), _settings(plan)
     teachers = {key: record for key in plan.teacher_ids if (record := store.record(key))}
@@ -42,11 +43,13 @@ def frame(plan: Plan, store: Store) -> pd.DataFrame:
         }
         if record is not None:
             row |= record["metrics"] | {"seconds": record["seconds"]["seconds"]}
+            for part in ("teacher_seconds", "teacher_avoided_seconds"):
+                row[part] = record["seconds"].get(part, 0.0)
             row["parameters"] = record["parameters"]
         if isinstance(cell.trial.teacher, Trial) and cell.trial.teacher.id in teachers:
             row["teacher_top1"] = teachers[cell.trial.teacher.id]["metrics"]["top1"]
         rows.append(row)
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows).drop_duplicates(["id", *GROUP], ignore_index=True)
 
 
 def curves(plan: Plan, store: Store) -> pd.DataFrame:
@@ -102,7 +105,7 @@ def _settings(plan: Plan) -> list[str]:
     varied = [
         field
         for field in dict.fromkeys(field for trial in flat for field in trial)
-        if len({str(trial.get(field)) for trial in flat}) > 1
+        if len({str(trial[field]) for trial in flat if field in trial}) > 1
     ]
     return [
         ", ".join(f"{field} {trial[field]}" for field in varied if field in trial) for trial in flat
@@ -113,6 +116,8 @@ def _flatten(trial: Trial) -> dict[str, Any]:
     """Dotted fields of a trial but those that have columns of their own."""
     dump = trial.model_dump(mode="json", exclude={"teacher", "loss", "seed"})
     dump["student"].pop("name")
+    if trial.teacher is None:  # whose logits they would be
+        dump.pop("teacher_logits")
     flat: dict[str, Any] = {}
     for field, value in dump.items():
         if isinstance(value, dict):

@@ -59,6 +59,10 @@ class Teacher:
         assert teacher is not None
         return load_teacher(teacher, *self.images.shape)
 
+    def load(self) -> None:
+        """Make the network now."""
+        _ = self.network
+
     @torch.no_grad()
     def __call__(self, x: Tensor) -> Tensor:
         """Images [B, channels, H, W] to logits [B, C], float32."""
@@ -99,20 +103,20 @@ class Bank:
     classes: int
     views: int
     batch: int  # samples in a forward pass
-    forward: Callable[[Ints, int], Tensor]  # samples [B] and view to logits [B, C]
-    store: Store
+    teacher: Teacher
+    images: Callable[[Ints, int], Tensor]  # samples [B] and view to what the teacher sees
     clock: Clock
     ledger: Any  # the Ray actor that says who computes what; None: nobody else does
     holder: str  # this process's name there
 
     def __post_init__(self) -> None:
-        self.key = self.spec.key
+        self.store, self.key = self.teacher.store, self.spec.key
         self.size = len(self.labels)
         self.chunks = math.ceil(self.size / self.spec.rows)  # of a view
         self.row = banks.row_type(self.classes, self.spec.logits)
         self.order_row = banks.order_type(self.classes)
         self.view = -1  # the one that is open
-        self.place = self.labels  # of each sample in it
+        self.order = self.place = self.labels  # its samples, and the place of each
         self.logits: dict[int, tuple[Array, float]] = {}  # its chunks so far, their seconds
         self.orders: dict[int, Array] = {}
         self.unread: dict[tuple[int, int], int] = {}  # rows computed here and not yet read
@@ -126,7 +130,7 @@ class Bank:
         """
         with_order = with_order and self.classes >= banks.ORDER_FROM
         if view != self.view:
-            self.view, self.place, self.logits, self.orders = view, self._places(view), {}, {}
+            self._open(view)
         chunk, row = np.divmod(self.place[samples], self.spec.rows)
         needed = np.unique(chunk).tolist()
         for number in needed:
@@ -149,11 +153,11 @@ class Bank:
         for name in self.store.missing_chunks(names):
             self._compute_one([name], patience=0)
 
-    def _places(self, view: int) -> Ints:
-        order = self.spec.order(view, self.size)
-        places = np.empty_like(order)
-        places[order] = np.arange(self.size)
-        return places
+    def _open(self, view: int) -> None:
+        self.view, self.logits, self.orders = view, {}, {}
+        self.order = self.spec.order(view, self.size)
+        self.place = np.empty_like(self.order)
+        self.place[self.order] = np.arange(self.size)
 
     def _count(self, chunk: Ints, needed: list[int]) -> None:
         """Add what reading these rows would have cost without the bank."""
@@ -171,8 +175,8 @@ class Bank:
         return f"{self.key}/{view}/{chunk}.{kind}"
 
     def _samples(self, view: int, chunk: int) -> Ints:
-        start = chunk * self.spec.rows
-        return self.spec.order(view, self.size)[start : start + self.spec.rows]
+        order = self.order if view == self.view else self.spec.order(view, self.size)
+        return order[chunk * self.spec.rows :][: self.spec.rows]
 
     def _load(self, name: str, row: np.dtype[Any], count: int) -> tuple[Array, float] | None:
         """A chunk of the store; a damaged one is deleted, and is then as if it had never been."""
@@ -185,11 +189,11 @@ class Bank:
         return found
 
     def _chunk(self, view: int, number: int) -> tuple[Array, float]:
-        """Rows of a chunk and their seconds, from wherever it takes the least time to get them."""
+        """Rows of a chunk, and the seconds they took: read, or computed here first."""
         first = view * self.chunks + number
         last = min(first + AHEAD, self.views * self.chunks)
         names = [self._name(*divmod(i, self.chunks)) for i in range(first, last)]
-        count = len(self._samples(view, number))
+        count = min(self.spec.rows, self.size - number * self.spec.rows)
         while (found := self._load(names[0], self.row, count)) is None:
             missing = self.store.missing_chunks(names)
             if missing and missing[0] == names[0]:
@@ -219,13 +223,14 @@ class Bank:
         view, number = (int(part.split(".")[0]) for part in name.split("/")[1:])
         samples = self._samples(view, number)
         self.store.start_bank(self.key, self.about)
+        self.teacher.load()  # before the clock runs: it is not what computing logits takes
         parts = []
         with self.clock("teacher"):
-            if torch.cuda.is_available():
+            if self.clock.cuda:
                 torch.cuda.synchronize()  # the student's last steps are not the teacher's time
             started = time.perf_counter()
             for batch in batches(samples, self.batch, drop_last=False):
-                parts.append(self.forward(batch, view).cpu())
+                parts.append(self.teacher(self.images(batch, view)).cpu())
                 if self.ledger is not None:
                     self.ledger.renew.remote(self.store.uri, name, self.holder)
             seconds = time.perf_counter() - started
@@ -240,9 +245,8 @@ class Bank:
         if found is None:
             labels = torch.from_numpy(self.labels[self._samples(view, number)])
             order = np.empty(len(rows), self.order_row)
-            order["order"] = teacher_order(
-                torch.from_numpy(banks.unpack(np.array(rows))), labels
-            ).numpy()
+            logits = torch.from_numpy(banks.unpack(np.array(rows)))
+            order["order"] = teacher_order(logits, labels).numpy()
             self.store.write_chunk(name, banks.encode(order, 0.0))
             return order
         return found[0]
@@ -266,7 +270,7 @@ def open_banks(
     """The banks of the training and the validation images, as a trial's worker reads them."""
     trial, images, digest = teacher.trial, teacher.images, teacher.digest()
 
-    def bank(split: Split, labels: Ints, views: int, batch: int, x: Any) -> Bank:
+    def bank(split: Split, labels: Ints, views: int, batch: int, shown: Any) -> Bank:
         spec = banks.spec(trial, split, digest, images.fingerprint, teacher.bfloat16)
         return Bank(
             spec=spec,
@@ -275,8 +279,8 @@ def open_banks(
             classes=images.classes,
             views=views,
             batch=batch,
-            forward=lambda samples, view: teacher(x(samples, view)),
-            store=teacher.store,
+            teacher=teacher,
+            images=shown,
             clock=clock,
             ledger=ledger,
             holder=holder,

@@ -99,6 +99,8 @@ def train(trial: Trial, images: Images, store: Store, report: Report, ledger: An
         if ema is not None:
             ema.load_state_dict(state["ema"])
     val_index = order(0, 0, len(images.val))[rank::world]
+    if len(val_index) == 0:
+        raise TrainingError("there are fewer validation images than workers")
     teacher_val, teacher_scores = None, {}
     if teacher is not None:
         if val_bank is not None:
@@ -249,8 +251,6 @@ def _val_sums(
     logits: list[Tensor], stream: Stream, index: Any, teacher_logits: list[Tensor] | None
 ) -> Tensor:
     """The sums of `metrics.sums` over this worker's validation samples."""
-    if not logits:
-        raise TrainingError("there are fewer validation images than workers")
     labels = stream.labels["val"][torch.from_numpy(index).to(stream.device)].split(VAL_BATCH)
     others: Sequence[Tensor | None] = teacher_logits or [None] * len(logits)
     return torch.stack(

@@ -36,6 +36,8 @@ def results(experiment, tmp_path):
         store.log(cell.trial, history)
         record = {"metrics": metrics, "seconds": {"seconds": 3.0}, "parameters": 10}
         record["notes"] = ["look here"] if method == "PLD" else []
+        if method == "PLD":
+            record["seconds"]["teacher_avoided_seconds"] = 2.0
         store.finish(cell.trial, record, {"w": torch.zeros(1)})
     return made, store
 
@@ -50,6 +52,22 @@ def test_comparison_by_hand(results):
     assert math.isnan(table.loc["KD (τ = 4)", "top1"])
     assert math.isnan(table.loc["KD (τ = 4)", "gain"])
     assert table.loc["KD (τ = 4)", "n"] == 0 and table.loc["PLD", "n"] == 3
+
+
+def test_what_the_bank_spared_is_a_column(results):
+    spared = records.frame(*results).groupby("method", sort=False)["teacher_avoided_seconds"].sum()
+    assert spared.to_dict() == {"CE": 0, "KD (τ = 1)": 0, "KD (τ = 4)": 0, "PLD": 6}
+
+
+def test_how_teacher_logits_are_kept_sets_no_method_apart_that_has_no_teacher(experiment, tmp_path):
+    live = plan(experiment(TEXT, "teacher.logits=live", "epochs=3"))
+    assert set(records.frame(live, Store(tmp_path / "x"))["setting"]) == {""}
+    both = plan(experiment(TEXT, "grid.teacher.logits=[live, float32]"))
+    frame = records.frame(both, Store(tmp_path / "x"))
+    assert len(both.cells) == 24 and (frame["method"] == "CE").sum() == 3  # the same for both
+    settings = frame.groupby("method")["setting"].unique()
+    assert list(settings["CE"]) == [""]
+    assert list(settings["PLD"]) == ["teacher_logits live", "teacher_logits float32"]
 
 
 def test_notes_are_told_once_below_the_table(results, capsys):

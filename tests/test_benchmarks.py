@@ -1,10 +1,13 @@
 """The benchmarks run, and print and draw what they measured; how fast is not tested."""
 
+import argparse
+import io
 import runpy
 import sys
 from pathlib import Path
 
 import pandas as pd
+from rich.console import Console
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 
@@ -27,3 +30,20 @@ def test_the_straightforward_forms_are_pld():
     expected = benchmark["losses"].PLDLoss()(*args)
     for form in ("loop", "logcumsumexp"):
         assert abs(benchmark[form](*args) - expected) < 1e-5 * expected
+
+
+def test_grid_counts_the_teachers_images(tmp_path, local_ray):
+    sys.path.insert(0, str(FOLDER))
+    try:
+        import grid
+    finally:
+        sys.path.pop(0)
+    arguments = argparse.Namespace(students=3, images=64, epochs=1, rounds=1)
+    row = grid.measure("demo", tmp_path, arguments)  # 10 epochs of 200 images, 360 to validate
+    assert row["live_images"] == 3 * (10 * 200 + 360)
+    assert row["bank_images"] == 10 * 200 + 360
+    assert row["faster"] == row["live_seconds"] / row["bank_seconds"] > 0
+    assert 0 < row["pld_not_student_percent"] < 100 and row["pld_over_ce"] > 0
+    console = Console(width=120, file=io.StringIO())
+    grid.show(pd.DataFrame([row]), console)
+    assert "| resnet20 → resnet8" in console.file.getvalue()
