@@ -31,10 +31,8 @@ def seconds(plan: Plan, store: Store, done: set[str]) -> dict[str, float]:
 
 
 def _kind(trial: Trial) -> tuple[Any, ...]:
-    teacher = trial.teacher
-    name = teacher.student.name if isinstance(teacher, Trial) else teacher and teacher.name
     data = trial.data.model_dump_json()
-    return trial.student.name, name, data, trial.batch_size, trial.workers
+    return trial.student.name, trial.teacher_name, data, trial.batch_size, trial.workers
 
 
 def show(plan: Plan, done: set[str], estimate: dict[str, float]) -> None:
@@ -77,9 +75,9 @@ def aligned(head: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
 
 def bank_row(bank: Planned) -> dict[str, Any]:
     """A planned bank for programs; sizes in bytes."""
-    teacher, trial = bank.trial.teacher, bank.trial
+    trial = bank.trial
     return {
-        "teacher": teacher.student.name if isinstance(teacher, Trial) else teacher and teacher.name,
+        "teacher": trial.teacher_name,
         "data": trial.data.name,
         "split": bank.split,
         "seed": trial.seed if bank.split == "train" and trial.data.augmented else None,

@@ -328,15 +328,12 @@ def _cell(raw: dict[str, Any], taught: dict[str, Any], where: str) -> Cell:
         if field in raw:
             raise InputError(f"{where}: {field}: set teacher.{field.removeprefix('teacher_')}")
     trial = validated(Trial, raw | taught, where)
-    teacher, name = trial.teacher, None
-    if teacher is not None:
-        name = teacher.student.name if isinstance(teacher, Trial) else teacher.name
     unused: dict[str, Any] = {}
     if not trial.loss.needs_teacher:
         unused |= {"teacher": None, "teacher_logits": "float16"}
     if not trial.data.augmented or (trial.views or 0) >= trial.epochs:
         unused["views"] = None
-    return Cell(trial.model_copy(update=unused) if unused else trial, name)
+    return Cell(trial.model_copy(update=unused) if unused else trial, trial.teacher_name)
 
 
 def _sha256(path: str, where: str) -> str:

@@ -171,6 +171,12 @@ class Trial(Part):
         text = json.dumps(canonical(self), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
+    @property
+    def teacher_name(self) -> str | None:
+        """The name of the teacher's network."""
+        teacher = self.teacher.student if isinstance(self.teacher, Trial) else self.teacher
+        return teacher.name if teacher else None
+
     def model_copy(self, **kwargs: Any) -> Trial:
         """As pydantic's; the copy has an id of its own."""
         copied = super().model_copy(**kwargs)

@@ -143,7 +143,8 @@ class Bank:
             logits = torch.from_numpy(banks.unpack(rows))
             order = None
             if with_order:
-                order = torch.from_numpy(_gather(self.orders, chunk, row)["order"])
+                orders = _gather({n: self.orders[n] for n in needed}, chunk, row)
+                order = torch.from_numpy(orders["order"])
             self._count(chunk, needed)
         return logits, order
 
@@ -253,14 +254,14 @@ class Bank:
 
 
 def _gather(chunks: dict[int, Array], chunk: Ints, row: Ints) -> Array:
-    """Rows by their chunk and the place there, [B] each."""
-    needed = np.unique(chunk)
-    if len(needed) == 1:
-        return chunks[int(needed[0])][row]
-    rows = np.empty(len(row), chunks[int(needed[0])].dtype)
-    for number in needed.tolist():
+    """Rows by their chunk and the place there, [B] each; `chunks` are those that are needed."""
+    some, *others = chunks.values()
+    if not others:
+        return some[row]
+    rows = np.empty(len(row), some.dtype)
+    for number, kept in chunks.items():
         inside = chunk == number
-        rows[inside] = chunks[number][row[inside]]
+        rows[inside] = kept[row[inside]]
     return rows
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from pld_ray.data import Images, batches, hashes, load, order, size
+from pld_ray.data import Images, Size, batches, hashes, load, order, size
 from pld_ray.errors import InputError
 from pld_ray.spec import Data
 from pld_ray.stream import Stream, crop_and_flip
@@ -180,3 +180,10 @@ def test_bad_names_and_places_are_told():
         load(Data(name="cifar100", root="/nowhere"))
     with pytest.raises(InputError, match=r"data.mean is \(0.5, 0.5\): expected 1 numbers"):
         load(Data(name="digits", mean=(0.5, 0.5)))
+
+
+def test_sizes_are_those_of_the_loaded_data():
+    for limit in (None, 9):
+        data = Data(name="digits", limit=limit)
+        images = load(data)
+        assert size(data) == Size(len(images.train), len(images.val), images.classes)
