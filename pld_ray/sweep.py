@@ -107,7 +107,9 @@ def build_banks(
     owned = _connect(address)
     try:
         cluster = ray.cluster_resources()
-        need = _needs(planned[0].trial.model_copy(update={"workers": 1}), resources)
+        one_worker = planned[0].trial.model_copy(update={"workers": 1})
+        need = _needs(one_worker, resources)
+        _check_room({one_worker.id: one_worker}, {one_worker.id: need}, cluster)
         rooms = [cluster.get(kind, 0) // need[kind] for kind in ("CPU", "GPU") if need[kind]]
         references = {name: ray.put(value) for name, value in images.items()}
         ledger = bank.open_ledger()
@@ -345,7 +347,8 @@ def _trial(
 def _fill(trial: Trial, images: data.Images, store_uri: str, ledger: Any, worker: int) -> None:
     from pld_ray.teacher import fill
 
-    fill(trial, images, Store(store_uri), ledger, f"build/{worker}")
+    job = ray.get_runtime_context().get_job_id()  # two builds are not one, a task tried again is
+    fill(trial, images, Store(store_uri), ledger, f"build/{job}/{worker}")
 
 
 def _train_and_note(

@@ -147,6 +147,11 @@ def test_bank_build_ls_and_rm(experiment, tmp_path):
     store = Store(tmp_path / "results")
     for trial in cells(experiment):
         assert "teacher_seconds" not in store.record(trial.id)["seconds"]
+    command = [sys.executable, "-m", "pld_ray.cli", "bank", "build", path, *storage]
+    refused = subprocess.run(
+        [*command, "--set", "resources.cpus=4096"], capture_output=True, text=True, check=False
+    )
+    assert refused.returncode == 2 and "needs 4096 CPUs and the cluster has" in refused.stderr
     assert "deleted: 1 banks, 15 kB" in cli("bank", "rm", rows["val"][0])
     assert rows["train"][0] in cli("bank", "ls") and len(store.banks()) == 1
     assert "deleted: 1 banks" in cli("bank", "rm", "--all") and store.banks() == {}
