@@ -116,7 +116,7 @@ def _flatten(trial: Trial) -> dict[str, Any]:
     """Dotted fields of a trial but those that have columns of their own."""
     dump = trial.model_dump(mode="json", exclude={"teacher", "loss", "seed"})
     dump["student"].pop("name")
-    if trial.teacher is None:  # whose logits they would be
+    if trial.teacher is None or trial.loss.needs_features:  # no logits to be kept
         dump.pop("teacher_logits")
     flat: dict[str, Any] = {}
     for field, value in dump.items():

@@ -87,7 +87,9 @@ def methods(given: Inputs) -> dict[str, Callable[[], None]]:
         return losses.create_loss(losses.REGISTRY[name](name=name, **params), ignore_index=None)
 
     found = {
-        params.label: step(ours(name)) for name, params in losses.REGISTRY.items() if name != "pld"
+        params.label: step(ours(name))
+        for name, params in losses.REGISTRY.items()
+        if name != "pld" and not params.needs_features
     }
     found["PLD"] = step(ours("pld"))
     found["PLD, order given"] = step(ours("pld"), order=losses.teacher_order(teacher, labels))

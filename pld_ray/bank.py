@@ -112,7 +112,8 @@ def views(trial: Trial) -> int:
 
 def banked(trial: Trial) -> bool:
     """Whether a trial reads a bank."""
-    return trial.teacher is not None and trial.teacher_logits != "live"
+    kept = trial.teacher_logits != "live" and not trial.loss.needs_features
+    return trial.teacher is not None and kept
 
 
 # ---------------------------------------------------------------- rows and chunks

@@ -322,7 +322,8 @@ def _teacher(entry: Any, raw: dict[str, Any], experiment: Experiment) -> dict[st
 def _cell(raw: dict[str, Any], taught: dict[str, Any], where: str) -> Cell:
     """The validated trial of one cell, without what makes no difference to it.
 
-    A loss that needs no teacher gets none, but the same views of the images as the others.
+    A loss that needs no teacher gets none, but the same views of the images as the others; one that
+    compares features reads no kept logits.
     """
     for field in ("teacher_logits", "views"):
         if field in raw:
@@ -330,7 +331,9 @@ def _cell(raw: dict[str, Any], taught: dict[str, Any], where: str) -> Cell:
     trial = validated(Trial, raw | taught, where)
     unused: dict[str, Any] = {}
     if not trial.loss.needs_teacher:
-        unused |= {"teacher": None, "teacher_logits": "float16"}
+        unused["teacher"] = None
+    if not trial.loss.needs_teacher or trial.loss.needs_features:
+        unused["teacher_logits"] = "float16"
     if not trial.data.augmented or (trial.views or 0) >= trial.epochs:
         unused["views"] = None
     return Cell(trial.model_copy(update=unused) if unused else trial, trial.teacher_name)

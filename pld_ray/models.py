@@ -7,6 +7,7 @@ take any image size and number of channels.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,14 +18,22 @@ from timm.models import register_model
 from torch import Tensor, nn
 
 from pld_ray.errors import InputError, nearest
-from pld_ray.spec import Model, Weights
+from pld_ray.losses import FeatureLoss, create_loss
+from pld_ray.losses.features import Features
+from pld_ray.spec import Model, Trial, Weights
 
 
 class CifarNet(nn.Module):
     """stem, stages, head: what the CIFAR networks have in common, under timm's names."""
 
     def __init__(
-        self, stem: nn.Module, stages: list[nn.Module], head: nn.Module, width: int, classes: int
+        self,
+        stem: nn.Module,
+        stages: list[nn.Module],
+        head: nn.Module,
+        width: int,
+        classes: int,
+        taps: list[int] | None = None,
     ) -> None:
         super().__init__()
         self.stem = stem
@@ -34,6 +43,7 @@ class CifarNet(nn.Module):
         self.fc = nn.Linear(width, classes)
         self.num_features = width
         self.num_classes = classes
+        self.taps = taps or list(range(len(stages)))  # stages whose features losses compare
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -48,6 +58,15 @@ class CifarNet(nn.Module):
         for stage in self.stages:
             x = stage(x)
         return self.head(x)
+
+    def forward_intermediates(self, x: Tensor, indices: list[int]) -> tuple[Tensor, list[Tensor]]:
+        """Images to the last feature map, and to the outputs of the stages of these numbers."""
+        x = self.stem(x)
+        stages = []
+        for stage in self.stages:
+            x = stage(x)
+            stages.append(x)
+        return self.head(x), [stages[i] for i in indices]
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """The last feature map to logits [B, C], or to its pooled features [B, width]."""
@@ -242,7 +261,62 @@ def mobilenetv2_cifar(
         inputs = width
     stem = nn.Sequential(*_conv_bn(in_chans, 16, 3, 2), nn.ReLU())
     head = nn.Sequential(*_conv_bn(inputs, 1280, 1), nn.ReLU())
-    return CifarNet(stem, stages, head, 1280, num_classes)
+    # the last stage of each size, as in the CRD repository: so that it has four, like ResNet-50
+    return CifarNet(stem, stages, head, 1280, num_classes, taps=[1, 2, 4, 6])
+
+
+# ---------------------------------------------------------------- features
+
+
+def taps(network: nn.Module) -> list[int]:
+    """The stages whose features are compared, as indices for timm's `forward_intermediates`.
+
+    A CIFAR network declares its own. Of timm's, a family that keeps its resolution (a vision
+    transformer) gives four blocks at the quarters of its depth; one that lowers it step by step
+    gives the last feature map of each resolution below the stem's (half the image's), as
+    `feature_info` has them. Raises InputError for a network that gives no features.
+    """
+    if isinstance(network, CifarNet):
+        return network.taps
+    name = type(network).__name__
+    if not hasattr(network, "forward_intermediates") or not hasattr(network, "feature_info"):
+        raise InputError(
+            f"model family {name}: timm gives no intermediate features of it; "
+            "choose a loss on logits, such as pld, or another network"
+        )
+    info: Any = network.feature_info
+    reductions = [stage["reduction"] for stage in info]
+    if len(set(reductions)) == 1:
+        depth = len(reductions)
+        return sorted({math.ceil(depth * quarter / 4) - 1 for quarter in (1, 2, 3, 4)})
+    return [i for i, reduction in enumerate(reductions) if reduction > 2]
+
+
+class Tapped(nn.Module):
+    """A network whose forward pass gives its features beside its logits.
+
+    It holds the network itself, whose weights and names stay as they are.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+        self.taps = taps(network)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Features]:
+        """Images [B, channels, H, W] to logits [B, C] and features."""
+        network: Any = self.network
+        last, stages = network.forward_intermediates(x, indices=self.taps)
+        pooled = network.forward_head(last, pre_logits=True)
+        return network.get_classifier()(pooled), Features(stages, pooled)
+
+
+@torch.no_grad()
+def probe(network: nn.Module, channels: int, image_size: int) -> Features:
+    """Features of the shapes that the network gives, for one image."""
+    network.eval()
+    weight = next(network.parameters())
+    return Tapped(network)(weight.new_zeros(1, channels, image_size, image_size))[1]
 
 
 # ---------------------------------------------------------------- by name
@@ -278,6 +352,24 @@ def load_teacher(teacher: Weights, classes: int, channels: int, image_size: int)
     model = create_model(teacher, classes, channels, image_size)
     model.load_state_dict(load_file(teacher.weights))
     return model
+
+
+def check_features(trial: Trial, classes: int, channels: int, image_size: int) -> None:
+    """Raise InputError if the features of student and teacher cannot be compared by the loss."""
+    teacher = trial.teacher.student if isinstance(trial.teacher, Trial) else trial.teacher
+    assert teacher is not None
+    shape = classes, channels, image_size
+    with torch.device("meta"):
+        features = [
+            probe(create_model(model, *shape), *shape[1:]) for model in (trial.student, teacher)
+        ]
+        loss = create_loss(trial.loss)
+        assert isinstance(loss, FeatureLoss)
+        try:
+            loss.connect(*features)
+            loss.distance(*features)
+        except ValueError as error:
+            raise InputError(f"{teacher.name} → {trial.student.name}: {error}") from None
 
 
 def check_model(model: Model | Weights, classes: int, channels: int, image_size: int) -> int:

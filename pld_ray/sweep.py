@@ -161,6 +161,10 @@ def check(
             if name not in seen:
                 seen.add(name)
                 models.check_model(model, *images[key].shape)
+        compared = f"{key} {trial.student!r} {trial.teacher_name} {trial.loss!r}"
+        if trial.loss.needs_features and compared not in seen:
+            seen.add(compared)
+            models.check_features(trial, *images[key].shape)
     return images
 
 

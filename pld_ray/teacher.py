@@ -26,7 +26,8 @@ from pld_ray.bank import Array, Spec, Split
 from pld_ray.data import Images, Ints, batches
 from pld_ray.device import Clock, memory_format, pick_device, uses_bfloat16
 from pld_ray.losses import teacher_order
-from pld_ray.models import create_model, load_teacher
+from pld_ray.losses.features import Features
+from pld_ray.models import Tapped, create_model, load_teacher
 from pld_ray.spec import Trial
 from pld_ray.store import Store
 from pld_ray.stream import Stream
@@ -69,6 +70,13 @@ class Teacher:
         self.images_seen += len(x)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
             return self.network(x).float()
+
+    @torch.no_grad()
+    def features(self, x: Tensor) -> Features:
+        """Images [B, channels, H, W] to what losses on features compare."""
+        self.images_seen += len(x)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
+            return Tapped(self.network)(x)[1]
 
     def digest(self) -> str:
         """The sha256 of its weights; of timm's pretrained ones they are loaded for it, once."""

@@ -32,7 +32,7 @@ from pld_ray.data import Images, batches, hashes, order
 from pld_ray.device import Clock, memory_format, pick_device, uses_bfloat16
 from pld_ray.losses import DKDLoss, create_loss
 from pld_ray.losses.plackett_luce import RankingLoss
-from pld_ray.models import create_model
+from pld_ray.models import Tapped, create_model, probe
 from pld_ray.spec import Schedule, Trial
 from pld_ray.store import Store
 from pld_ray.stream import Stream
@@ -68,10 +68,20 @@ def train(trial: Trial, images: Images, store: Store, report: Report, ledger: An
     bank = val_bank = None
     if teacher is not None and banked(trial):
         bank, val_bank = open_banks(teacher, stream, clock, ledger, f"{trial.id}/{rank}")
-    loss_function = create_loss(trial.loss, ignore_index=None)
+    options: Any = {} if trial.loss.needs_features else {"ignore_index": None}
+    loss_function: Any = create_loss(trial.loss, **options)
+    network = student
+    if teacher is not None and trial.loss.needs_features:
+        network = Tapped(student)
+        shapes = [probe(model, *images.shape[1:]) for model in (student, teacher.network)]
+        loss_function.connect(*shapes)
+        loss_function.to(device)
     # a loss that ranks the first classes alone takes the label beside them: no kept order for it
     ranks = isinstance(loss_function, RankingLoss) and getattr(loss_function, "top_k", None) is None
     optimizer = create_optimizer_v2(student, **_optimizer_arguments(trial))
+    learnt = list(loss_function.parameters())  # by the loss itself; no part of the student
+    if learnt:
+        optimizer.add_param_group({"params": learnt, "weight_decay": trial.optimizer.weight_decay})
     steps = len(list(batches(order(0, 0, len(images.train)), trial.batch_size, trial.drop_last)))
     if steps == 0:
         raise TrainingError(
@@ -81,11 +91,12 @@ def train(trial: Trial, images: Images, store: Store, report: Report, ledger: An
     scheduler = _scheduler(trial.schedule, optimizer, trial.epochs, steps)
     ema = ModelEmaV3(student, decay=trial.ema) if trial.ema else None
 
-    parallel: nn.Module = student
+    parallel, criterion = network, loss_function
     if world > 1:
-        parallel = DistributedDataParallel(
-            student, device_ids=[device] if device.type == "cuda" else None
-        )
+        devices = [device] if device.type == "cuda" else None
+        parallel = DistributedDataParallel(network, device_ids=devices)
+        if learnt:
+            criterion = DistributedDataParallel(loss_function, device_ids=devices)
     forward = torch.compile(parallel) if trial.compile else parallel
     history: list[dict[str, Any]] = []
     state = store.load_checkpoint(trial)
@@ -96,6 +107,7 @@ def train(trial: Trial, images: Images, store: Store, report: Report, ledger: An
         history = state["history"]
         student.load_state_dict(state["student"])
         optimizer.load_state_dict(state["optimizer"])
+        loss_function.load_state_dict(state.get("loss", {}))
         if ema is not None:
             ema.load_state_dict(state["ema"])
     val_index = order(0, 0, len(images.val))[rank::world]
@@ -133,20 +145,25 @@ def train(trial: Trial, images: Images, store: Store, report: Report, ledger: An
                         "set drop_last: true"
                     )
                 x, labels = stream.train(share, view)
-            teacher_logits, ranking = None, {}
+            target: Any = None  # what the teacher says: logits, or features
+            ranking = {}
             if bank is not None:
-                teacher_logits, kept_order = bank.read(share, view, ranks)
-                teacher_logits = teacher_logits.to(device, non_blocking=True)
+                target, kept_order = bank.read(share, view, ranks)
+                target = target.to(device, non_blocking=True)
                 if kept_order is not None:
                     ranking["order"] = kept_order.to(device, non_blocking=True)
             elif teacher is not None:
                 with clock("teacher"):
-                    teacher_logits = teacher(x)
+                    target = teacher.features(x) if trial.loss.needs_features else teacher(x)
             scheduler.step_update(epoch * steps + step)
             with clock("student"), autocast:
-                logits = forward(x).float()
+                outputs = forward(x)
             with clock("loss"):
-                loss = loss_function(logits, teacher_logits, labels, **ranking)
+                if trial.loss.needs_features:
+                    logits, features = outputs
+                    loss = criterion(logits, labels, features, target)
+                else:
+                    loss = criterion(outputs.float(), target, labels, **ranking)
                 # shares of a ragged batch differ by one: weight them so that the mean of the
                 # workers' gradients is the gradient of the mean over the batch
                 loss = loss * (len(share) * world / len(batch))
@@ -154,7 +171,7 @@ def train(trial: Trial, images: Images, store: Store, report: Report, ledger: An
                 optimizer.zero_grad()
                 loss.backward()
                 if trial.clip_grad:
-                    nn.utils.clip_grad_norm_(student.parameters(), trial.clip_grad)
+                    nn.utils.clip_grad_norm_([*student.parameters(), *learnt], trial.clip_grad)
                 optimizer.step()
                 if ema is not None:
                     ema.update(student, step=epoch * steps + step)
@@ -194,6 +211,7 @@ def train(trial: Trial, images: Images, store: Store, report: Report, ledger: An
                 "student": student.state_dict(),
                 "optimizer": optimizer.state_dict(),
                 "ema": ema.state_dict() if ema is not None else {},
+                "loss": loss_function.state_dict(),
             }
             store.checkpoint(trial, kept)
             kept_at = time.perf_counter()

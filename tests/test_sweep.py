@@ -74,19 +74,19 @@ base:
   epochs: 2
   batch_size: 66
   clip_grad: 1
-  loss: pld
-grid: {workers: [1, 2]}
+grid: {loss: [pld, {name: fitnet, weight: 1}], workers: [1, 2]}
 """
     made, store = plan(experiment(text)), Store(tmp_path / "results")
     assert run(made, store)[0] == {}
-    one, two = (cell.trial for cell in made.cells)
-    assert two.workers == 2
-    weights = [store.load_weights(trial) for trial in (one, two)]
-    for name in weights[0]:
-        torch.testing.assert_close(weights[0][name], weights[1][name], rtol=1e-4, atol=1e-5)
-    scores = [store.record(trial.id)["metrics"] for trial in (one, two)]
-    for name in ("train_loss", "val_loss", "top1", "ece", "kl_teacher_student", "agreement"):
-        assert scores[0][name] == pytest.approx(scores[1][name], rel=1e-3), name
+    trials = [cell.trial for cell in made.cells]
+    for one, two in (trials[:2], trials[2:]):  # FitNet has learnt a convolution on both workers
+        assert one.loss == two.loss and two.workers == 2
+        weights = [store.load_weights(trial) for trial in (one, two)]
+        for name in weights[0]:
+            torch.testing.assert_close(weights[0][name], weights[1][name], rtol=1e-4, atol=1e-5)
+        scores = [store.record(trial.id)["metrics"] for trial in (one, two)]
+        for name in ("train_loss", "val_loss", "top1", "ece", "kl_teacher_student", "agreement"):
+            assert scores[0][name] == pytest.approx(scores[1][name], rel=1e-3), name
 
 
 def test_the_demos_smallest_trial_on_two_workers(local_ray, tmp_path):

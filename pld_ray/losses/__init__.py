@@ -21,6 +21,16 @@ if TYPE_CHECKING:
     from pld_ray.losses.cross_entropy import CELoss, LabelSmoothingLoss
     from pld_ray.losses.decoupled import DKDLoss
     from pld_ray.losses.divergence import KDLoss
+    from pld_ray.losses.features import (
+        ATLoss,
+        FeatureLoss,
+        Features,
+        FitNetLoss,
+        PKTLoss,
+        RKDLoss,
+        SPLoss,
+        VIDLoss,
+    )
     from pld_ray.losses.order import teacher_order
     from pld_ray.losses.plackett_luce import (
         ListMLELoss,
@@ -48,6 +58,7 @@ class LossParams(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
     needs_teacher: ClassVar[bool] = True
+    needs_features: ClassVar[bool] = False  # compares feature maps instead of logits
     module: ClassVar[str]  # "file:class" in this folder
     label: ClassVar[str]  # as the paper's tables print it
     name: str
@@ -143,8 +154,78 @@ class PListMLE(LossParams):
     standardize: Standardize = "none"
 
 
+class AT(LossParams):
+    """Attention transfer (Zagoruyko and Komodakis 2017)."""
+
+    needs_features = True
+    module = "features:ATLoss"
+    label = "AT"
+    name: Literal["at"]
+    weight: Weight = 1000.0
+    ce_weight: Weight = 1.0
+
+
+class FitNet(LossParams):
+    """Hints (Romero et al. 2015)."""
+
+    needs_features = True
+    module = "features:FitNetLoss"
+    label = "FitNet"
+    name: Literal["fitnet"]
+    stage: int = Field(2, ge=1)
+    weight: Weight = 100.0
+    ce_weight: Weight = 1.0
+
+
+class PKT(LossParams):
+    """Probabilistic knowledge transfer (Passalis and Tefas 2018)."""
+
+    needs_features = True
+    module = "features:PKTLoss"
+    label = "PKT"
+    name: Literal["pkt"]
+    weight: Weight = 30000.0
+    ce_weight: Weight = 1.0
+
+
+class RKD(LossParams):
+    """Relational knowledge distillation (Park et al. 2019)."""
+
+    needs_features = True
+    module = "features:RKDLoss"
+    label = "RKD"
+    name: Literal["rkd"]
+    distance_weight: Weight = 25.0
+    angle_weight: Weight = 50.0
+    ce_weight: Weight = 1.0
+
+
+class SP(LossParams):
+    """Similarity preserving (Tung and Mori 2019)."""
+
+    needs_features = True
+    module = "features:SPLoss"
+    label = "SP"
+    name: Literal["sp"]
+    weight: Weight = 3000.0
+    ce_weight: Weight = 1.0
+
+
+class VID(LossParams):
+    """Variational information distillation (Ahn et al. 2019)."""
+
+    needs_features = True
+    module = "features:VIDLoss"
+    label = "VID"
+    name: Literal["vid"]
+    weight: Weight = 1.0
+    ce_weight: Weight = 1.0
+    initial_variance: float = Field(5.0, gt=0)
+    eps: float = Field(1e-5, gt=0)
+
+
 Loss = Annotated[
-    CE | LS | KD | DIST | DKD | PLD | ListMLE | PListMLE,
+    CE | LS | KD | DIST | DKD | PLD | ListMLE | PListMLE | AT | FitNet | PKT | RKD | SP | VID,
     Field(discriminator="name"),
 ]
 REGISTRY: dict[str, type[LossParams]] = {
@@ -153,10 +234,10 @@ REGISTRY: dict[str, type[LossParams]] = {
 }
 
 
-def create_loss(params: LossParams, **options: Unpack[Options]) -> DistillationLoss:
+def create_loss(params: LossParams, **options: Unpack[Options]) -> DistillationLoss | FeatureLoss:
     """Return the torch module that computes the loss described by `params`.
 
-    `options`: `ignore_index` and `reduction`, which all losses take.
+    `options`: `ignore_index` and `reduction`, which all losses on logits take.
     """
     return _load(params.module)(**params.model_dump(exclude={"name"}), **options)
 
@@ -168,21 +249,30 @@ def _load(module: str) -> Any:
 
 _modules = {params.module.partition(":")[2]: params.module for params in REGISTRY.values()}
 _modules |= {"PlackettLuceLoss": "plackett_luce:PlackettLuceLoss"}
+_modules |= {"Features": "features:Features", "FeatureLoss": "features:FeatureLoss"}
 _modules |= {"teacher_order": "order:teacher_order", "DistillationLoss": "common:DistillationLoss"}
 __all__ = [
     "REGISTRY",
+    "ATLoss",
     "CELoss",
     "DISTLoss",
     "DKDLoss",
     "DistillationLoss",
+    "FeatureLoss",
+    "Features",
+    "FitNetLoss",
     "KDLoss",
     "LabelSmoothingLoss",
     "ListMLELoss",
     "Loss",
     "LossParams",
+    "PKTLoss",
     "PLDLoss",
     "PListMLELoss",
     "PlackettLuceLoss",
+    "RKDLoss",
+    "SPLoss",
+    "VIDLoss",
     "create_loss",
     "teacher_order",
 ]
