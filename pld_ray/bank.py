@@ -60,11 +60,13 @@ class Spec(Part):
     bfloat16: bool  # the precision of the forward pass
     logits: Literal["float16", "float32"]
     rows: int
+    random_resized_crop: bool = False
 
     @property
     def key(self) -> str:
-        """16 hex digits."""
-        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()[:16]
+        """16 hex digits; fields with a default, which came later, leave older keys as they were."""
+        content = self.model_dump_json(exclude_defaults=True)
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
 
     def order(self, view: int, size: int) -> Ints:
         """The samples of a view in the order in which they are kept."""
@@ -88,6 +90,7 @@ def spec(trial: Trial, split: Split, weights: str, images: str, bfloat16: bool) 
         bfloat16=bfloat16,
         logits=trial.teacher_logits if train else "float32",
         rows=math.ceil(ROWS / trial.batch_size) * trial.batch_size if train else ROWS,
+        random_resized_crop=trial.data.random_resized_crop and train,
     )
 
 

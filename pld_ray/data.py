@@ -1,15 +1,17 @@
 """Datasets by name, and the order of their samples.
 
-A dataset is two uint8 arrays [N, H, W, channels] in memory, shared by all trials of a node.
-Everything random is computed from (seed, epoch, index) by a hash, never from a generator's running
-state: so it is the same in every trial, on every number of workers, and after a resume. What is
-made of it, batches of augmented images, stands in stream.py; nothing here needs torch.
+A dataset is two uint8 arrays [N, H, W, channels] in memory, shared by all trials of a node, or two
+lists of encoded images that stand for such arrays (encoded.py). Everything random is computed from
+(seed, epoch, index) by a hash, never from a generator's running state: so it is the same in every
+trial, on every number of workers, and after a resume. What is made of it, batches of augmented
+images, stands in stream.py; nothing here needs torch.
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
+import math
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,22 +23,24 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from pld_ray.encoded import TRIES, Draws, Encoded
 from pld_ray.errors import InputError, nearest
 from pld_ray.spec import Data
 
 Bytes = npt.NDArray[np.uint8]
 Ints = npt.NDArray[np.int64]
 Hashes = npt.NDArray[np.uint64]
-Split = tuple[Bytes, Ints]  # images [N, H, W, channels], labels [N]
+Pixels = Bytes | Encoded  # [N, H, W, channels]
+Split = tuple[Pixels, Ints]  # images, labels [N]
 
 
 @dataclass(frozen=True)
 class Images:
-    """A dataset in memory: images uint8 [N, H, W, channels], labels int64 [N] in [0, classes)."""
+    """A dataset: images uint8 [N, H, W, channels], labels int64 [N] in [0, classes)."""
 
-    train: Bytes
+    train: Pixels
     train_labels: Ints
-    val: Bytes
+    val: Pixels
     val_labels: Ints
     classes: int
     mean: tuple[float, ...]  # per channel, in [0, 1]
@@ -53,7 +57,10 @@ class Images:
         digest = hashlib.sha256(repr((self.classes, self.mean, self.std)).encode())
         for array in (self.train, self.train_labels, self.val, self.val_labels):
             digest.update(str(array.shape).encode())
-            digest.update(np.ascontiguousarray(array).data)
+            if isinstance(array, Encoded):
+                digest.update(array.digest)
+            else:
+                digest.update(np.ascontiguousarray(array).data)
         return digest.hexdigest()[:16]
 
 
@@ -90,7 +97,12 @@ def load(data: Data) -> Images:
         given = getattr(data, field)
         if given is not None and len(given) != channels:
             raise InputError(f"data.{field} is {given}: expected {channels} numbers, one a channel")
-    mean, std = _statistics(train)
+    if isinstance(train, Encoded):
+        some = order(0, 0, len(train))[:MEASURED]
+        sample = train.decode(some) if data.mean is None or data.std is None else NO_IMAGES
+    else:
+        sample = train
+    mean, std = _statistics(sample)
     return Images(train, train_labels, val, val_labels, classes, data.mean or mean, data.std or std)
 
 
@@ -105,6 +117,8 @@ def size(data: Data) -> Size:
             found = Size(1437, 360, 10)
         case "cifar10" | "cifar100":
             found = Size(50000, 10000, int(kind[5:]))
+        case "imagenet":
+            found = Size(1281167, 50000, 1000)
         case "folder":
             train, val, classes = _list_folder(data, path)
             found = Size(len(train[1]), len(val[1]), classes)
@@ -128,7 +142,7 @@ def _statistics(images: Bytes) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation of each channel, in [0, 1]; exact, from the histogram."""
     values = np.arange(256) / 255
     counts = np.stack([np.bincount(c.ravel(), minlength=256) for c in np.moveaxis(images, 3, 0)])
-    weights = counts / counts.sum(1, keepdims=True)
+    weights = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     mean = weights @ values
     std = np.sqrt(np.maximum(weights @ values**2 - mean**2, 1e-12))
     return tuple(mean.tolist()), tuple(std.tolist())
@@ -177,8 +191,43 @@ def _folder(data: Data, path: str) -> tuple[Split, Split, int]:
     # the folder lists class after class: shuffle by a hash, so that `limit` takes all classes
     order = np.argsort(hashes(0, 0, np.arange(len(train[0])), "limit"))
     train = [train[0][i] for i in order], train[1][order]
-    splits = [(_decode(data, files, files), labels) for files, labels in (train, val)]
+    splits = [
+        (
+            _encoded(data, files, path)
+            if data.random_resized_crop
+            else _decode(data, files, files),
+            labels,
+        )
+        for files, labels in (train, val)
+    ]
     return splits[0], splits[1], classes
+
+
+def _imagenet(data: Data, path: str) -> tuple[Split, Split, int]:
+    """A folder as above, at `root`."""
+    train, val, classes = _folder(data, data.root or "imagenet")
+    if classes != 1000:
+        raise InputError(
+            f"data 'imagenet': {classes} classes in {data.root or 'imagenet'}, expected 1000"
+        )
+    return train, val, classes
+
+
+def _encoded(data: Data, sources: list[Any], root: str) -> Encoded:
+    """Paths below `root`, or the contents of files, as they are."""
+    assert data.image_size is not None
+    shorter = math.ceil(data.image_size / data.crop_pct)
+    paths = contents = None
+    if sources and isinstance(sources[0], bytes):
+        sizes = [len(content) for content in sources]
+        contents = np.frombuffer(b"".join(sources), np.uint8)
+        names = [hashlib.sha256(content).digest() for content in sources]
+    else:
+        sizes = _in_parallel(os.path.getsize, sources)
+        paths = np.array([os.fsencode(source) for source in sources])
+        names = [os.fsencode(os.path.relpath(source, root)) for source in sources]
+    ends = np.cumsum(np.asarray(sizes, np.int64))
+    return Encoded(paths, contents, ends, np.array(names), data.image_size, shorter)
 
 
 Files = tuple[list[str], Ints]  # paths and labels
@@ -216,7 +265,9 @@ def _parquet(data: Data, path: str) -> tuple[Split, Split, int]:
         contents = [image["bytes"] for image in columns["image"]]
         rows = [f"{path} row {i}" for i in range(len(contents))]
         labels = np.asarray(columns["label"], dtype=np.int64)
-        splits.append((_decode(data, contents, rows), labels))
+        encoded = data.random_resized_crop
+        images = _encoded(data, contents, path) if encoded else _decode(data, contents, rows)
+        splits.append((images, labels))
     train, val = splits
     return train, val, int(max(train[1].max(), val[1].max())) + 1
 
@@ -247,12 +298,15 @@ def _read_parquet(
     return found
 
 
+MEASURED = 1024  # images whose mean and deviation stand for those of a large dataset
+NO_IMAGES = np.zeros((0, 1, 1, 3), np.uint8)
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"}
 PARQUET = (["train"], ["val", "test"])  # how the files of a split begin
 LOADERS: dict[str, Callable[[Data, str], tuple[Split, Split, int]]] = {
     "digits": _digits,
     "cifar10": _cifar,
     "cifar100": _cifar,
+    "imagenet": _imagenet,
     "folder": _folder,
     "parquet": _parquet,
 }
@@ -285,10 +339,10 @@ def _decode(data: Data, sources: list[Any], names: list[str]) -> Bytes:
     shapes = {image.shape for image in images}
     if len(shapes) > 1 or any(shape[0] != shape[1] for shape in shapes):
         raise InputError(f"data {data.name!r}: its images differ in size: set data.image_size")
-    return np.stack(images) if images else np.zeros((0, 1, 1, 3), np.uint8)
+    return np.stack(images) if images else NO_IMAGES
 
 
-def _in_parallel(function: Callable[[Any], Bytes], items: Any) -> Any:
+def _in_parallel(function: Callable[[Any], Any], items: Any) -> Any:
     with ThreadPoolExecutor() as pool:
         return list(pool.map(function, items))
 
@@ -324,6 +378,13 @@ def _mix(x: Hashes) -> Hashes:
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
+
+
+def crop_draws(seed: int, view: int, index: Ints) -> Draws:
+    """Numbers [B, TRIES, 4] in [0, 1) for the random resized crops of some images."""
+    bits = np.stack([hashes(seed, view, index, f"crop{i}") for i in range(TRIES)], 1)
+    fields = bits[..., None] >> (np.arange(4, dtype=np.uint64) * np.uint64(16))
+    return (fields & np.uint64(0xFFFF)).astype(np.float64) / 2**16
 
 
 def order(seed: int, epoch: int, size: int) -> Ints:

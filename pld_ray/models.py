@@ -354,6 +354,13 @@ def load_teacher(teacher: Weights, classes: int, channels: int, image_size: int)
     return model
 
 
+def pretrained_statistics(name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation a channel, in [0, 1], with which timm's weights were trained."""
+    config = timm.get_pretrained_cfg(name)
+    assert config is not None
+    return config.mean, config.std
+
+
 def check_features(trial: Trial, classes: int, channels: int, image_size: int) -> None:
     """Raise InputError if the features of student and teacher cannot be compared by the loss."""
     teacher = trial.teacher.student if isinstance(trial.teacher, Trial) else trial.teacher

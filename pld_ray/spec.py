@@ -45,13 +45,18 @@ class Model(Part):
     args: dict[str, Any] = {}
 
 
+IN_MEMORY = ("digits", "cifar10", "cifar100")  # datasets that come as arrays
+
+
 class Data(Part):
     """A dataset by name and the augmentation of its training images.
 
-    name: digits, cifar10, cifar100, folder:PATH or parquet:PATH. root: where an existing copy of
-    cifar lies. image_size: resize (shorter side) and centre-crop to this many pixels. pad: zero
-    padding before a random crop, in pixels. mean, std: per channel, in [0, 1]; default: measured
-    on the training images. limit: keep the first so many training images.
+    name: digits, cifar10, cifar100, imagenet, folder:PATH or parquet:PATH. root: where an existing
+    copy of cifar, or imagenet, lies. image_size: resize (shorter side) and centre-crop to this many
+    pixels. pad: zero padding before a random crop, in pixels. random_resized_crop: train on random
+    parts of the images, resized to image_size; they then stay encoded until a batch needs them, and
+    the centre of a validation image is crop_pct of its shorter side. mean, std: per channel, in
+    [0, 1]; default: measured on the training images. limit: keep the first so many training images.
     """
 
     name: str
@@ -59,6 +64,8 @@ class Data(Part):
     image_size: int | None = Field(None, ge=1)
     pad: int = Field(0, ge=0)
     flip: bool = False
+    random_resized_crop: bool = False
+    crop_pct: float = Field(1.0, gt=0, le=1)
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     limit: int | None = Field(None, ge=1)
@@ -75,10 +82,25 @@ class Data(Part):
                 )
         return value
 
+    @model_validator(mode="after")
+    def _consistent(self) -> Data:
+        if self.random_resized_crop:
+            if self.image_size is None:
+                raise ValueError("random_resized_crop needs image_size: the side to resize to")
+            if self.name in IN_MEMORY:
+                raise ValueError(
+                    f"random_resized_crop: {self.name} has small images; pad and flip are for them"
+                )
+            if self.pad:
+                raise ValueError("pad: not together with random_resized_crop")
+        elif self.crop_pct != 1:
+            raise ValueError("crop_pct: goes with random_resized_crop")
+        return self
+
     @property
     def augmented(self) -> bool:
         """Whether an image looks different from epoch to epoch."""
-        return self.pad > 0 or self.flip
+        return self.pad > 0 or self.flip or self.random_resized_crop
 
 
 class Optimizer(Part):

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+
 import numpy as np
 import torch
 from torch import Tensor
 
-from pld_ray.data import Hashes, Images, Ints, hashes
+from pld_ray.data import Hashes, Images, Ints, crop_draws, hashes
+from pld_ray.encoded import Encoded, ahead
 from pld_ray.spec import Data
 
 
 class Stream:
     """Batches of a dataset on a device, normalised.
 
-    On an accelerator the whole uint8 array is moved there once; on the CPU it stays shared.
+    On an accelerator a whole uint8 array is moved there once; on the CPU it stays shared. Encoded
+    images are decoded batch by batch, ahead of their use.
     """
 
     def __init__(
@@ -25,44 +29,56 @@ class Stream:
         layout: torch.memory_format = torch.channels_last,
     ) -> None:
         self.seed, self.data, self.device, self.layout = seed, data, device, layout
-        self.arrays = {"train": images.train, "val": images.val}
+        self.pixels = {"train": images.train, "val": images.val}
         self.labels = {
             "train": torch.from_numpy(images.train_labels.copy()).to(device),
             "val": torch.from_numpy(images.val_labels.copy()).to(device),
         }
-        self.on_device = (
-            {
-                split: torch.from_numpy(array.copy()).to(device)
-                for split, array in self.arrays.items()
-            }
-            if device.type != "cpu"
-            else {}
-        )
+        self.on_device = {
+            split: torch.from_numpy(array.copy()).to(device)
+            for split, array in self.pixels.items()
+            if device.type != "cpu" and not isinstance(array, Encoded)
+        }
         mean, std = torch.tensor(images.mean), torch.tensor(images.std)
         self.scale = (1 / (255 * std)).to(device)
         self.shift = (-mean / std).to(device)
 
-    def train(self, index: Ints, epoch: int) -> tuple[Tensor, Tensor]:
-        """Augmented images [B, channels, H, W] float32 and labels [B] of the given samples."""
-        images, where = self._gather("train", index)
-        pad = self.data.pad
-        if pad or self.data.flip:
-            bits = hashes(self.seed, epoch, index, "augment")
-            top = _below(bits, 0, 2 * pad + 1)
-            left = _below(bits, 24, 2 * pad + 1)
-            flip = _below(bits, 48, 2) if self.data.flip else np.zeros_like(top)
-            images = crop_and_flip(images, pad, *(self._put(x) for x in (top, left, flip)))
-        return self._normalise(images), self.labels["train"][where]
+    def train(self, shares: Iterable[Ints], view: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Augmented images [B, channels, H, W] float32 and labels [B] of each share of samples."""
+        shares = list(shares)
+        for index, images in zip(shares, self._gather("train", shares, view), strict=True):
+            pad, flip = self.data.pad, self.data.flip
+            if pad or flip:
+                bits = hashes(self.seed, view, index, "augment")
+                top = _below(bits, 0, 2 * pad + 1)
+                left = _below(bits, 24, 2 * pad + 1)
+                mirrored = _below(bits, 48, 2) if flip else np.zeros_like(top)
+                places = (self._put(x) for x in (top, left, mirrored))
+                images = crop_and_flip(images, pad, *places)
+            yield self._normalise(images), self.labels["train"][self._put(index)]
 
-    def val(self, index: Ints) -> Tensor:
-        """Validation images [B, channels, H, W] float32, not augmented."""
-        return self._normalise(self._gather("val", index)[0])
+    def val(self, shares: Iterable[Ints]) -> Iterator[Tensor]:
+        """Validation images [B, channels, H, W] float32, not augmented, of each share."""
+        return map(self._normalise, self._gather("val", shares, 0))
 
-    def _gather(self, split: str, index: Ints) -> tuple[Tensor, Tensor]:
-        where = self._put(index)
-        if split in self.on_device:
-            return self.on_device[split][where], where
-        return torch.from_numpy(self.arrays[split][index]), where
+    def _gather(self, split: str, shares: Iterable[Ints], view: int) -> Iterator[Tensor]:
+        """uint8 [B, H, W, channels] of each share, on the device."""
+        pixels = self.pixels[split]
+        if isinstance(pixels, Encoded):
+            drawn = split == "train"
+
+            def decode(index: Ints) -> Tensor:
+                draws = crop_draws(self.seed, view, index) if drawn else None
+                return torch.from_numpy(pixels.decode(index, draws))
+
+            for images in ahead(decode, shares):
+                yield images.to(self.device, non_blocking=True)
+            return
+        for index in shares:
+            if split in self.on_device:
+                yield self.on_device[split][self._put(index)]
+            else:
+                yield torch.from_numpy(pixels[index])
 
     def _put(self, x: Ints) -> Tensor:
         return torch.from_numpy(x).to(self.device, non_blocking=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -27,8 +27,8 @@ from pld_ray.data import Images, Ints, batches
 from pld_ray.device import Clock, memory_format, pick_device, uses_bfloat16
 from pld_ray.losses import teacher_order
 from pld_ray.losses.features import Features
-from pld_ray.models import Tapped, create_model, load_teacher
-from pld_ray.spec import Trial
+from pld_ray.models import Tapped, create_model, load_teacher, pretrained_statistics
+from pld_ray.spec import Trial, Weights
 from pld_ray.store import Store
 from pld_ray.stream import Stream
 
@@ -69,14 +69,34 @@ class Teacher:
         """Images [B, channels, H, W] to logits [B, C], float32."""
         self.images_seen += len(x)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
-            return self.network(x).float()
+            return self.network(self._as_it_knows_them(x)).float()
 
     @torch.no_grad()
     def features(self, x: Tensor) -> Features:
         """Images [B, channels, H, W] to what losses on features compare."""
         self.images_seen += len(x)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
-            return Tapped(self.network)(x)[1]
+            return Tapped(self.network)(self._as_it_knows_them(x))[1]
+
+    def _as_it_knows_them(self, x: Tensor) -> Tensor:
+        """Images normalised as the teacher was trained, which need not be as the student is."""
+        if self.renormalise is None:
+            return x
+        scale, shift = self.renormalise
+        return x * scale + shift
+
+    @cached_property
+    def renormalise(self) -> tuple[Tensor, Tensor] | None:
+        """Scale and shift [channels, 1, 1] from our normalisation to that of timm's weights."""
+        teacher = self.trial.teacher
+        if not isinstance(teacher, Weights) or teacher.weights != "pretrained":
+            return None
+        mean, std = (torch.tensor(x) for x in pretrained_statistics(teacher.name))
+        ours = torch.tensor(self.images.mean), torch.tensor(self.images.std)
+        if len(ours[0]) != len(mean):  # grey images: timm sums the weights over its channels
+            mean, std = mean.mean(0, keepdim=True), std.mean(0, keepdim=True)
+        scale, shift = ours[1] / std, (ours[0] - mean) / std
+        return scale[:, None, None].to(self.device), shift[:, None, None].to(self.device)
 
     def digest(self) -> str:
         """The sha256 of its weights; of timm's pretrained ones they are loaded for it, once."""
@@ -112,7 +132,8 @@ class Bank:
     views: int
     batch: int  # samples in a forward pass
     teacher: Teacher
-    images: Callable[[Ints, int], Tensor]  # samples [B] and view to what the teacher sees
+    # shares of samples and a view to what the teacher sees
+    images: Callable[[Iterable[Ints], int], Iterator[Tensor]]
     clock: Clock
     ledger: Any  # the Ray actor that says who computes what; None: nobody else does
     holder: str  # this process's name there
@@ -238,8 +259,8 @@ class Bank:
             if self.clock.cuda:
                 torch.cuda.synchronize()  # the student's last steps are not the teacher's time
             started = time.perf_counter()
-            for batch in batches(samples, self.batch, drop_last=False):
-                parts.append(self.teacher(self.images(batch, view)).cpu())
+            for x in self.images(batches(samples, self.batch, drop_last=False), view):
+                parts.append(self.teacher(x).cpu())
                 if self.ledger is not None:
                     self.ledger.renew.remote(self.store.uri, name, self.holder)
             seconds = time.perf_counter() - started
@@ -295,11 +316,11 @@ def open_banks(
             holder=holder,
         )
 
-    def train(samples: Ints, view: int) -> Tensor:
-        return stream.train(samples, view)[0]
+    def train(shares: Iterable[Ints], view: int) -> Iterator[Tensor]:
+        return (x for x, _ in stream.train(shares, view))
 
-    def val(samples: Ints, view: int) -> Tensor:
-        return stream.val(samples)
+    def val(shares: Iterable[Ints], view: int) -> Iterator[Tensor]:
+        return stream.val(shares)
 
     return (
         bank("train", images.train_labels, banks.views(trial), trial.batch_size, train),

@@ -136,15 +136,17 @@ def train(trial: Trial, images: Images, store: Store, report: Report, ledger: An
         seen = 0
         view = trial.view(epoch)
         epoch_order = order(trial.seed, epoch, len(images.train))
-        for step, batch in enumerate(batches(epoch_order, trial.batch_size, trial.drop_last)):
+        global_batches = list(batches(epoch_order, trial.batch_size, trial.drop_last))
+        if len(global_batches[-1]) < world:
+            raise TrainingError(
+                f"the last batch has {len(global_batches[-1])} samples for {world} workers: "
+                "set drop_last: true"
+            )
+        shares = [batch[rank::world] for batch in global_batches]
+        shown = stream.train(shares, view)
+        for step, (batch, share) in enumerate(zip(global_batches, shares, strict=True)):
             with clock("data"):
-                share = batch[rank::world]
-                if len(share) == 0:
-                    raise TrainingError(
-                        f"the last batch has {len(batch)} samples for {world} workers: "
-                        "set drop_last: true"
-                    )
-                x, labels = stream.train(share, view)
+                x, labels = next(shown)
             target: Any = None  # what the teacher says: logits, or features
             ranking = {}
             if bank is not None:
@@ -262,7 +264,7 @@ def _scheduler(spec: Schedule, optimizer: torch.optim.Optimizer, epochs: int, st
 @torch.no_grad()
 def _logits_on_val(model: Callable[[Tensor], Tensor], stream: Stream, index: Any) -> list[Tensor]:
     """Logits [B, C] of each validation batch of this worker."""
-    return [model(stream.val(batch)).float() for batch in batches(index, VAL_BATCH, False)]
+    return [model(x).float() for x in stream.val(batches(index, VAL_BATCH, False))]
 
 
 def _val_sums(

@@ -73,22 +73,22 @@ def test_a_sample_looks_the_same_in_any_batch():
     images, data = random_images(), Data(name="x", pad=2, flip=True)
     stream = Stream(images, data, seed=7, device=CPU)
     index = order(7, 3, 50)
-    whole, labels = stream.train(index, 3)
-    shares = [stream.train(index[rank::4], 3) for rank in range(4)]
+    whole, labels = next(stream.train([index], 3))
+    shares = list(stream.train([index[rank::4] for rank in range(4)], 3))
     for rank, (x, y) in enumerate(shares):
         assert torch.equal(x, whole[rank::4]) and torch.equal(y, labels[rank::4])
-    assert not torch.equal(stream.train(index, 4)[0], whole)
+    assert not torch.equal(next(stream.train([index], 4))[0], whole)
     assert whole.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_normalisation():
     images = random_images()
     stream = Stream(images, Data(name="x"), 0, CPU)
-    x, labels = stream.train(np.arange(50), 0)
+    x, labels = next(stream.train([np.arange(50)], 0))
     expected = (images.train / 255 - 0.5) / 0.25
     np.testing.assert_allclose(x.permute(0, 2, 3, 1).numpy(), expected, atol=1e-6)
     assert labels.tolist() == images.train_labels.tolist()
-    np.testing.assert_allclose(stream.val(np.arange(9)).numpy(), x[:9].numpy())
+    np.testing.assert_allclose(next(stream.val([np.arange(9)])).numpy(), x[:9].numpy())
 
 
 def test_digits():

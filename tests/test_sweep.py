@@ -74,6 +74,7 @@ base:
   epochs: 2
   batch_size: 66
   clip_grad: 1
+  optimizer: {name: sgd, lr: 0.1}  # Adam's first steps make much of a gradient's last bits
 grid: {loss: [pld, {name: fitnet, weight: 1}], workers: [1, 2]}
 """
     made, store = plan(experiment(text)), Store(tmp_path / "results")

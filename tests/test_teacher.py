@@ -15,6 +15,7 @@ from pathlib import Path
 import fsspec
 import numpy as np
 import pytest
+import timm
 import torch
 from pyarrow import fs
 from small import CPU, cells, chunks, live, opened, run, seconds_of, weights
@@ -24,6 +25,7 @@ from pld_ray.data import Images, load, order
 from pld_ray.errors import InputError
 from pld_ray.spec import Trial, Weights
 from pld_ray.store import Store
+from pld_ray.stream import Stream
 from pld_ray.teacher import Teacher
 from pld_ray.train import train
 
@@ -67,10 +69,10 @@ def test_what_is_read_is_what_the_teacher_says(experiment, tmp_path):
         assert view == epoch % 2
         index = order(trial.seed, epoch, 150)[40:90]
         logits, _ = train_bank.read(index, view)
-        expected = network(stream.train(index, view)[0])
+        expected = network(next(stream.train([index], view))[0])
         torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
     index = np.array([359, 0, 17])
-    expected = network(stream.val(index))
+    expected = network(next(stream.val([index])))
     torch.testing.assert_close(val_bank.read(index, 0)[0], expected, rtol=1e-5, atol=1e-5)
 
 
@@ -174,14 +176,38 @@ trial, calls, shown = Trial.model_validate_json(sys.argv[2]), int(sys.argv[3]), 
 
 def dying(*arguments):
     global calls
-    calls -= 1
-    if calls == 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return shown(*arguments)
+    for batch in shown(*arguments):
+        calls -= 1
+        if calls == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        yield batch
 
 Stream.train = dying
 train(trial, load(trial.data), Store(sys.argv[1]), lambda metrics: None)
 """
+
+
+def test_a_pretrained_teacher_sees_images_normalised_as_it_was_trained(tmp_path):
+    name = "resnet18.a1_in1k"
+    known = timm.get_pretrained_cfg(name)
+    mean, std = (torch.tensor(x)[:, None, None] for x in (known.mean, known.std))
+    rng = np.random.default_rng(0)
+    pixels, labels = rng.integers(0, 256, (6, 8, 8, 3), dtype=np.uint8), np.arange(6) % 2
+    images = Images(pixels, labels, pixels, labels, 1000, (0.3, 0.4, 0.5), (0.1, 0.2, 0.3))
+    trial = Trial.model_validate(
+        {
+            "data": "x",
+            "student": "resnet8",
+            "teacher": {"name": name, "weights": "pretrained"},
+            "loss": "kd",
+            "epochs": 1,
+        }
+    )
+    teacher = Teacher(trial, images, Store(tmp_path), CPU)
+    teacher.network = torch.nn.Identity()
+    x = next(Stream(images, trial.data, 0, CPU).val([np.arange(6)]))
+    expected = (torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255 - mean) / std
+    torch.testing.assert_close(teacher(x), expected)
 
 
 def test_a_trial_killed_in_mid_epoch_ends_with_the_same_bits(experiment, tmp_path):

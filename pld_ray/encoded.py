@@ -1,0 +1,143 @@
+"""Images that stay encoded, on disk or in memory, until a batch needs them: ImageNet's way.
+
+A random resized crop is a pure function of (seed, view, index) like all else that is random; what
+of an image it shows is decoded straight to its final size.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import math
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache, cached_property
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from pld_ray.errors import InputError
+
+TRIES = 10  # of a crop, before the largest central one is taken
+AREA = (0.08, 1.0)  # of the image
+RATIO = (3 / 4, 4 / 3)  # width over height
+AHEAD = 2  # batches that are decoded before they are asked for
+
+Draws = npt.NDArray[np.float64]
+Box = tuple[int, int, int, int]  # left, top, right, bottom
+_In = TypeVar("_In")
+_Out = TypeVar("_Out")
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One split of encoded images, with the length and shape of the decoded array.
+
+    sources: paths, or the contents of the files. names: what tells the images apart and, with
+    their bytes, changes when they do. Arrays, so that all processes of a node share them.
+    """
+
+    paths: npt.NDArray[np.bytes_] | None
+    contents: npt.NDArray[np.uint8] | None  # one after another, where there are no paths
+    ends: npt.NDArray[np.int64]  # the total bytes up to and with each image
+    names: npt.NDArray[np.bytes_]
+    size: int  # pixels of a side when decoded
+    shorter: int  # side of the whole image before its centre is cut out
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def __getitem__(self, rows: slice) -> Encoded:
+        """The first so many images."""
+        paths = None if self.paths is None else self.paths[rows]
+        ends, names = self.ends[rows], self.names[rows]
+        return Encoded(paths, self.contents, ends, names, self.size, self.shorter)
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """Of the decoded array."""
+        return len(self), self.size, self.size, 3
+
+    @cached_property
+    def digest(self) -> bytes:
+        """A hash of names and sizes: contents may be too many bytes to read them all."""
+        return hashlib.sha256(self.names.tobytes() + self.ends.tobytes()).digest()
+
+    def decode(
+        self, index: npt.NDArray[np.int64], draws: Draws | None = None
+    ) -> npt.NDArray[np.uint8]:
+        """uint8 [B, size, size, 3]; cut as `draws` [B, TRIES, 4] in [0, 1) say, or the centre."""
+        cuts: Iterable[Any] = [None] * len(index) if draws is None else draws.tolist()
+        return np.stack(list(_pool().map(self._one, index.tolist(), cuts)))
+
+    def _one(self, i: int, draws: list[list[float]] | None) -> npt.NDArray[np.uint8]:
+        from PIL import Image
+
+        source: Any
+        if self.paths is not None:
+            source = os.fsdecode(self.paths[i].item())
+        else:
+            assert self.contents is not None
+            start = self.ends[i - 1] if i else 0
+            source = io.BytesIO(self.contents[start : self.ends[i]].tobytes())
+        try:
+            with Image.open(source) as image:
+                picture = image.convert("RGB")
+        except OSError as error:
+            name = os.fsdecode(self.names[i].item())
+            raise InputError(f"{name}: cannot be read as an image: {error}") from None
+        width, height = picture.size
+        box = centre(width, height, self.size / self.shorter) if draws is None else None
+        box = box or crop(width, height, draws or [])
+        side = self.size, self.size
+        return np.asarray(picture.resize(side, Image.Resampling.BICUBIC, box=box))
+
+
+def centre(width: int, height: int, part: float) -> tuple[float, float, float, float]:
+    """The central square whose side is `part` of the shorter side of the image."""
+    side = min(width, height) * part
+    left, top = (width - side) / 2, (height - side) / 2
+    return left, top, left + side, top + side
+
+
+def crop(width: int, height: int, draws: list[list[float]]) -> Box:
+    """The first of the tries that fits: a part of the area, of a ratio, somewhere in the image.
+
+    draws: of each try four numbers in [0, 1). As torchvision's RandomResizedCrop has it.
+    """
+    for area, ratio, x, y in draws:
+        pixels = width * height * (AREA[0] + area * (AREA[1] - AREA[0]))
+        aspect = math.exp(math.log(RATIO[0]) + ratio * (math.log(RATIO[1]) - math.log(RATIO[0])))
+        w, h = round(math.sqrt(pixels * aspect)), round(math.sqrt(pixels / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            left, top = int(x * (width - w + 1)), int(y * (height - h + 1))
+            return left, top, left + w, top + h
+    w, h = min(width, round(height * RATIO[1])), min(height, round(width / RATIO[0]))
+    left, top = (width - w) // 2, (height - h) // 2
+    return left, top, left + w, top + h
+
+
+def ahead(function: Callable[[_In], _Out], items: Iterable[_In]) -> Iterator[_Out]:
+    """map(function, items), AHEAD of them computed beside the caller's own work."""
+    waiting: deque[Any] = deque()
+    with ThreadPoolExecutor(1) as pool:
+        try:
+            for item in items:
+                waiting.append(pool.submit(function, item))
+                if len(waiting) > AHEAD:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+@cache
+def _pool() -> ThreadPoolExecutor:
+    """As many threads as this process has cores: Ray says it in OMP_NUM_THREADS."""
+    return ThreadPoolExecutor(int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1))

@@ -1,0 +1,178 @@
+"""Random resized crops and images that are decoded batch by batch."""
+
+import io
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+from small import live, run, weights
+
+from pld_ray import bank
+from pld_ray.data import crop_draws, load, size
+from pld_ray.encoded import AREA, RATIO, TRIES, ahead, centre, crop
+from pld_ray.errors import InputError
+from pld_ray.experiment import plan
+from pld_ray.spec import Data, validated
+from pld_ray.store import Store
+from pld_ray.stream import Stream
+
+CPU = torch.device("cpu")
+
+
+def jpeg(rng, width, height):
+    array = rng.integers(0, 256, (height // 4, width // 4, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(array).resize((width, height)).save(buffer, format="JPEG")
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Images of different sizes in two classes, and the same ones as parquet."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 5), ("val", 2)):
+        rows, labels = [], []
+        for label, name in enumerate(("cat", "dog")):
+            (tmp_path / "files" / split / name).mkdir(parents=True)
+            for i in range(count):
+                content = jpeg(rng, 40 + 8 * i, 64 - 4 * i)
+                (tmp_path / "files" / split / name / f"{i}.jpg").write_bytes(content)
+                rows.append({"bytes": content, "path": None})
+                labels.append(label)
+        (tmp_path / "parquet").mkdir(exist_ok=True)
+        table = pa.table({"image": rows, "label": labels})
+        pq.write_table(table, tmp_path / "parquet" / f"{split}-0.parquet")
+    return tmp_path
+
+
+def data(name, **more):
+    return Data(name=name, image_size=16, random_resized_crop=True, flip=True, crop_pct=0.8, **more)
+
+
+def test_crops_are_those_of_the_recipe():
+    draws = crop_draws(0, 0, np.arange(4000))
+    assert draws.shape == (4000, TRIES, 4) and draws.min() >= 0 and draws.max() < 1
+    boxes = np.array([crop(100, 80, row) for row in draws.tolist()])
+    left, top, right, bottom = boxes.T
+    assert left.min() >= 0 and top.min() >= 0 and right.max() <= 100 and bottom.max() <= 80
+    width, height = right - left, bottom - top
+    area, ratio = width * height / 8000, width / height
+    assert area.min() > AREA[0] - 0.01 and area.max() <= 1
+    assert ratio.min() > RATIO[0] - 0.05 and ratio.max() < RATIO[1] + 0.05
+    # where every try fits (the area at most 3/5 of 100x80 does) all areas are as likely
+    small = area[area < 0.5]
+    assert np.quantile(small, 0.5) == pytest.approx((AREA[0] + 0.5) / 2, abs=0.02)
+    assert np.corrcoef(left + right, top + bottom)[0, 1] == pytest.approx(0, abs=0.05)
+
+
+def test_the_first_try_that_fits_is_taken_and_the_largest_central_part_if_none_does():
+    whole = [1.0, 0.5, 0.0, 0.0]  # the whole area, square: fits no oblong image
+    assert crop(100, 50, [whole] * TRIES) == (16, 0, 83, 50)  # 4:3
+    assert crop(50, 100, [whole] * TRIES) == (0, 16, 50, 83)
+    part = [(0.125 - 0.08) / 0.92, 0.5, 0.999, 0.0]  # 25x25 of 100x50
+    assert crop(100, 50, [whole, part, whole]) == (75, 0, 100, 25)
+    assert centre(100, 50, 0.8) == (30, 5, 70, 45)
+
+
+def test_batches_are_the_same_however_they_are_read(folder):
+    files, table = (
+        load(data(f"{kind}:{folder / kind}" if kind == "parquet" else f"folder:{folder / 'files'}"))
+        for kind in ("files", "parquet")
+    )
+    assert files.shape == table.shape == (2, 3, 16) and len(files.train) == 10
+    index = np.array([7, 0, 3, 9])
+    for images in (files, table):
+        stream = Stream(images, data("folder:x"), 5, CPU)
+        (whole, labels), (again, _) = stream.train([index, index], 3)
+        assert torch.equal(whole, again) and whole.shape == (4, 3, 16, 16)
+        shares = list(stream.train([index[rank::2] for rank in (0, 1)], 3))
+        assert torch.equal(shares[1][0], whole[1::2]) and torch.equal(shares[1][1], labels[1::2])
+        assert not torch.equal(next(stream.train([index], 4))[0], whole)
+    # the same files in another order: class after class in the table, shuffled in the folder
+    by_place = {
+        files.train.paths[i].decode().split("train/")[1]: files.train.decode(np.array([i]))
+        for i in range(10)
+    }
+    for i in range(10):
+        name = f"{('cat', 'dog')[i // 5]}/{i % 5}.jpg"
+        assert (table.train.decode(np.array([i])) == by_place[name]).all()
+
+
+def test_a_crop_shows_that_part_of_the_image(folder):
+    images = load(data(f"folder:{folder / 'files'}"))
+    index = np.arange(10)
+    draws = crop_draws(5, 2, index)
+    got = images.train.decode(index, draws)
+    for i in index:
+        with Image.open(images.train.paths[i].decode()) as file:
+            box = crop(*file.size, draws[i].tolist())
+            expected = file.crop(box).resize((16, 16), Image.Resampling.BICUBIC)
+        # pixels outside the crop are not seen by it, but by a resize with a box
+        assert np.abs(got[i].astype(int) - np.asarray(expected)).mean() < 12
+    with Image.open(images.val.paths[0].decode()) as file:  # 40 x 64
+        part = file.resize((20, 32), Image.Resampling.BICUBIC).crop((2, 8, 18, 24))
+    centred = images.val.decode(np.array([0]))[0].astype(int)
+    assert np.abs(centred - np.asarray(part)).mean() < 4
+
+
+def test_statistics_limit_and_identity(folder):
+    name = f"folder:{folder / 'files'}"
+    images = load(data(name))
+    pixels = images.train.decode(np.arange(10)) / 255
+    assert images.mean == pytest.approx(pixels.mean((0, 1, 2)))
+    assert images.std == pytest.approx(pixels.std((0, 1, 2)))
+    assert len(load(data(name, limit=3)).train) == 3
+    assert load(data(name)).fingerprint == images.fingerprint
+    assert load(data(name, mean=(0, 0, 0), std=(1, 1, 1))).mean == (0, 0, 0)
+    (folder / "files/train/cat/0.jpg").write_bytes(jpeg(np.random.default_rng(1), 80, 80))
+    assert load(data(name)).fingerprint != images.fingerprint
+    assert size(Data(name="imagenet")) == (1281167, 50000, 1000)
+
+
+def test_bad_images_and_settings_are_told(folder):
+    (folder / "files/val/dog/1.jpg").write_bytes(b"no image")
+    images = load(data(f"folder:{folder / 'files'}"))
+    with pytest.raises(InputError, match=r"^val/dog/1.jpg: cannot be read as an image"):
+        list(Stream(images, data("folder:x"), 0, CPU).val([np.arange(4)]))
+    with pytest.raises(InputError, match="'imagenet': 2 classes in .*files, expected 1000"):
+        load(data("imagenet", root=str(folder / "files")))
+    for fields, message in (
+        ({"name": "folder:x", "random_resized_crop": True}, "needs image_size"),
+        ({"name": "digits", "image_size": 8, "random_resized_crop": True}, "has small images"),
+        ({"name": "folder:x", "crop_pct": 0.9}, "crop_pct: goes with random_resized_crop"),
+    ):
+        with pytest.raises(InputError, match=message):
+            validated(Data, fields, "test")
+
+
+def test_ahead_keeps_the_order_and_passes_errors_on():
+    assert list(ahead(lambda x: x * x, range(7))) == [0, 1, 4, 9, 16, 25, 36]
+    with pytest.raises(ZeroDivisionError):
+        list(ahead(lambda x: 1 / x, [1, 0]))
+
+
+def test_a_student_of_the_bank_and_one_of_a_live_teacher_see_the_same_crops(
+    experiment, folder, tmp_path
+):
+    text = f"""
+base:
+  data:
+    name: "folder:{folder / "files"}"
+    image_size: 16
+    random_resized_crop: true
+    flip: true
+  student: resnet8
+  teacher: {{name: resnet8, logits: float32}}
+  epochs: 2
+  batch_size: 4
+  loss: pld
+"""
+    trial, store = plan(experiment(text)).cells[0].trial, Store(tmp_path / "results")
+    assert bank.views(trial) == 2
+    run(trial, store)
+    run(live(trial), store)
+    assert weights(store, trial) == weights(store, live(trial))
+    assert store.record(trial.id)["teacher_images"] == 2 * 10 + 4
