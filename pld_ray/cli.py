@@ -27,6 +27,9 @@ app = typer.Typer(
 ExperimentName = Annotated[
     str, typer.Argument(metavar="EXPERIMENT", help="A YAML file, or a shipped one by name: demo.")
 ]
+Smoke = Annotated[
+    bool, typer.Option("--smoke", help="In miniature: the same cells, so small that 2 cores do.")
+]
 Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="FIELD=VALUE", help="Override, e.g. loss.temperature=2."),
@@ -47,12 +50,13 @@ Out = Annotated[
 def run(
     experiment: ExperimentName,
     overrides: Overrides = None,
+    smoke: Smoke = False,
     storage: Storage = "results",
     address: Address = None,
     out: Out = None,
 ) -> None:
     """Run the trials that have no record yet, then write the table and the figures."""
-    plan, store = _open(experiment, overrides, storage)
+    plan, store = _open(experiment, overrides, smoke, storage)
     pending = _pending(plan, store)
     failures: dict[str, str] = {}
     if pending:
@@ -71,50 +75,53 @@ def run(
 
 @app.command()
 def plan(
-    experiment: ExperimentName,
+    experiments: Annotated[
+        list[str], typer.Argument(metavar="EXPERIMENT...", help="As for run; one or several.")
+    ],
     overrides: Overrides = None,
+    smoke: Smoke = False,
     storage: Storage = "results",
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
 ) -> None:
-    """Show the unique trials, teachers first, which are done, and an estimate of the work."""
-    planned, store = _open(experiment, overrides, storage)
-    done = store.finished()
-    from pld_ray import bank, data, estimate
+    """Show the unique trials, teachers first, which are done, and an estimate of the work.
 
-    seconds = estimate.seconds(planned, store, done)
+    Of several experiments: how many trials each has, and how many they share.
+    """
+    from pld_ray import bank, data, estimate
+    from pld_ray.store import Store
+
+    store = Store(storage)
+    plans = [_open(name, overrides, smoke, storage)[0] for name in experiments]
+    done = store.finished()
+    trials = {key: trial for planned in plans for key, trial in planned.trials.items()}
     try:
-        banks = bank.planned(planned.trials.values(), data.size, store)
+        banks = bank.planned(trials.values(), data.size, store)
         unknown = ""
     except InputError as error:  # a plan can be made where the data is not
         banks, unknown = {}, f"teacher bank: of unknown size: {error}"
     if as_json:
-        rows = [
-            {
-                "id": key,
-                "label": trial.label,
-                "teacher": key in planned.teacher_ids,
-                "done": key in done,
-                "epochs": trial.epochs,
-                "seconds": seconds.get(key),
-                "trial": trial.model_dump(mode="json"),
-            }
-            for key, trial in planned.trials.items()
-        ]
-        summary = {"experiment": planned.experiment.name, "cells": len(planned.cells)}
+        found = [estimate.for_programs(planned, store, done) for planned in plans]
         sizes = [estimate.bank_row(bank) for bank in banks.values()]
-        typer.echo(json.dumps(summary | {"trials": rows, "banks": sizes}, indent=1))
+        summary = found[0] if len(found) == 1 else {"experiments": found, "unique": len(trials)}
+        typer.echo(json.dumps(summary | {"banks": sizes}, indent=1))
         return
-    estimate.show(planned, done, seconds)
+    if len(plans) == 1:
+        estimate.show(plans[0], store, done)
+    else:
+        estimate.show_shared(plans, done)
     if banks or unknown:
         typer.echo(unknown or estimate.bank_line(banks.values()))
 
 
 @app.command()
 def status(
-    experiment: ExperimentName, overrides: Overrides = None, storage: Storage = "results"
+    experiment: ExperimentName,
+    overrides: Overrides = None,
+    smoke: Smoke = False,
+    storage: Storage = "results",
 ) -> None:
     """List what is done, begun, failed (and why) and missing; exit code 1 if anything failed."""
-    planned, store = _open(experiment, overrides, storage)
+    planned, store = _open(experiment, overrides, smoke, storage)
     done, failed = store.finished(), 0
     for key, trial in planned.trials.items():
         state = "done"
@@ -132,22 +139,24 @@ def status(
 def tables(
     experiment: ExperimentName,
     overrides: Overrides = None,
+    smoke: Smoke = False,
     storage: Storage = "results",
     out: Out = None,
 ) -> None:
     """Write and print the comparison table: Markdown, CSV, LaTeX."""
-    _tables(*_open(experiment, overrides, storage), out)
+    _tables(*_open(experiment, overrides, smoke, storage), out)
 
 
 @app.command()
 def figures(
     experiment: ExperimentName,
     overrides: Overrides = None,
+    smoke: Smoke = False,
     storage: Storage = "results",
     out: Out = None,
 ) -> None:
     """Plot accuracies and learning curves: PNG and PDF."""
-    planned, store = _open(experiment, overrides, storage)
+    planned, store = _open(experiment, overrides, smoke, storage)
     _say("figures", _figures(planned, store, _folder(planned, store, out)))
 
 
@@ -210,13 +219,14 @@ def bank_rm(
 def bank_build(
     experiment: ExperimentName,
     overrides: Overrides = None,
+    smoke: Smoke = False,
     storage: Storage = "results",
     address: Address = None,
 ) -> None:
     """Compute all teacher logits of an experiment on the whole cluster, before its trials run."""
     from pld_ray.experiment import Cell, Plan
 
-    plan, store = _open(experiment, overrides, storage)
+    plan, store = _open(experiment, overrides, smoke, storage)
     banks = _banks(plan.trials, store)
     cells = tuple(Cell(plan.trials[key], None) for key in plan.teacher_ids)
     teachers = Plan(plan.experiment, cells)
@@ -274,11 +284,13 @@ def _log(store: Store) -> Path:
     return Path(store.root if store.local else ".") / "ray.log"
 
 
-def _open(experiment: str, overrides: list[str] | None, storage: str) -> tuple[Plan, Store]:
+def _open(
+    experiment: str, overrides: list[str] | None, smoke: bool, storage: str
+) -> tuple[Plan, Store]:
     from pld_ray.experiment import load_experiment, plan
     from pld_ray.store import Store
 
-    return plan(load_experiment(experiment, tuple(overrides or ()))), Store(storage)
+    return plan(load_experiment(experiment, tuple(overrides or ()), smoke)), Store(storage)
 
 
 def _folder(plan: Plan, store: Store, out: Path | None) -> Path:

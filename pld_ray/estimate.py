@@ -35,8 +35,49 @@ def _kind(trial: Trial) -> tuple[Any, ...]:
     return trial.student.name, trial.teacher_name, data, trial.batch_size, trial.workers
 
 
-def show(plan: Plan, done: set[str], estimate: dict[str, float]) -> None:
+def for_programs(plan: Plan, store: Store, done: set[str]) -> dict[str, Any]:
+    """The plan as plain values: what `show` prints, and the spec of every trial."""
+    estimate = seconds(plan, store, done)
+    rows = [
+        {
+            "id": key,
+            "label": trial.label,
+            "teacher": key in plan.teacher_ids,
+            "done": key in done,
+            "epochs": trial.epochs,
+            "seconds": estimate.get(key),
+            "trial": trial.model_dump(mode="json"),
+        }
+        for key, trial in plan.trials.items()
+    ]
+    return {"experiment": plan.experiment.name, "cells": len(plan.cells), "trials": rows}
+
+
+def show_shared(plans: list[Plan], done: set[str]) -> None:
+    """Print how much work several experiments are, and how much of it they share."""
+    seen: dict[str, Trial] = {}
+    rows = []
+    for plan in plans:
+        new = {key: trial for key, trial in plan.trials.items() if key not in seen}
+        seen |= new
+        counts = len(plan.cells), len(plan.trials), len(new), len(plan.trials.keys() & done)
+        epochs = sum(trial.epochs for key, trial in new.items() if key not in done)
+        rows.append((plan.experiment.name, *counts, epochs))
+    print(aligned(("experiment", "cells", "trials", "new", "done", "epochs to run"), rows))
+    cells, trials = sum(row[1] for row in rows), sum(row[2] for row in rows)
+    epochs = sum(trial.epochs for trial in seen.values())
+    apart = sum(trial.epochs for plan in plans for trial in plan.trials.values())
+    print(
+        f"\n{cells} cells, {len(seen)} unique trials: {trials - len(seen)} trials and "
+        f"{apart - epochs:,} of {apart:,} epochs ({1 - epochs / apart:.0%}) less than apart, "
+        f"since experiments share them"
+    )
+    print(f"{len(seen.keys() & done)} done, {len(seen.keys() - done)} to run")
+
+
+def show(plan: Plan, store: Store, done: set[str]) -> None:
     """Print the trials, and a sum of the work at the end."""
+    estimate = seconds(plan, store, done)
     rows = []
     for key, trial in plan.trials.items():
         teacher = trial.teacher

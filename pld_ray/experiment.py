@@ -19,7 +19,19 @@ from pydantic import Field
 
 from pld_ray.errors import InputError, nearest
 from pld_ray.losses import REGISTRY
-from pld_ray.spec import Part, Resources, Trial, Weights, validated
+from pld_ray.spec import Model, Part, Resources, Trial, Weights, validated
+
+
+class Smoke(Part):
+    """How an experiment is shrunk to a miniature with the same cells (`--smoke`).
+
+    base is merged over the experiment's, grid replaces entries of as many values, models replaces
+    networks by name (without timm's tag). Teachers are trained, since no weights fit.
+    """
+
+    base: dict[str, Any] = {"epochs": 2, "data": {"limit": 256}, "workers": 1}
+    grid: dict[str, list[Any]] = {}
+    models: dict[str, Model] = {}
 
 
 class Experiment(Part):
@@ -34,6 +46,8 @@ class Experiment(Part):
     seeds: list[int] = Field([0], min_length=1)
     resources: Resources = Resources()
     overrides: dict[str, Any] = {}  # of trial fields, over base and grid; as --set makes them
+    smoke: Smoke = Smoke()
+    miniature_of: Experiment | None = None
 
 
 class TeacherEntry(Part):
@@ -66,6 +80,12 @@ class Plan:
 
     experiment: Experiment
     cells: tuple[Cell, ...]
+
+    @cached_property
+    def originals(self) -> tuple[Cell, ...]:
+        """What the cells of a miniature stand for, one by one; else the cells themselves."""
+        original = self.experiment.miniature_of
+        return self.cells if original is None else plan(original).cells
 
     @cached_property
     def trials(self) -> dict[str, Trial]:
@@ -141,11 +161,13 @@ def experiments_folder() -> Path:
     return inside if inside.is_dir() else package.parent / "experiments"
 
 
-def load_experiment(source: str | Path, overrides: tuple[str, ...] = ()) -> Experiment:
+def load_experiment(
+    source: str | Path, overrides: tuple[str, ...] = (), smoke: bool = False
+) -> Experiment:
     """The experiment in a YAML file, or the shipped one of that name, with `--set` overrides.
 
-    An override is "field=value", the value read as YAML. It replaces what base and grid say of
-    the field. A field of the experiment itself (seeds, grid.FIELD, resources.FIELD) is set there.
+    smoke: its miniature. An override is "field=value", the value read as YAML. It replaces what
+    base and grid say of the field. A field of the experiment itself (seeds, grid.FIELD, resources.FIELD) is set there.
     """
     path = Path(source)
     if not path.is_file() and path.suffix not in (".yaml", ".yml"):
@@ -156,10 +178,12 @@ def load_experiment(source: str | Path, overrides: tuple[str, ...] = ()) -> Expe
         raise InputError(f"no experiment {str(source)!r} (neither a file nor shipped): {hint}")
     raw = {"name": path.stem, **read_mapping(path)}
     experiment = validated(Experiment, raw, str(path))
-    base = experiment.base
+    base, shrunk = experiment.base, raw.get("smoke", {})
     if experiment.recipe is not None:
-        base = merge(read_mapping(_find_recipe(experiment.recipe, path)), base)
-    changed: dict[str, Any] = experiment.model_dump() | {"base": base}
+        recipe = read_mapping(_find_recipe(experiment.recipe, path))
+        shrunk = merge(recipe.pop("smoke", {}), shrunk)
+        base = merge(recipe, base)
+    changed: dict[str, Any] = experiment.model_dump() | {"base": base, "smoke": shrunk}
     everywhere = dict(experiment.overrides)
     for item in overrides:
         field, equals, text = item.partition("=")
@@ -177,7 +201,51 @@ def load_experiment(source: str | Path, overrides: tuple[str, ...] = ()) -> Expe
     if set(everywhere) & {"seed"}:
         raise InputError("--set seed: set seeds, a list, such as seeds=[0,1,2]")
     changed["overrides"] = everywhere
-    return validated(Experiment, changed, str(path))
+    found = validated(Experiment, changed, str(path))
+    return miniature(found) if smoke else found
+
+
+def miniature(experiment: Experiment) -> Experiment:
+    """The experiment shrunk as its `smoke` says: the same cells, so small that a laptop runs it."""
+    smoke = experiment.smoke
+    grid = experiment.grid | smoke.grid
+    for key, values in smoke.grid.items():
+        if len(values) != len(experiment.grid.get(key, [])):
+            raise InputError(
+                f"{experiment.name}: smoke.grid.{key} has {len(values)} values: expected as many "
+                f"as grid.{key} has, {len(experiment.grid.get(key, []))}"
+            )
+    for key in grid:
+        fields, rows = _axis(key, grid[key], experiment.name)
+        if {"student", "teacher"} & set(fields):
+            small = [
+                [_smaller(f, v, smoke.models) for f, v in zip(fields, row, strict=True)]
+                for row in rows
+            ]
+            grid[key] = small if len(fields) > 1 else [row[0] for row in small]
+    base = merge(experiment.base, smoke.base)
+    return experiment.model_copy(
+        update={
+            "name": f"{experiment.name}-smoke",
+            "title": f"{experiment.title or experiment.name} (miniature)",
+            "base": {field: _smaller(field, base[field], smoke.models) for field in base},
+            "grid": grid,
+            "resources": Resources(),
+            "miniature_of": experiment,
+        }
+    )
+
+
+def _smaller(field: str, value: Any, models: dict[str, Model]) -> Any:
+    """What stands for a student or teacher in a miniature; other fields as they are."""
+    named = _named(field, value)
+    if field not in ("student", "teacher") or not isinstance(named, dict) or "name" not in named:
+        return value
+    name = str(named["name"]).split(".")[0]
+    kept = {key: part for key, part in named.items() if key != "weights"} | {"name": name}
+    if name in models:
+        kept |= {"name": models[name].name, "args": models[name].args}
+    return kept
 
 
 def _find_recipe(name: str, experiment: Path) -> Path:
