@@ -167,7 +167,8 @@ def load_experiment(
     """The experiment in a YAML file, or the shipped one of that name, with `--set` overrides.
 
     smoke: its miniature. An override is "field=value", the value read as YAML. It replaces what
-    base and grid say of the field. A field of the experiment itself (seeds, grid.FIELD, resources.FIELD) is set there.
+    base and grid say of the field. A field of the experiment itself (seeds, grid.FIELD,
+    resources.FIELD) is set there.
     """
     path = Path(source)
     if not path.is_file() and path.suffix not in (".yaml", ".yml"):

@@ -28,4 +28,5 @@ def experiment(tmp_path):
         path.write_text(text)
         return load_experiment(path, overrides)
 
+    write.folder = tmp_path
     return write
