@@ -12,7 +12,7 @@ from pld_ray.store import Store
 
 GROUP = ["student", "teacher", "setting", "method"]  # what seeds are averaged within
 
-SYMBOLS = {"temperature": "τ", "alpha": "α", "beta": "β", "gamma": "γ"}
+SYMBOLS = {"ce_weight": "CE", "temperature": "τ", "alpha": "α", "beta": "β", "gamma": "γ"}
 
 
 def frame(plan: Plan, store: Store) -> pd.DataFrame:
@@ -20,14 +20,17 @@ def frame(plan: Plan, store: Store) -> pd.DataFrame:
 
     Columns: id, student, teacher (as the experiment names it, also for losses without one),
     setting (what else the grid varies), method, loss, seed, finished (bool), notes (sentences that
-    the trial left for its user), and every metric of the record, NaN where there is none; seconds
-    is the trial's training time, teacher_seconds what of it the teacher's forward passes took, and
-    teacher_avoided_seconds what the teacher bank spared.
+    the trial left for its user), epochs, optimizer, original (the Trial that it, in a miniature,
+    stands for) and original_teacher, and every metric of the record, NaN where there is none;
+    seconds is the trial's training time, teacher_seconds what of it the teacher's forward passes
+    took, and teacher_avoided_seconds what the teacher bank spared.
     """
     methods, settings = _methods(plan), _settings(plan)
     teachers = {key: record for key in plan.teacher_ids if (record := store.record(key))}
     rows = []
-    for cell, method, setting in zip(plan.cells, methods, settings, strict=True):
+    for cell, original, method, setting in zip(
+        plan.cells, plan.originals, methods, settings, strict=True
+    ):
         record = store.record(cell.trial.id)
         row: dict[str, Any] = {
             "id": cell.trial.id,
@@ -37,6 +40,10 @@ def frame(plan: Plan, store: Store) -> pd.DataFrame:
             "method": method,
             "loss": cell.trial.loss.name,
             "seed": cell.trial.seed,
+            "epochs": cell.trial.epochs,
+            "optimizer": cell.trial.optimizer.name,
+            "original": original.trial,
+            "original_teacher": original.teacher or "",
             "finished": record is not None,
             "notes": [] if record is None else record.get("notes", []),
             "top1": float("nan"),
@@ -80,12 +87,16 @@ def summary(records: pd.DataFrame, metrics: list[str]) -> pd.DataFrame:
 
 
 def _methods(plan: Plan) -> list[str]:
-    """The loss of each cell as tables print it, with the parameters in which namesakes differ."""
+    """The loss of each cell as tables print it, with the parameters in which namesakes differ.
+
+    A parameter that is a word, such as standardize, is told of every loss once one varies it.
+    """
     losses = [cell.trial.loss for cell in plan.cells]
     values: dict[tuple[str, str], set[Any]] = {}
     for loss in losses:
         for field, value in loss:
             values.setdefault((loss.name, field), set()).add(value)
+    varied = {field for (_, field), found in values.items() if len(found) > 1}
     labels = []
     for loss in losses:
         differ = [
@@ -94,21 +105,23 @@ def _methods(plan: Plan) -> list[str]:
             else f"{field} = {value}"
             for field, value in loss
             if len(values[loss.name, field]) > 1
+            or (field in varied and isinstance(value, str) and field != "name")
         ]
         labels.append(loss.label + (f" ({', '.join(differ)})" if differ else ""))
     return labels
 
 
 def _settings(plan: Plan) -> list[str]:
-    """What else varies from cell to cell, such as "optimizer.name lamb"."""
+    """What else varies from cell to cell of a pair, such as "optimizer.name lamb"."""
+    pairs = [(cell.teacher, cell.trial.student.name) for cell in plan.cells]
     flat = [_flatten(cell.trial) for cell in plan.cells]
-    varied = [
-        field
-        for field in dict.fromkeys(field for trial in flat for field in trial)
-        if len({str(trial[field]) for trial in flat if field in trial}) > 1
-    ]
+    values: dict[Any, set[str]] = {}
+    for pair, trial in zip(pairs, flat, strict=True):
+        for field, value in trial.items():
+            values.setdefault((pair, field), set()).add(str(value))
     return [
-        ", ".join(f"{field} {trial[field]}" for field in varied if field in trial) for trial in flat
+        ", ".join(f"{f} {value}" for f, value in trial.items() if len(values[pair, f]) > 1)
+        for pair, trial in zip(pairs, flat, strict=True)
     ]
 
 

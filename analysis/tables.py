@@ -11,6 +11,7 @@ from typing import Any
 
 import pandas as pd
 
+from analysis import render
 from analysis.records import summary
 from pld_ray.experiment import Experiment
 from pld_ray.losses import REGISTRY
@@ -79,7 +80,7 @@ def printed(table: pd.DataFrame) -> pd.DataFrame:
         cells["Method"] = row["method"]
         cells["Top-1 %"] = pair(row, "top1", 2)
         gain = row.get("gain")
-        cells["PLD gain"] = "" if gain is None or pd.isna(gain) else f"{gain:+.2f}"
+        cells["PLD gain"] = "" if gain is None or pd.isna(gain) else f"{round(gain, 2) + 0.0:+.2f}"
         cells["KL(T‖S)"] = "" if teacher else pair(row, "kl_teacher_student", 2)
         cells["Agreement %"] = "" if teacher else pair(row, "agreement", 1)
         cells["ECE %"] = "" if teacher else pair(row, "ece", 1, scale=100)
@@ -98,26 +99,15 @@ def _pair(row: pd.Series) -> str:
 def text(table: pd.DataFrame, experiment: Experiment) -> str:
     """The table as Markdown whose columns also line up as plain text."""
     cells = printed(table)
-    lines = [list(cells.columns), *cells.astype(str).values.tolist()]
-    widths = [max(3, *(len(line[i]) for line in lines)) for i in range(len(lines[0]))]
-    left = {"Pair", "Setting", "Method"}
-    align = [name in left for name in cells.columns]
-
-    def row(line: list[str]) -> str:
-        padded = [
-            value.ljust(width) if to_left else value.rjust(width)
-            for value, width, to_left in zip(line, widths, align, strict=True)
-        ]
-        return "| " + " | ".join(padded) + " |"
-
-    rule = [
-        "-" * width if to_left else "-" * (width - 1) + ":"
-        for width, to_left in zip(widths, align, strict=True)
-    ]
     title, only = experiment.title or experiment.name, table.iloc[0]
     head = [title if "Pair" in cells else f"{title}: {_pair(only)}", ""]
     tail = ["", *_legend(table, experiment)]
-    return "\n".join([*head, row(lines[0]), row(rule), *map(row, lines[1:]), *tail])
+    return "\n".join([*head, render.markdown(cells, _labels(cells)), *tail])
+
+
+def _labels(cells: pd.DataFrame) -> int:
+    """How many columns name the row."""
+    return list(cells.columns).index("Top-1 %")
 
 
 def _legend(table: pd.DataFrame, experiment: Experiment) -> list[str]:
@@ -135,23 +125,6 @@ def write(table: pd.DataFrame, folder: Path, experiment: Experiment) -> list[Pat
     paths = [folder / f"table.{kind}" for kind in ("md", "csv", "tex")]
     paths[0].write_text(text(table, experiment) + "\n", encoding="utf-8")
     table.to_csv(paths[1], index=False)
-    cells = printed(table).rename(columns={"KL(T‖S)": "KL(T||S)"})
-    styled = (
-        cells.style.hide(axis="index").format(escape="latex").format_index(escape="latex", axis=1)
-    )
-    names = list(cells.columns).index("Top-1 %")
-    tex = styled.to_latex(
-        hrules=True, column_format="l" * names + "r" * (len(cells.columns) - names)
-    )
-    for sign, command in {
-        "±": r"$\pm$",
-        "τ": r"$\tau$",
-        "α": r"$\alpha$",
-        "β": r"$\beta$",
-        "γ": r"$\gamma$",
-        "→": r"$\rightarrow$",
-        MISSING: "--",
-    }.items():
-        tex = tex.replace(sign, command)
-    paths[2].write_text(tex, encoding="utf-8")
+    cells = printed(table)
+    paths[2].write_text(render.latex(cells, _labels(cells)), encoding="utf-8")
     return paths

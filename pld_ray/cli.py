@@ -137,14 +137,22 @@ def status(
 
 @app.command()
 def tables(
-    experiment: ExperimentName,
+    experiments: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[EXPERIMENT...]", help="As for run; none: all that the paper has tables of."
+        ),
+    ] = None,
     overrides: Overrides = None,
     smoke: Smoke = False,
     storage: Storage = "results",
     out: Out = None,
 ) -> None:
-    """Write and print the comparison table: Markdown, CSV, LaTeX."""
-    _tables(*_open(experiment, overrides, smoke, storage), out)
+    """Write and print tables, the paper's numbers beside ours: Markdown, CSV, LaTeX."""
+    from analysis import paper
+
+    for name in experiments or dict.fromkeys(table.experiment for table in paper.TABLES):
+        _tables(*_open(name, overrides, smoke, storage), out)
 
 
 @app.command()
@@ -299,13 +307,23 @@ def _folder(plan: Plan, store: Store, out: Path | None) -> Path:
 
 
 def _tables(plan: Plan, store: Store, out: Path | None) -> Path:
-    from analysis import records, tables
+    from analysis import paper, records, render, tables
 
     folder = _folder(plan, store, out)
     frame = records.frame(plan, store)
-    table = tables.comparison(frame)
-    paths = tables.write(table, folder, plan.experiment)
-    typer.echo("\n" + tables.text(table, plan.experiment) + "\n")
+    paths = []
+    if frame["finished"].any() or not paper.of_experiment(plan.experiment.name):
+        table = tables.comparison(frame)
+        paths += tables.write(table, folder, plan.experiment)
+        typer.echo("\n" + tables.text(table, plan.experiment) + "\n")
+    against = paper.printed_comparisons(paper.comparisons(frame))
+    if len(against):
+        typer.echo(f"{render.markdown(against, 1)}\n\n{paper.COMPARED}\n")
+    miniature = plan.experiment.miniature_of is not None
+    for declared in paper.of_experiment(plan.experiment.name):
+        found = paper.entries(declared, frame)
+        paths += paper.write(declared, found, miniature, folder)
+        typer.echo(paper.text(declared, found, miniature) + "\n")
     for note in dict.fromkeys(note for notes in frame["notes"] for note in notes):
         typer.echo(f"note: {note}\n")
     _say("tables", paths)

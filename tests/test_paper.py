@@ -1,12 +1,21 @@
-"""Every shipped experiment loads, validates and plans, whole and in miniature."""
+"""Every shipped experiment is planned, whole and in miniature, and fills its tables."""
 
+import csv
+import dataclasses
+import math
 import re
+from collections import Counter
 from pathlib import Path
 
+import pandas as pd
 import pytest
+import torch
 
+from analysis import paper, records, render
+from analysis.paper import Entry
 from pld_ray.errors import InputError
 from pld_ray.experiment import experiments_folder, load_experiment, plan
+from pld_ray.store import Store
 
 SHIPPED = sorted(path.stem for path in experiments_folder().glob("*.yaml"))
 
@@ -64,3 +73,137 @@ def test_trials_shared_by_experiments_are_planned_once():
     plans = [plan(load_experiment(name)) for name in ("cifar100_methods", "runtime", "landscapes")]
     assert plans[1].trials.keys() < plans[0].trials.keys()
     assert plans[2].trials.keys() < plans[0].trials.keys()
+
+
+# ---------------------------------------------------------------- tables
+
+
+def empty(table, tmp_path, smoke=False):
+    made = plan(load_experiment(table.experiment, smoke=smoke))
+    return paper.entries(table, records.frame(made, Store(tmp_path / "none")))
+
+
+def test_every_reported_number_is_in_its_table_and_none_is_in_two_places(tmp_path):
+    with open(Path(paper.__file__).parent / "reported.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 278
+    for table in paper.TABLES:
+        own = [row for row in rows if row["table"] == str(table.reported)]
+        expected = Counter(f"{float(row['mean'])} {row['metric']}" for row in own)
+        if table.numbers == "2":  # one teacher of three pairs, and it stands at each
+            assert expected["80.83 top1"] == 3
+        found = empty(table, tmp_path)
+        got = Counter(f"{e.reported} {e.metric}" for e in found if not math.isnan(e.reported))
+        extra = got - expected
+        assert not expected - got, table
+        # PLD in Table 8 is in the paper's text and figure, its number in Table 6
+        assert extra == (Counter(["77.3 top1", "93.28 top5"]) if table.reported == 8 else Counter())
+        assert all(e.mean != e.mean and not e.scores for e in found)
+
+
+@pytest.mark.parametrize(
+    ("number", "over_dist", "over_kd"), [("2", "+0.42", "+1.04"), ("3", "+0.49", "+1.09")]
+)
+def test_averages_come_out_as_in_the_paper(tmp_path, number, over_dist, over_kd):
+    (table,) = (t for t in paper.TABLES if t.numbers == number)
+    text = paper.text(table, empty(table, tmp_path), miniature=False)
+    assert re.search(rf"\| average +\| +\{over_dist} \| +\{over_kd} \|", text)
+    assert "no trial of" in text and "±" not in text
+
+
+def test_reported_deviations_and_settings_find_their_cells(tmp_path):
+    def value(number, row, column):
+        (table,) = (t for t in paper.TABLES if t.numbers == number)
+        (found,) = (e for e in empty(table, tmp_path) if (e.row, e.column) == (row, column))
+        return found.reported, found.reported_std
+
+    assert value("1", "PLD", "resnet32x4 → resnet8x4") == (73.97, 0.05)
+    assert value("5 and 8", "KD (CE = 0.3)", "top-5 %")[0] == 93.02
+    assert value("9", "adan", "DIST")[0] == 70.07
+    assert value("10", "PLD (standardize = teacher)", "top-1 %")[0] == 70.81
+    assert value("11", "KD (divergence = jensen_shannon)", "top-1 %")[0] == 69.83
+    assert value("12", "vit_base_patch16_224 → resnet50", "PLD")[0] == 0.66
+    assert value("13", "VID", "resnet50 → mobilenetv2")[0] == 132.06
+
+
+TOP1 = {"kd": 70.0, "dist": 71.0, "pld": 72.0}
+
+
+@pytest.fixture
+def finished(tmp_path):
+    """A store with made-up records of cifar100_methods: three methods, two pairs, not all seeds."""
+    made, store = plan(load_experiment("cifar100_methods")), Store(tmp_path / "results")
+    for cell in made.cells:
+        trial = cell.trial
+        if trial.loss.name not in TOP1 or trial.student.name not in ("wrn_40_1", "resnet20"):
+            continue
+        if trial.loss.name == "kd" and trial.seed == 2:
+            continue
+        top1 = TOP1[trial.loss.name] + trial.seed + (5 if trial.student.name == "resnet20" else 0)
+        record = {"metrics": {"top1": top1}, "parameters": 1}
+        record["seconds"] = {"seconds": 60.0, "teacher_avoided_seconds": 30.0}
+        store.finish(trial, record, {"w": torch.zeros(1)})
+    return made, store
+
+
+def test_ours_stand_beside_what_is_reported(finished, tmp_path):
+    table = paper.TABLES[0]
+    found = paper.entries(table, records.frame(*finished))
+    cells = paper.printed(table, found, miniature=False).set_index("Method")
+    pair = "wrn_40_2 → wrn_40_1"
+    assert cells.loc["PLD", pair] == "73.00±1.00 [73.50±0.30, −0.50]"
+    assert cells.loc["KD", pair] == "70.50±0.71 (n=2) [72.44±0.36, −1.94]"
+    assert cells.loc["CE", pair] == "– [70.26±0.24]"
+    small = paper.printed(table, found, miniature=True).set_index("Method")
+    assert small.loc["PLD", pair] == "73.00±1.00 [73.50±0.30]"
+    gains = paper.printed_gains(table, found, miniature=False).set_index("PLD's gain")
+    assert gains.loc[pair, "over KD"] == "+2.00 [+1.06]"  # over the two seeds of both
+    assert gains.loc["resnet32x4 → resnet8x4", "over KD"] == "– [+1.86]"
+    assert gains.loc["average", "over KD"] == "– [+1.32]"
+    paths = {p.suffix: p for p in paper.write(table, found, False, tmp_path)}
+    assert paths[".md"].name == "table-1.md"
+    with open(paths[".csv"], newline="") as file:
+        rows = {(row["row"], row["column"]): row for row in csv.DictReader(file)}
+    row = rows["PLD", pair]
+    assert (float(row["mean"]), float(row["std"]), row["n"]) == (73, 1, "3")
+    assert float(row["difference"]) == pytest.approx(-0.5) and float(row["low"]) == 72
+    assert r"\toprule" in paths[".tex"].read_text() and paths[".tex"].read_text().isascii()
+
+
+def test_minutes_count_what_the_bank_spared(finished):
+    (table,) = (t for t in paper.TABLES if t.numbers == "13")
+    made = plan(load_experiment(table.experiment))
+    found = paper.entries(table, records.frame(made, finished[1]))
+    (ours,) = (e for e in found if (e.row, e.column) == ("PLD", "resnet56 → resnet20"))
+    assert ours.mean == 1.5 and len(ours.scores) == 1
+
+
+def test_a_winner_needs_runs_enough(finished):
+    frame = records.frame(*finished)
+    found = paper.entries(paper.TABLES[0], frame)
+    assert not any(paper.best(found, entry) for entry in found)  # three seeds say too little
+    table = paper.comparisons(frame).set_index("method")
+    assert list(table.index) == ["KD", "DIST"]
+    assert table.loc["DIST", "n"] == 6 and table.loc["DIST", "mean"] == 1
+    assert table.loc["KD", "n"] == 4 and table.loc["KD", "p"] == pytest.approx(2 / 2**4)
+    assert table["corrected"].tolist() == pytest.approx([0.125, 2 * 2 / 2**6])
+    assert not table["decided"].any()  # two comparisons, and 2 / 2^6 was not small enough for that
+    alone = paper.comparisons(frame[frame["loss"] != "kd"])
+    printed = paper.printed_comparisons(alone).set_index("PLD against")
+    assert printed.loc["DIST", "Gain [95 %]"] == "**+1.00 [+1.00, +1.00]**"
+    many = [
+        Entry("", "p", "top1", loss, "p", {i: base + i % 3 for i in range(8)}, 8, 0, 0)
+        for loss, base in (("kd", 1.0), ("pld", 2.0))
+    ]
+    assert [paper.best(many, entry) for entry in many] == [False, True]
+    lower = [dataclasses.replace(e, metric="kl_teacher_student") for e in many]
+    assert [paper.best(lower, entry) for entry in lower] == [True, False]
+
+
+def test_tables_as_text_latex_and_html():
+    cells = pd.DataFrame([{"Method": "KD (τ = 1)", "top-1": "**1.00±0.10** [−]"}])
+    assert render.markdown(cells, 1).splitlines()[1] == "| ---------- | ----------------: |"
+    assert r"KD ($\tau$ = 1) & \textbf{1.00$\pm$0.10} [$-$]" in render.latex(cells, 1)
+    html = render.html(pd.DataFrame([{"<a>": "**b**", "n": "1"}]), 1)
+    assert "<th>&lt;a&gt;</th><th class=n>n</th>" in html
+    assert "<td><strong>b</strong></td><td class=n>1</td>" in html

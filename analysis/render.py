@@ -1,0 +1,74 @@
+"""Tables of strings as Markdown that also lines up as plain text, LaTeX (booktabs) and HTML.
+
+A cell in **two stars** is bold.
+"""
+
+from __future__ import annotations
+
+import re
+
+import pandas as pd
+
+SIGNS = {  # what LaTeX has no letter for
+    "±": r"$\pm$",
+    "τ": r"$\tau$",
+    "α": r"$\alpha$",
+    "β": r"$\beta$",
+    "γ": r"$\gamma$",
+    "→": r"$\rightarrow$",
+    "‖": r"$\Vert$",
+    "−": "$-$",
+    "–": "--",
+}
+
+
+def markdown(cells: pd.DataFrame, labels: int) -> str:
+    """Strings under their column names; the first `labels` columns to the left, numbers right."""
+    lines = [list(cells.columns), *cells.astype(str).values.tolist()]
+    widths = [max(3, *(len(line[i]) for line in lines)) for i in range(len(lines[0]))]
+
+    def row(line: list[str]) -> str:
+        padded = [
+            value.ljust(width) if i < labels else value.rjust(width)
+            for i, (value, width) in enumerate(zip(line, widths, strict=True))
+        ]
+        return "| " + " | ".join(padded) + " |"
+
+    rule = [
+        "-" * width if i < labels else "-" * (width - 1) + ":" for i, width in enumerate(widths)
+    ]
+    return "\n".join([row(lines[0]), row(rule), *map(row, lines[1:])])
+
+
+def latex(cells: pd.DataFrame, labels: int) -> str:
+    """The same as a booktabs tabular."""
+    styled = (
+        cells.style.hide(axis="index").format(escape="latex").format_index(escape="latex", axis=1)
+    )
+    aligned = "l" * labels + "r" * (len(cells.columns) - labels)
+    tex = styled.to_latex(hrules=True, column_format=aligned)
+    tex = re.sub(r"\*\*(.+?)\*\*", r"\\textbf{\1}", tex)
+    for sign, command in SIGNS.items():
+        tex = tex.replace(sign, command)
+    return tex
+
+
+def html(cells: pd.DataFrame, labels: int) -> str:
+    """The same as an HTML table; columns of numbers have the class n."""
+
+    def row(values: list[str], tag: str) -> str:
+        parts = [
+            f"<{tag}{'' if i < labels else ' class=n'}>{_escape(value)}</{tag}>"
+            for i, value in enumerate(values)
+        ]
+        return f"<tr>{''.join(parts)}</tr>"
+
+    head = row(list(cells.columns), "th")
+    body = "\n".join(row(values, "td") for values in cells.astype(str).values.tolist())
+    return f"<table>\n<thead>{head}</thead>\n<tbody>\n{body}\n</tbody>\n</table>"
+
+
+def _escape(text: str) -> str:
+    from html import escape
+
+    return re.sub(r"\*\*(.+?)\*\*", r"<strong>\1</strong>", escape(text))
