@@ -196,6 +196,8 @@ class Entry:
     planned: int
     reported: float
     reported_std: float
+    trial: Trial | None = None  # with one of its seeds; None for a teacher
+    teacher: str = ""
 
     @property
     def values(self) -> Scores:
@@ -259,6 +261,8 @@ def entries(table: PaperTable, records: pd.DataFrame) -> list[Entry]:
                     planned=len(cells),
                     reported=mean,
                     reported_std=std,
+                    trial=trial,
+                    teacher=network(teacher),
                 )
             )
     return found

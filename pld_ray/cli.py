@@ -333,7 +333,9 @@ def _tables(plan: Plan, store: Store, out: Path | None) -> Path:
 def _figures(plan: Plan, store: Store, folder: Path) -> list[Path]:
     from analysis import figures, records
 
-    return figures.draw(records.frame(plan, store), records.curves(plan, store), folder)
+    frame, name = records.frame(plan, store), plan.experiment.name
+    paths = figures.draw(frame, records.curves(plan, store), folder)
+    return paths + figures.draw_paper(frame, name, plan.experiment.miniature_of is not None, folder)
 
 
 def _say(kind: str, paths: list[Path]) -> None:

@@ -11,10 +11,12 @@ import pandas as pd
 import pytest
 import torch
 
-from analysis import paper, records, render
+from analysis import figures, paper, records, render
 from analysis.paper import Entry
 from pld_ray.errors import InputError
 from pld_ray.experiment import experiments_folder, load_experiment, plan
+from pld_ray.models import check_model
+from pld_ray.spec import Model
 from pld_ray.store import Store
 
 SHIPPED = sorted(path.stem for path in experiments_folder().glob("*.yaml"))
@@ -207,3 +209,45 @@ def test_tables_as_text_latex_and_html():
     html = render.html(pd.DataFrame([{"<a>": "**b**", "n": "1"}]), 1)
     assert "<th>&lt;a&gt;</th><th class=n>n</th>" in html
     assert "<td><strong>b</strong></td><td class=n>1</td>" in html
+
+
+# ---------------------------------------------------------------- figures
+
+
+def test_figure_sizes_are_those_of_the_networks():
+    for name, millions in figures.MILLIONS.items():
+        parameters = check_model(Model(name=name), 1000, 3, 224)
+        assert round(parameters / 1e6, 2) == millions
+
+
+def test_reported_marks_are_hollow_and_ours_filled(tmp_path):
+    def points(loss):
+        found = empty(paper.TABLES[1], tmp_path)
+        shown = [e for e in found if e.trial and e.loss == loss]
+        return shown, [dataclasses.replace(e, scores={0: 70.0 + i}) for i, e in enumerate(shown)]
+
+    reported, both = points("pld")
+    (line,) = figures.sizes(reported, of_teacher=False).axes[0].lines
+    assert line.get_markerfacecolor() == "white"
+    assert list(line.get_xdata()) == [3.77, 9.72, 11.07, 22.05, 25.56]
+    assert list(line.get_ydata()) == [70.07, 75.72, 76.33, 75.63, 77.30]
+    ours, known = figures.sizes(both, of_teacher=False).axes[0].lines[:2]
+    assert list(ours.get_ydata()) == [74, 73, 72, 70, 71] and ours.get_markerfacecolor() != "white"
+    assert known.get_markerfacecolor() == "white"
+
+
+@pytest.mark.parametrize(
+    ("experiment", "figure"),
+    [
+        ("ce_weight", "figure-1a"),
+        ("longer_training", "figure-1b"),
+        ("homogeneous_pairs", "figure-2a"),
+        ("heterogeneous_teachers", "figure-2b"),
+    ],
+)
+def test_the_papers_figures_are_drawn_without_results(tmp_path, experiment, figure):
+    frame = records.frame(plan(load_experiment(experiment)), Store(tmp_path / "none"))
+    paths = figures.draw_paper(frame, experiment, miniature=False, folder=tmp_path)
+    assert [path.name for path in paths] == [f"{figure}.png"]
+    assert figures.draw_paper(frame, f"{experiment}-smoke", True, tmp_path / "x") == []
+    assert not (tmp_path / "x").exists()
