@@ -170,14 +170,53 @@ def figures(
 
 @app.command()
 def landscape(
-    out: Annotated[Path, typer.Option(help="Folder to write to.")] = Path("results/landscape"),
-    classes: Annotated[int, typer.Option(min=3, help="Length of the logit vectors.")] = 10,
-    seed: Annotated[int, typer.Option(min=0, help="Of teacher logits and directions.")] = 0,
+    experiment: Annotated[
+        str | None,
+        typer.Argument(metavar="[EXPERIMENT]", help="Its trained students; none: over logits."),
+    ] = None,
+    overrides: Overrides = None,
+    smoke: Smoke = False,
+    storage: Storage = "results",
+    address: Address = None,
+    out: Annotated[Path | None, typer.Option(help="Folder to write to.")] = None,
+    classes: Annotated[int, typer.Option(min=3, help="Logits: length of the vectors.")] = 10,
+    points: Annotated[int, typer.Option(min=3, help="Students: points along a side.")] = 21,
+    reach: Annotated[float, typer.Option(min=0.01, help="Students: a and b up to it.")] = 1.0,
+    images: Annotated[int, typer.Option(min=1, help="Students: training images.")] = 512,
+    seed: Annotated[int, typer.Option(min=0, help="Of logits and directions.")] = 0,
 ) -> None:
-    """Plot losses over a plane of student logits (the paper's figures 3 and 4)."""
-    from analysis import landscape as surfaces
+    """Plot losses over a plane: of student logits (the paper's figures 3 and 4), or of weights.
 
-    _say("landscapes", surfaces.draw(out, classes, seed))
+    With an experiment: around its trained students, with the sharpness of each minimum.
+    """
+    if experiment is None:
+        from analysis import landscape as surfaces
+
+        _say("landscapes", surfaces.draw(out or Path("results/landscape"), classes, seed))
+        return
+    plan, store = _open(experiment, overrides, smoke, storage)
+    from rich.console import Console
+
+    from analysis import weight_space
+    from pld_ray.view import screen_apart
+
+    trials = weight_space.students(plan, store)
+    if not trials:
+        raise InputError(f"{plan.experiment.name}: no trial has finished: run it first")
+    settings = weight_space.Settings(points, reach, images, seed)
+    with Console().status(f"{len(trials)} students: starting Ray"):
+        from pld_ray import sweep
+
+        shown = sweep.check({trial.id: trial for trial in trials.values()}, store, address)
+    with (
+        screen_apart(_log(store)) as console,
+        console.status(f"{points} x {points} points around {len(trials)} students"),
+        sweep.connected(address),
+    ):
+        weight_space.compute(trials, shown, store, settings)
+    folder = _folder(plan, store, out)
+    _say("landscapes", weight_space.draw(trials, store, folder))
+    typer.echo("\n" + (folder / "sharpness.md").read_text(encoding="utf-8"))
 
 
 bank_app = typer.Typer(

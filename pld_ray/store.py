@@ -6,6 +6,7 @@
                    student.safetensors  the trained weights
                    record.json          written last: it exists only if the trial has finished
                    failure.json         why the last attempt failed, if it did
+                   landscape.json       the loss around the trained weights, if it was asked for
     ROOT/banks/KEY/bank.json            whose logits, on which images
                    VIEW/CHUNK.KIND      some of them (bank.py)
 
@@ -86,6 +87,10 @@ class Store:
         failure = {"reason": reason, "traceback": traceback.splitlines()}
         self._write(f"trials/{trial.id}/failure.json", _json(failure))
 
+    def keep_landscape(self, trial: Trial, found: dict[str, Any]) -> None:
+        """Keep the loss around the trained weights (analysis.weight_space)."""
+        self._write(f"trials/{trial.id}/landscape.json", _json(found))
+
     def forget_failure(self, trial: Trial) -> None:
         """A new attempt begins."""
         self._delete(f"trials/{trial.id}/failure.json")
@@ -99,6 +104,10 @@ class Store:
     def failure(self, trial_id: str) -> dict[str, Any] | None:
         """reason and traceback of the last attempt if it failed."""
         return self._read_json(f"trials/{trial_id}/failure.json")
+
+    def landscape(self, trial_id: str) -> dict[str, Any] | None:
+        """What `keep_landscape` kept, or None."""
+        return self._read_json(f"trials/{trial_id}/landscape.json")
 
     def epochs(self, trial_id: str) -> list[dict[str, Any]]:
         """The metrics of every epoch so far."""

@@ -15,7 +15,8 @@ import shutil
 import socket
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -48,8 +49,7 @@ def run(
     machine or start Ray here. Raises InputError for a trial that the cluster has no room for.
     """
     pending = view.pending
-    owned = _connect(address)
-    try:
+    with connected(address):
         cluster = ray.cluster_resources()
         needs = {key: _needs(trial, plan.experiment.resources) for key, trial in pending.items()}
         _check_room(pending, needs, cluster)
@@ -88,9 +88,6 @@ def run(
             if store.local:
                 shutil.rmtree(scratch, ignore_errors=True)
         return search.failures
-    finally:
-        if owned:
-            ray.shutdown()
 
 
 def build_banks(
@@ -104,8 +101,7 @@ def build_banks(
 
     Each bank in turn is shared out over as many tasks as the cluster has room for.
     """
-    owned = _connect(address)
-    try:
+    with connected(address):
         cluster = ray.cluster_resources()
         one_worker = planned[0].trial.model_copy(update={"workers": 1})
         need = _needs(one_worker, resources)
@@ -114,18 +110,15 @@ def build_banks(
         references = {name: ray.put(value) for name, value in images.items()}
         ledger = bank.open_ledger()
         task = ray.remote(_fill).options(num_cpus=need["CPU"], num_gpus=need["GPU"])
-        ray.get(
-            [
-                task.remote(one.trial, references[data_key(one.trial)], store.uri, ledger, worker)
-                for one in planned
-                for worker in range(int(min(rooms)))
-            ]
-        )
-    except ray.exceptions.RayTaskError as error:
-        raise InputError(f"the teacher bank is not complete: {error.cause}") from None
-    finally:
-        if owned:
-            ray.shutdown()
+        tasks = [
+            task.remote(one.trial, references[data_key(one.trial)], store.uri, ledger, worker)
+            for one in planned
+            for worker in range(int(min(rooms)))
+        ]
+        try:
+            ray.get(tasks)
+        except ray.exceptions.RayTaskError as error:
+            raise InputError(f"the teacher bank is not complete: {error.cause}") from None
 
 
 # ---------------------------------------------------------------- before anything starts
@@ -173,12 +166,17 @@ def data_key(trial: Trial) -> str:
     return trial.data.model_copy(update={"pad": 0, "flip": False}).model_dump_json()
 
 
-def _connect(address: str | None) -> bool:
-    """Join or start Ray; True if it has to be shut down after."""
-    if ray.is_initialized():
-        return False
-    ray.init(address=address, log_to_driver=False)
-    return True
+@contextmanager
+def connected(address: str | None = None) -> Iterator[None]:
+    """Join a cluster or start Ray for the `with` block; what was started is shut down after."""
+    owned = not ray.is_initialized()
+    if owned:
+        ray.init(address=address, log_to_driver=False)
+    try:
+        yield
+    finally:
+        if owned:
+            ray.shutdown()
 
 
 def _reach(address: str) -> None:
