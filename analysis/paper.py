@@ -17,6 +17,7 @@ import pandas as pd
 
 from analysis import render, statistics
 from analysis.statistics import Scores
+from pld_ray.experiment import experiments_folder
 from pld_ray.losses import REGISTRY
 from pld_ray.spec import Trial
 
@@ -440,7 +441,9 @@ def printed_comparisons(table: pd.DataFrame) -> pd.DataFrame:
     """`comparisons` as strings; bold what is decided."""
     lines = []
     for row in table.to_dict("records"):
-        gain = f"{_signed(row['mean'])} [{_signed(row['low'])}, {_signed(row['high'])}]"
+        gain = _signed(row["mean"])
+        if not math.isnan(row["low"]):
+            gain += f" [{_signed(row['low'])}, {_signed(row['high'])}]"
         lines.append(
             {
                 "PLD against": row["method"],
@@ -526,6 +529,12 @@ def write(table: PaperTable, found: list[Entry], miniature: bool, folder: Path) 
         tex.append(render.latex(printed_gains(table, found, miniature), 1))
     paths[2].write_text("\n".join(tex), encoding="utf-8")
     return paths
+
+
+def experiments() -> list[str]:
+    """All shipped experiments: those of the paper's tables in its order, then the others."""
+    shipped = sorted(path.stem for path in experiments_folder().glob("*.yaml"))
+    return list(dict.fromkeys([*(table.experiment for table in TABLES), *shipped]))
 
 
 def of_experiment(name: str) -> list[PaperTable]:

@@ -18,6 +18,10 @@ from pld_ray.losses import REGISTRY
 
 METRICS = ["top1", "top5", "kl_teacher_student", "agreement", "ece", "seconds"]
 MISSING = "–"
+LEGEND = (
+    "Last epoch, mean ± standard deviation over n seeds. PLD gain: top-1 of PLD minus the",
+    "method's, paired by seed. Seconds: training, validation and teacher, one worker.",
+)
 
 
 def comparison(records: pd.DataFrame) -> pd.DataFrame:
@@ -102,17 +106,16 @@ def text(table: pd.DataFrame, experiment: Experiment) -> str:
     title, only = experiment.title or experiment.name, table.iloc[0]
     head = [title if "Pair" in cells else f"{title}: {_pair(only)}", ""]
     tail = ["", *_legend(table, experiment)]
-    return "\n".join([*head, render.markdown(cells, _labels(cells)), *tail])
+    return "\n".join([*head, render.markdown(cells, labels(cells)), *tail])
 
 
-def _labels(cells: pd.DataFrame) -> int:
+def labels(cells: pd.DataFrame) -> int:
     """How many columns name the row."""
     return list(cells.columns).index("Top-1 %")
 
 
 def _legend(table: pd.DataFrame, experiment: Experiment) -> list[str]:
-    lines = ["Last epoch, mean ± standard deviation over n seeds. PLD gain: top-1 of PLD minus the"]
-    lines += ["method's, paired by seed. Seconds: training, validation and teacher, one worker."]
+    lines = list(LEGEND)
     done = table[table["loss"] != "teacher"]
     if done["n"].sum() < done["planned"].sum():
         lines.append(f"{MISSING} and 'n of m': trials that have not finished.")
@@ -126,5 +129,5 @@ def write(table: pd.DataFrame, folder: Path, experiment: Experiment) -> list[Pat
     paths[0].write_text(text(table, experiment) + "\n", encoding="utf-8")
     table.to_csv(paths[1], index=False)
     cells = printed(table)
-    paths[2].write_text(render.latex(cells, _labels(cells)), encoding="utf-8")
+    paths[2].write_text(render.latex(cells, labels(cells)), encoding="utf-8")
     return paths

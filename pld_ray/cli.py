@@ -219,6 +219,28 @@ def landscape(
     typer.echo("\n" + (folder / "sharpness.md").read_text(encoding="utf-8"))
 
 
+@app.command()
+def report(
+    experiments: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[EXPERIMENT...]", help="As for run; none: all that are shipped."),
+    ] = None,
+    overrides: Overrides = None,
+    smoke: Smoke = False,
+    storage: Storage = "results",
+    out: Annotated[Path | None, typer.Option(help="Folder [default: STORAGE/reports].")] = None,
+) -> None:
+    """Write one self-contained HTML page of all tables, figures and trials; and Markdown."""
+    from analysis import paper
+    from analysis import report as pages
+
+    names = experiments or paper.experiments()
+    opened = [_open(name, overrides, smoke, storage) for name in names]
+    store = opened[0][1]
+    folder = out or Path(store.root if store.local else "results") / "reports"
+    _say("report", pages.write([plan for plan, _ in opened], store, folder))
+
+
 bank_app = typer.Typer(
     help="The teacher bank: logits of teachers, kept so that no trial computes them again.",
     no_args_is_help=True,

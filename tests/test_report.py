@@ -1,0 +1,84 @@
+"""The report: one page that needs nothing else."""
+
+import re
+from html.parser import HTMLParser
+
+import pytest
+import torch
+
+from analysis import report
+from pld_ray.experiment import load_experiment, plan
+from pld_ray.store import Store
+
+ENVIRONMENT = {"device": "cpu", "cores": 2, "threads": 1, "host": "here", "python": "3.11"}
+
+
+class Page(HTMLParser):
+    """Checks that every tag is closed, and collects what the page refers to."""
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.links, self.ids, self.text = [], [], [], []
+
+    def handle_starttag(self, tag, attrs):
+        given = dict(attrs)
+        self.links += [given[name] for name in ("href", "src") if name in given]
+        self.ids += [given["id"]] if "id" in given else []
+        if tag not in ("meta", "img", "link", "br"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+@pytest.fixture
+def made(experiment, tmp_path):
+    text = """
+title: A <test> & more
+base: {data: digits, student: resnet8, teacher: resnet20, epochs: 2}
+grid: {loss: [ce, pld]}
+seeds: [0, 1]
+"""
+    plans, store = [plan(experiment(text))], Store(tmp_path / "results")
+    for cell in plans[0].cells[:3]:
+        metrics = {"top1": 80.0 + cell.trial.seed, "ece": 0.1}
+        history = [{"epoch": e, "top1": 70 + e, "train_loss": 1 / e} for e in (1, 2)]
+        store.log(cell.trial, history)
+        record = {"metrics": metrics, "seconds": {"seconds": 100.0}, "parameters": 10}
+        store.finish(cell.trial, record | {"environment": ENVIRONMENT}, {"w": torch.zeros(1)})
+    again = plans[0].experiment.model_copy(update={"name": "again", "seeds": [0]})
+    return [*plans, plan(again), plan(load_experiment("homogeneous_pairs"))], store
+
+
+def test_the_page_needs_no_network_and_shows_every_trial_once(made, tmp_path):
+    plans, store = made
+    html, markdown = report.write(plans, store, tmp_path / "out")
+    page = Page()
+    page.feed(html.read_text())
+    assert page.open == []
+    assert all(link.startswith(("#", "data:image/png;base64,")) for link in page.links)
+    assert {link[1:] for link in page.links if link[0] == "#"} <= set(page.ids)
+    trials = [key for made in plans for key in made.trials]
+    shown = [name[1:] for name in page.ids if re.fullmatch("t[0-9a-f]{16}", name)]
+    assert sorted(shown) == sorted(set(trials)) and len(trials) > len(set(trials))
+    text = " ".join(page.text)
+    assert "A <test> & more" in text and "<test>" not in html.read_text()
+    assert "3 of 20 trials finished; 5 min of training" in text
+    assert "3 of 5 trials finished" in text and "Table 2: Homogeneous pairs" in text
+    assert '"name": "resnet20"' in text  # a spec, behind a click
+    assert "@import" not in html.read_text() and "<script" not in html.read_text()
+    written = markdown.read_text()
+    pictures = re.findall(r"!\[.*?\]\((.*?)\)", written)
+    assert len(pictures) == sum(link.startswith("data:") for link in page.links) > 4
+    assert all((tmp_path / "out" / picture).is_file() for picture in pictures)
+    assert "| average " in written and "+0.42" in written
+
+
+def test_without_any_result_it_shows_what_is_reported(tmp_path):
+    plans = [plan(load_experiment("divergences"))]
+    html, _ = report.write(plans, Store(tmp_path / "none"), tmp_path / "out")
+    text = html.read_text()
+    assert "0 of 3 trials finished" in text and "69.83" in text and "All metrics" not in text
