@@ -27,6 +27,10 @@ app = typer.Typer(
 ExperimentName = Annotated[
     str, typer.Argument(metavar="EXPERIMENT", help="A YAML file, or a shipped one by name: demo.")
 ]
+Experiments = Annotated[
+    list[str],
+    typer.Argument(metavar="EXPERIMENT...", help="YAML files, or shipped ones by name: demo."),
+]
 Smoke = Annotated[
     bool, typer.Option("--smoke", help="In miniature: the same cells, so small that 2 cores do.")
 ]
@@ -48,36 +52,37 @@ Out = Annotated[
 
 @app.command()
 def run(
-    experiment: ExperimentName,
+    experiments: Experiments,
     overrides: Overrides = None,
     smoke: Smoke = False,
     storage: Storage = "results",
     address: Address = None,
     out: Out = None,
 ) -> None:
-    """Run the trials that have no record yet, then write the table and the figures."""
-    plan, store = _open(experiment, overrides, smoke, storage)
-    pending = _pending(plan, store)
-    failures: dict[str, str] = {}
-    if pending:
-        _banks(pending, store)
-        failures = _train(plan, pending, store, address)
-    else:
-        typer.echo(f"all {len(plan.trials)} trials are done")
-    folder = _tables(plan, store, out)
-    _say("figures", _figures(plan, store, folder))
-    if failures:
+    """Run the trials that have no record yet, then write the tables and the figures."""
+    failed = False
+    for plan, store in [_open(name, overrides, smoke, storage) for name in experiments]:
+        pending = _pending(plan, store)
+        failures: dict[str, str] = {}
+        if pending:
+            _banks(pending, store)
+            failures = _train(plan, pending, store, address)
+        else:
+            typer.echo(f"{plan.experiment.name}: all {len(plan.trials)} trials are done")
+        folder = _tables(plan, store, out)
+        _say("figures", _figures(plan, store, folder))
+        failed |= bool(failures)
+        # Tune takes a Ctrl-C to itself and ends in order
+        if plan.trials.keys() - store.finished() - failures.keys():
+            typer.echo("stopped; the same command goes on from here", err=True)
+            raise typer.Exit(130)
+    if failed:
         raise typer.Exit(1)
-    if plan.trials.keys() - store.finished():  # Tune takes a Ctrl-C to itself and ends in order
-        typer.echo("stopped; the same command goes on from here", err=True)
-        raise typer.Exit(130)
 
 
 @app.command()
 def plan(
-    experiments: Annotated[
-        list[str], typer.Argument(metavar="EXPERIMENT...", help="As for run; one or several.")
-    ],
+    experiments: Experiments,
     overrides: Overrides = None,
     smoke: Smoke = False,
     storage: Storage = "results",
