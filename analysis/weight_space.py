@@ -8,6 +8,7 @@ they compare on one scale, and under the loss by which each was trained. Points 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
+from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import Tensor, nn
@@ -271,9 +273,26 @@ def printed(table: pd.DataFrame) -> pd.DataFrame:
     cells = table[["student"]].rename(columns={"student": "Student of"})
     for field, head in heads.items():
         if field in table:
-            form = "{:.2f}" if field == "top1" else "{:.4g}"
-            cells[head] = [form.format(x) if x == x else "–" for x in table[field]]
+            digits = 2 if field == "top1" else None
+            cells[head] = [_cell(x, digits) for x in table[field]]
     return cells
+
+
+def _cell(x: float, digits: int | None) -> str:
+    if math.isnan(x):
+        return "–"
+    return _significant(x, 4) if digits is None else f"{x:.{digits}f}"
+
+
+def _significant(x: float, digits: int) -> str:
+    """Rounded to so many digits, and never as 1.4e+02."""
+    return f"{float(f'{x:.{digits}g}'):,.12g}"
+
+
+def _levels(values: Any) -> Any:
+    """17 contours, evenly apart on a logarithmic scale."""
+    low = max(values.min(), 1e-6)
+    return np.geomspace(low, max(values.max(), 1.01 * low), 17)
 
 
 def figure(kept: dict[str, Any]) -> Figure:
@@ -284,7 +303,7 @@ def figure(kept: dict[str, Any]) -> Figure:
         *shape, figsize=(0.8 + 2.6 * shape[1], 0.6 + 2.7 * shape[0]), squeeze=False
     )
     shared = np.concatenate([np.ravel(one["losses"]["ce"]["values"]) for one in kept.values()])
-    levels = np.geomspace(max(shared.min(), 1e-6), np.quantile(shared, 0.9), 17)
+    levels = _levels(shared)
     for column, (name, one) in enumerate(kept.items()):
         for row, loss in enumerate(["ce", "own"][: shape[0]]):
             axis = axes[row][column]
@@ -292,13 +311,12 @@ def figure(kept: dict[str, Any]) -> Figure:
                 axis.remove()
                 continue
             values = np.array(one["losses"][loss]["values"])
-            own = np.linspace(values.min(), np.quantile(values, 0.9), 17)
-            chosen = levels if loss == "ce" else own
-            axis.contourf(one["axis"], one["axis"], values, chosen, cmap="viridis", extend="both")
-            lines = axis.contour(
-                one["axis"], one["axis"], values, chosen[::4], colors="white", linewidths=0.6
-            )
-            axis.clabel(lines, fmt="%.2g", fontsize=6.5)
+            chosen = levels if loss == "ce" else _levels(values)
+            at = one["axis"], one["axis"], values
+            scale = LogNorm(chosen[0], chosen[-1])
+            axis.contourf(*at, chosen, cmap="viridis", norm=scale, extend="both")
+            lines = axis.contour(*at, chosen[2::4], colors="white", linewidths=0.6)
+            axis.clabel(lines, fmt=lambda x: _significant(x, 2), fontsize=6.5)
             axis.plot(0, 0, "x", color="#D55E00", ms=6, mew=2)
             axis.grid(visible=False)
             axis.set_aspect("equal")
