@@ -232,7 +232,7 @@ def miniature(experiment: Experiment) -> Experiment:
             "base": {field: _smaller(field, base[field], smoke.models) for field in base},
             "grid": grid,
             "resources": Resources(),
-            "miniature_of": experiment,
+            "miniature_of": experiment.model_copy(update={"overrides": {}}),
         }
     )
 

@@ -29,6 +29,9 @@ BAD = {
     "run demo --set epochs=99999999": "TB and there is room for ",
     "run demo --set data.cutmix=1": "cutmix: augmentation that mixes samples is not supported",
     "bank build demo --set grid.loss=[ce]": "demo: none of its trials reads a bank",
+    "landscape demo": "demo: no trial has finished: run it first",
+    "run demo landscape --smoke": "no experiment 'landscape' (neither a file nor shipped)",
+    "run demo --set data.random_resized_crop=true": "random_resized_crop needs image_size",
     "status demo --storage nosuch://x": "storage 'nosuch://x': expected a folder or a URI",
 }
 
@@ -57,6 +60,26 @@ def test_plan_prints_trials_and_json(tmp_path):
         first.id,
         *["ce", "resnet20", "seed", "0", "is", "one", "20", "done", "5", "s"],
     ]
+
+
+def test_plan_of_several_experiments_says_what_they_share(tmp_path):
+    done = cli("plan", "cifar100_methods", "runtime", "demo", cwd=tmp_path)
+    rows = {line.split()[0]: line.split()[1:] for line in done.stdout.splitlines() if line}
+    # cells, trials, new, done, epochs to run; a teacher has 240 epochs, a student 250
+    assert rows["cifar100_methods"] == ["132", "136", "136", "0", str(4 * 240 + 132 * 250)]
+    assert rows["runtime"] == ["44", "48", "0", "0", "0"]
+    assert "196 cells, 157 unique trials: 48 trials and 11,960 of" in done.stdout
+    found = json.loads(cli("plan", "runtime", "demo", "--json", cwd=tmp_path).stdout)
+    assert [e["experiment"] for e in found["experiments"]] == ["runtime", "demo"]
+    assert found["unique"] == 48 + 21
+
+
+def test_tables_without_results_are_the_reported_ones(tmp_path):
+    printed = cli("tables", cwd=tmp_path).stdout
+    for heading in ("Table 1:", "Table 2:", "Tables 5 and 8:", "Table 13:"):
+        assert heading in printed
+    assert len(list(tmp_path.rglob("table-*.md"))) == 11
+    assert not list(tmp_path.rglob("table.md"))  # of nothing that was run here
 
 
 def test_status_names_failures_and_sets_the_exit_code(tmp_path):
