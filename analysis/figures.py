@@ -19,6 +19,7 @@ from matplotlib.ticker import MaxNLocator
 
 from analysis import paper
 from analysis.paper import Entry
+from analysis.reported import network
 from pld_ray.losses import REGISTRY
 
 matplotlib.use("Agg")
@@ -283,7 +284,7 @@ def sizes(points: list[Entry], of_teacher: bool) -> Figure:
 
 def _network(entry: Entry, of_teacher: bool) -> str:
     assert entry.trial is not None
-    return entry.teacher if of_teacher else paper.network(entry.trial.student.name)
+    return entry.teacher if of_teacher else network(entry.trial.student.name)
 
 
 def _ce_weight(entry: Entry) -> float:

@@ -1,21 +1,21 @@
 """The paper's tables: each a short declaration over records, with the reported numbers beside ours.
 
-reported.csv holds every number that arXiv 2506.12542 v3 reports, in long form. A row of it belongs
-to the cells of an experiment with its teacher, student, method and settings.
+TABLES -> entries (ours and reported, place by place) -> gains -> Markdown, CSV, LaTeX
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from analysis import render, statistics
+from analysis import render, reported, statistics
+from analysis.render import MISSING, signed
+from analysis.reported import network
 from analysis.statistics import Scores
 from pld_ray.experiment import experiments_folder
 from pld_ray.losses import REGISTRY
@@ -46,7 +46,7 @@ class PaperTable:
         return f"table-{self.numbers.replace(' and ', '-')}"
 
     @property
-    def reported(self) -> int:
+    def number(self) -> int:
         """Its number in reported.csv; Table 5 is part of Table 8."""
         return int(self.numbers.split()[-1])
 
@@ -116,71 +116,6 @@ METRICS = {
 }
 TEACHER = "Teacher"
 
-# ---------------------------------------------------------------- what is reported
-
-ALIASES = {  # Table 12's names for what Table 2 calls
-    "mobilenetv4_large": "mobilenetv4_conv_large",
-    "mobilenetv4_medium": "mobilenetv4_conv_medium",
-    "mobilenetv4_small": "mobilenetv4_conv_small",
-}
-FIELDS = {"alpha": "ce_weight", "tau": "temperature", "label_smoothing": "smoothing"}
-
-
-@cache
-def reported() -> list[dict[str, Any]]:
-    """All reported numbers, one a row: the columns of reported.csv."""
-    text = {"params": str, "optimizer": str}
-    found = pd.read_csv(Path(__file__).parent / "reported.csv", dtype=text)
-    rows: list[Any] = found.fillna({"params": "", "optimizer": ""}).to_dict("records")
-    return rows
-
-
-def number(trial: Trial, teacher: str, table: int, metric: str) -> tuple[float, float]:
-    """The reported mean and standard deviation of a trial's metric; NaN where there is none.
-
-    By the table itself, or by another that names the settings of the same trial.
-    """
-    fitting = [row for row in reported() if row["metric"] == metric and _fits(row, trial, teacher)]
-    own = [row for row in fitting if row["table"] == table]
-    for row in own or [row for row in fitting if row["params"]]:
-        return row["mean"], row["std"]
-    return math.nan, math.nan
-
-
-def teacher_top1(student: str, teacher: str, table: int) -> float:
-    """The reported top-1 of the teacher of a pair; NaN where there is none."""
-    for row in reported():
-        if row["table"] == table and row["method"] == "teacher" and _pair(row, student, teacher):
-            return row["mean"]
-    return math.nan
-
-
-def _fits(row: dict[str, Any], trial: Trial, teacher: str) -> bool:
-    settings: list[list[str]] = [item.split("=") for item in row["params"].split(";") if item]
-    loss = trial.loss.model_dump(mode="json")
-    return (
-        _pair(row, trial.student.name, teacher)
-        and row["method"] == trial.loss.name
-        and all(_same(value, loss.get(FIELDS.get(name, name))) for name, value in settings)
-        and (math.isnan(row["epochs"]) or row["epochs"] == trial.epochs)
-        and row["optimizer"] in ("", trial.optimizer.name)
-    )
-
-
-def _pair(row: dict[str, Any], student: str, teacher: str) -> bool:
-    named: tuple[str, str] = row["student"], row["teacher"]
-    return [ALIASES.get(name, name) for name in named] == [network(student), network(teacher)]
-
-
-def network(name: str) -> str:
-    """A network as the paper calls it: without timm's tag, and without saying it is for CIFAR."""
-    return name.split(".")[0].removesuffix("_cifar")
-
-
-def _same(text: str, value: Any) -> bool:
-    return text == value if isinstance(value, str) or value is None else float(text) == value
-
-
 # ---------------------------------------------------------------- ours beside it
 
 
@@ -241,7 +176,7 @@ def entries(table: PaperTable, records: pd.DataFrame) -> list[Entry]:
         place = labels[others[0]] if others else ""
         if "method" in (table.rows, table.columns) and pair not in taught:
             taught.add(pair)
-            value = teacher_top1(trial.student.name, teacher, table.reported)
+            value = reported.teacher_top1(trial.student.name, teacher, table.number)
             if not math.isnan(value):
                 ours = cells.get("teacher_top1", pd.Series(dtype=float)).dropna()
                 scores = {0: float(ours.iloc[0])} if len(ours) else {}
@@ -250,7 +185,7 @@ def entries(table: PaperTable, records: pd.DataFrame) -> list[Entry]:
                 found.append(Entry(*spot, "top1", "teacher", place, scores, 1, value, math.nan))
         for metric in table.metrics:
             at = labels | {"metric": METRICS[metric]}
-            mean, std = number(trial, teacher, table.reported, metric)
+            mean, std = reported.number(trial, teacher, table.number, metric)
             found.append(
                 Entry(
                     row=at[table.rows],
@@ -315,53 +250,13 @@ def gains(table: PaperTable, found: list[Entry]) -> list[Gain]:
     return result
 
 
-# ---------------------------------------------------------------- PLD against each other method
-
-
-def comparisons(records: pd.DataFrame) -> pd.DataFrame:
-    """PLD against every other method, over all seeds and pairs where both have finished.
-
-    Columns: method, those of statistics.Comparison, corrected (p, for all rows together), decided.
-    Empty unless the records have just one PLD method.
-    """
-    places = ["teacher", "student", "setting"]
-    done = records[records["finished"]]
-    methods = list(dict.fromkeys(done.loc[done["loss"] == "pld", "method"]))
-    rows = []
-    for method in dict.fromkeys(done["method"]) if len(methods) == 1 else ():
-        if method == methods[0]:
-            continue
-        ours, theirs = {}, {}
-        for key, cells in done.groupby(places, sort=False):
-            pld, other = (
-                cells[cells["method"] == name].set_index("seed")["top1"]
-                for name in (methods[0], method)
-            )
-            seeds = [seed for seed in pld.index if seed in other.index]
-            ours[key], theirs[key] = pld[seeds].to_numpy(), other[seeds].to_numpy()
-        found = statistics.compare(ours, theirs)
-        if found is not None:
-            rows.append({"method": method, **found._asdict(), "decided": found.decided})
-    table = pd.DataFrame(rows)
-    if rows:
-        table["corrected"] = statistics.corrected(table["p"].tolist())
-        table["decided"] &= table["corrected"] < 0.05
-    return table
-
-
 # ---------------------------------------------------------------- printed
-
-MISSING = "–"
 
 
 def _number(value: float, std: float) -> str:
     if math.isnan(value):
         return MISSING
     return f"{value:.2f}" + ("" if math.isnan(std) else f"±{std:.2f}")
-
-
-def _signed(value: float) -> str:
-    return MISSING if math.isnan(value) else f"{round(value, 2) + 0.0:+.2f}".replace("-", "−")
 
 
 def _cell(entry: Entry | None, alone: bool, compare: bool, best: bool) -> str:
@@ -378,7 +273,7 @@ def _cell(entry: Entry | None, alone: bool, compare: bool, best: bool) -> str:
     if math.isnan(entry.reported):
         return text
     known = compare and entry.scores
-    return f"{text} [{reported}{f', {_signed(entry.mean - entry.reported)}' if known else ''}]"
+    return f"{text} [{reported}{f', {signed(entry.mean - entry.reported)}' if known else ''}]"
 
 
 def best(found: list[Entry], entry: Entry) -> bool:
@@ -430,39 +325,11 @@ def printed_gains(table: PaperTable, found: list[Entry], miniature: bool) -> pd.
     lines: dict[str, dict[str, str]] = {}
     for gain in gains(table, found):
         line = lines.setdefault(gain.place, {"PLD's gain": gain.place})
-        text = _signed(gain.reported)
+        text = signed(gain.reported)
         if not alone:
-            text = f"{_signed(gain.ours)} [{text}]"
+            text = f"{signed(gain.ours)} [{text}]"
         line[f"over {gain.over}"] = text
     return pd.DataFrame(list(lines.values()))
-
-
-def printed_comparisons(table: pd.DataFrame) -> pd.DataFrame:
-    """`comparisons` as strings; bold what is decided."""
-    lines = []
-    for row in table.to_dict("records"):
-        gain = _signed(row["mean"])
-        if not math.isnan(row["low"]):
-            gain += f" [{_signed(row['low'])}, {_signed(row['high'])}]"
-        lines.append(
-            {
-                "PLD against": row["method"],
-                "Gain [95 %]": f"**{gain}**" if row["decided"] else gain,
-                "Effect d": _signed(row["effect"]),
-                "p": MISSING if math.isnan(row["corrected"]) else f"{row['corrected']:.3f}",
-                "P(better)": f"{row['probability']:.2f}",
-                "n": f"{row['n']:.0f}",
-            }
-        )
-    return pd.DataFrame(lines)
-
-
-COMPARED = (
-    "Top-1 of PLD minus the method's, paired by seed: the mean over pairs and seeds and its 95 % "
-    "bootstrap interval; effect: Cohen's d of the differences; p: sign-flip permutation test, "
-    "Benjamini-Hochberg corrected; P(better): that a run of PLD beats one of the method. Bold: the "
-    f"interval leaves out 0, p is below 0.05 and n is {statistics.ENOUGH} or more."
-)
 
 
 def legend(table: PaperTable, found: list[Entry], miniature: bool) -> str:

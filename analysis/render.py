@@ -5,9 +5,12 @@ A cell in **two stars** is bold.
 
 from __future__ import annotations
 
+import math
 import re
 
 import pandas as pd
+
+MISSING = "–"
 
 SIGNS = {  # what LaTeX has no letter for
     "±": r"$\pm$",
@@ -20,6 +23,11 @@ SIGNS = {  # what LaTeX has no letter for
     "−": "$-$",
     "–": "--",
 }
+
+
+def signed(value: float) -> str:
+    """A difference with two digits and its sign."""
+    return MISSING if math.isnan(value) else f"{round(value, 2) + 0.0:+.2f}".replace("-", "−")
 
 
 def markdown(cells: pd.DataFrame, labels: int) -> str:

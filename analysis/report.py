@@ -128,9 +128,9 @@ def _ours(plan: Plan, store: Store, frame: pd.DataFrame, folder: Path) -> list[B
     """The comparison of an experiment's own trials, its figures and landscapes."""
     cells = tables.printed(tables.comparison(frame))
     blocks = [Block("All metrics", cells, tables.labels(cells), caption=" ".join(tables.LEGEND))]
-    against = paper.printed_comparisons(paper.comparisons(frame))
+    against = tables.printed_against(tables.against(frame))
     if len(against):
-        blocks.append(Block("PLD against the others", against, caption=paper.COMPARED))
+        blocks.append(Block("PLD against the others", against, caption=tables.AGAINST))
     drawn = figures.draw(frame, records.curves(plan, store), folder)
     blocks += [Block(image=path) for path in drawn]
     trials = weight_space.students(plan, store)

@@ -1,6 +1,7 @@
-"""The comparison table of an experiment: its teacher, one row a method, and what PLD gains.
+"""The tables of an experiment's own trials: all methods and metrics, and PLD against each other.
 
-`comparison` computes it as numbers; `text` and `write` print it: Markdown, CSV, LaTeX (booktabs).
+`comparison` and `against` compute them as numbers; `text` and `write` print them: Markdown, CSV,
+LaTeX (booktabs).
 """
 
 from __future__ import annotations
@@ -11,13 +12,13 @@ from typing import Any
 
 import pandas as pd
 
-from analysis import render
+from analysis import render, statistics
 from analysis.records import summary
+from analysis.render import MISSING, signed
 from pld_ray.experiment import Experiment
 from pld_ray.losses import REGISTRY
 
 METRICS = ["top1", "top5", "kl_teacher_student", "agreement", "ece", "seconds"]
-MISSING = "–"
 LEGEND = (
     "Last epoch, mean ± standard deviation over n seeds. PLD gain: top-1 of PLD minus the",
     "method's, paired by seed. Seconds: training, validation and teacher, one worker.",
@@ -59,6 +60,37 @@ def _gain(records: pd.DataFrame, pld: pd.Series, row: pd.Series) -> float:
     return float((by_seed(pld) - by_seed(row)).mean())
 
 
+def against(records: pd.DataFrame) -> pd.DataFrame:
+    """PLD against every other method, over all seeds and pairs where both have finished.
+
+    Columns: method, those of statistics.Comparison, corrected (p, for all rows together), decided.
+    Empty unless the records have just one PLD method.
+    """
+    places = ["teacher", "student", "setting"]
+    done = records[records["finished"]]
+    methods = list(dict.fromkeys(done.loc[done["loss"] == "pld", "method"]))
+    rows = []
+    for method in dict.fromkeys(done["method"]) if len(methods) == 1 else ():
+        if method == methods[0]:
+            continue
+        ours, theirs = {}, {}
+        for key, cells in done.groupby(places, sort=False):
+            pld, other = (
+                cells[cells["method"] == name].set_index("seed")["top1"]
+                for name in (methods[0], method)
+            )
+            seeds = [seed for seed in pld.index if seed in other.index]
+            ours[key], theirs[key] = pld[seeds].to_numpy(), other[seeds].to_numpy()
+        found = statistics.compare(ours, theirs)
+        if found is not None:
+            rows.append({"method": method, **found._asdict(), "decided": found.decided})
+    table = pd.DataFrame(rows)
+    if rows:
+        table["corrected"] = statistics.corrected(table["p"].tolist())
+        table["decided"] &= table["corrected"] < 0.05
+    return table
+
+
 # ---------------------------------------------------------------- printed
 
 
@@ -84,7 +116,7 @@ def printed(table: pd.DataFrame) -> pd.DataFrame:
         cells["Method"] = row["method"]
         cells["Top-1 %"] = pair(row, "top1", 2)
         gain = row.get("gain")
-        cells["PLD gain"] = "" if gain is None or pd.isna(gain) else f"{round(gain, 2) + 0.0:+.2f}"
+        cells["PLD gain"] = "" if gain is None or pd.isna(gain) else signed(gain)
         cells["KL(T‖S)"] = "" if teacher else pair(row, "kl_teacher_student", 2)
         cells["Agreement %"] = "" if teacher else pair(row, "agreement", 1)
         cells["ECE %"] = "" if teacher else pair(row, "ece", 1, scale=100)
@@ -100,12 +132,42 @@ def _pair(row: pd.Series) -> str:
     return f"{row['teacher']} → {row['student']}" if row["teacher"] else str(row["student"])
 
 
-def text(table: pd.DataFrame, experiment: Experiment) -> str:
-    """The table as Markdown whose columns also line up as plain text."""
+def printed_against(table: pd.DataFrame) -> pd.DataFrame:
+    """`against` as strings; bold what is decided."""
+    lines = []
+    for row in table.to_dict("records"):
+        gain = signed(row["mean"])
+        if not math.isnan(row["low"]):
+            gain += f" [{signed(row['low'])}, {signed(row['high'])}]"
+        lines.append(
+            {
+                "PLD against": row["method"],
+                "Gain [95 %]": f"**{gain}**" if row["decided"] else gain,
+                "Effect d": signed(row["effect"]),
+                "p": MISSING if math.isnan(row["corrected"]) else f"{row['corrected']:.3f}",
+                "P(better)": f"{row['probability']:.2f}",
+                "n": f"{row['n']:.0f}",
+            }
+        )
+    return pd.DataFrame(lines)
+
+
+AGAINST = (
+    "Top-1 of PLD minus the method's, paired by seed: the mean over pairs and seeds and its 95 % "
+    "bootstrap interval; effect: Cohen's d of the differences; p: sign-flip permutation test, "
+    "Benjamini-Hochberg corrected; P(better): that a run of PLD beats one of the method. Bold: the "
+    f"interval leaves out 0, p is below 0.05 and n is {statistics.ENOUGH} or more."
+)
+
+
+def text(table: pd.DataFrame, others: pd.DataFrame, experiment: Experiment) -> str:
+    """`comparison` and `against` as Markdown whose columns also line up as plain text."""
     cells = printed(table)
     title, only = experiment.title or experiment.name, table.iloc[0]
     head = [title if "Pair" in cells else f"{title}: {_pair(only)}", ""]
     tail = ["", *_legend(table, experiment)]
+    if len(others):
+        tail += ["", render.markdown(printed_against(others), 1), "", AGAINST]
     return "\n".join([*head, render.markdown(cells, labels(cells)), *tail])
 
 
@@ -122,12 +184,17 @@ def _legend(table: pd.DataFrame, experiment: Experiment) -> list[str]:
     return [*lines, *([experiment.note] if experiment.note else [])]
 
 
-def write(table: pd.DataFrame, folder: Path, experiment: Experiment) -> list[Path]:
-    """Write table.md, table.csv (full precision) and table.tex; returns their paths."""
+def write(
+    table: pd.DataFrame, others: pd.DataFrame, folder: Path, experiment: Experiment
+) -> list[Path]:
+    """Write table.md, table.csv (full precision), table.tex and against.csv; returns the paths."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"table.{kind}" for kind in ("md", "csv", "tex")]
-    paths[0].write_text(text(table, experiment) + "\n", encoding="utf-8")
+    paths[0].write_text(text(table, others, experiment) + "\n", encoding="utf-8")
     table.to_csv(paths[1], index=False)
     cells = printed(table)
     paths[2].write_text(render.latex(cells, labels(cells)), encoding="utf-8")
+    if len(others):
+        paths.append(folder / "against.csv")
+        others.to_csv(paths[-1], index=False)
     return paths

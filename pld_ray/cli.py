@@ -373,18 +373,15 @@ def _folder(plan: Plan, store: Store, out: Path | None) -> Path:
 
 
 def _tables(plan: Plan, store: Store, out: Path | None) -> Path:
-    from analysis import paper, records, render, tables
+    from analysis import paper, records, tables
 
     folder = _folder(plan, store, out)
     frame = records.frame(plan, store)
     paths = []
     if frame["finished"].any() or not paper.of_experiment(plan.experiment.name):
-        table = tables.comparison(frame)
-        paths += tables.write(table, folder, plan.experiment)
-        typer.echo("\n" + tables.text(table, plan.experiment) + "\n")
-    against = paper.printed_comparisons(paper.comparisons(frame))
-    if len(against):
-        typer.echo(f"{render.markdown(against, 1)}\n\n{paper.COMPARED}\n")
+        own = tables.comparison(frame), tables.against(frame)
+        paths += tables.write(*own, folder, plan.experiment)
+        typer.echo("\n" + tables.text(*own, plan.experiment) + "\n")
     miniature = plan.experiment.miniature_of is not None
     for declared in paper.of_experiment(plan.experiment.name):
         found = paper.entries(declared, frame)

@@ -90,14 +90,17 @@ def test_gains_are_paired_by_seed(results):
 
 def test_tables_as_text_and_files(results, tmp_path):
     made, store = results
-    table = tables.comparison(records.frame(made, store))
-    text = tables.text(table, made.experiment)
+    own = tables.comparison(records.frame(made, store)), tables.against(records.frame(made, store))
+    text = tables.text(*own, made.experiment)
     rows = [[c.strip() for c in line.split("|")[1:-1]] for line in text.splitlines() if "|" in line]
     assert ["CE", "82.00 ± 2.00", "+8.00", "–", "–", "10.0 ± 0.0", "3.0 ± 0.0", "3"] in rows
     assert ["KD (τ = 4)", "–", "", "–", "–", "–", "–", "0 of 3"] in rows
     assert text.startswith("A test: resnet20 → resnet8")
-    assert len({len(line) for line in text.splitlines() if line.startswith("|")}) == 1
-    paths = {p.suffix: p for p in tables.write(table, tmp_path / "out", made.experiment)}
+    tables_ = [part.splitlines() for part in text.split("\n\n") if part.startswith("|")]
+    assert [len({len(line) for line in lines}) for lines in tables_] == [1, 1]
+    # PLD against CE over three seeds: 8, 8, 8
+    assert ["CE", "+8.00 [+8.00, +8.00]", "–", "0.250", "1.00", "3"] in rows
+    paths = {p.suffix: p for p in tables.write(*own, tmp_path / "out", made.experiment)}
     with open(paths[".csv"], newline="") as file:
         by_method = {row["method"]: row for row in csv.DictReader(file)}
     assert float(by_method["PLD"]["top1_std"]) == pytest.approx(2)
@@ -119,7 +122,7 @@ def test_other_axes_become_settings_and_losses_without_teacher_stay_in_their_pai
     ce = frame[frame["loss"] == "ce"]
     assert set(ce["teacher"]) == {"resnet20", "wrn_16_2"}
     assert ce["id"].nunique() == 6  # 2 rates x 3 seeds: the teacher makes no other trial of it
-    text = tables.text(tables.comparison(frame), made.experiment)
+    text = tables.text(tables.comparison(frame), tables.against(frame), made.experiment)
     assert "wrn_16_2 → resnet8" in text and "optimizer.lr 0.2" in text
 
 

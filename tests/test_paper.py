@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 import torch
 
-from analysis import figures, paper, records, render
+from analysis import figures, paper, records, render, tables
 from analysis.paper import Entry
 from pld_ray.errors import InputError
 from pld_ray.experiment import experiments_folder, load_experiment, plan
@@ -90,7 +90,7 @@ def test_every_reported_number_is_in_its_table_and_none_is_in_two_places(tmp_pat
         rows = list(csv.DictReader(file))
     assert len(rows) == 278
     for table in paper.TABLES:
-        own = [row for row in rows if row["table"] == str(table.reported)]
+        own = [row for row in rows if row["table"] == str(table.number)]
         expected = Counter(f"{float(row['mean'])} {row['metric']}" for row in own)
         if table.numbers == "2":  # one teacher of three pairs, and it stands at each
             assert expected["80.83 top1"] == 3
@@ -99,7 +99,7 @@ def test_every_reported_number_is_in_its_table_and_none_is_in_two_places(tmp_pat
         extra = got - expected
         assert not expected - got, table
         # PLD in Table 8 is in the paper's text and figure, its number in Table 6
-        assert extra == (Counter(["77.3 top1", "93.28 top5"]) if table.reported == 8 else Counter())
+        assert extra == (Counter(["77.3 top1", "93.28 top5"]) if table.number == 8 else Counter())
         assert all(e.mean != e.mean and not e.scores for e in found)
 
 
@@ -184,14 +184,14 @@ def test_a_winner_needs_runs_enough(finished):
     frame = records.frame(*finished)
     found = paper.entries(paper.TABLES[0], frame)
     assert not any(paper.best(found, entry) for entry in found)  # three seeds say too little
-    table = paper.comparisons(frame).set_index("method")
+    table = tables.against(frame).set_index("method")
     assert list(table.index) == ["KD", "DIST"]
     assert table.loc["DIST", "n"] == 6 and table.loc["DIST", "mean"] == 1
     assert table.loc["KD", "n"] == 4 and table.loc["KD", "p"] == pytest.approx(2 / 2**4)
     assert table["corrected"].tolist() == pytest.approx([0.125, 2 * 2 / 2**6])
     assert not table["decided"].any()  # two comparisons, and 2 / 2^6 was not small enough for that
-    alone = paper.comparisons(frame[frame["loss"] != "kd"])
-    printed = paper.printed_comparisons(alone).set_index("PLD against")
+    alone = tables.against(frame[frame["loss"] != "kd"])
+    printed = tables.printed_against(alone).set_index("PLD against")
     assert printed.loc["DIST", "Gain [95 %]"] == "**+1.00 [+1.00, +1.00]**"
     many = [
         Entry("", "p", "top1", loss, "p", {i: base + i % 3 for i in range(8)}, 8, 0, 0)
