@@ -21,6 +21,14 @@ from pld_ray.experiment import experiments_folder
 from pld_ray.losses import REGISTRY
 from pld_ray.spec import Trial
 
+METRICS = {
+    "top1": "top-1 %",
+    "top5": "top-5 %",
+    "kl_teacher_student": "KL(T‖S), nats",
+    "train_minutes": "minutes",
+}
+TEACHER = "Teacher"
+
 # ---------------------------------------------------------------- declarations
 
 
@@ -53,68 +61,31 @@ class PaperTable:
 
 BOTH = ("dist", "kd")
 TABLES = (
+    PaperTable("1", "Methods on CIFAR-100", "cifar100_methods", "method", "pair", gains=BOTH),
+    PaperTable("2", "Homogeneous pairs", "homogeneous_pairs", "pair", "method", gains=BOTH),
     PaperTable(
-        "1", "Methods on CIFAR-100", "cifar100_methods", rows="method", columns="pair", gains=BOTH
+        "3", "Heterogeneous teachers", "heterogeneous_teachers", "pair", "method", gains=BOTH
+    ),
+    PaperTable("4", "Longer training", "longer_training", "method", "epochs", gains=BOTH),
+    PaperTable(
+        "5 and 8", "The weight of cross-entropy", "ce_weight", "method", "metric", ("top1", "top5")
     ),
     PaperTable(
-        "2", "Homogeneous pairs", "homogeneous_pairs", rows="pair", columns="method", gains=BOTH
+        "6", "The weights of the ranking", "pld_weights", "method", "metric", ("top1", "top5")
     ),
-    PaperTable(
-        "3",
-        "Heterogeneous teachers",
-        "heterogeneous_teachers",
-        rows="pair",
-        columns="method",
-        gains=BOTH,
-    ),
-    PaperTable(
-        "4", "Longer training", "longer_training", rows="method", columns="epochs", gains=BOTH
-    ),
-    PaperTable(
-        "5 and 8",
-        "The weight of cross-entropy",
-        "ce_weight",
-        rows="method",
-        columns="metric",
-        metrics=("top1", "top5"),
-    ),
-    PaperTable(
-        "6",
-        "The weights of the ranking",
-        "pld_weights",
-        rows="method",
-        columns="metric",
-        metrics=("top1", "top5"),
-    ),
-    PaperTable("9", "Optimizers", "optimizers", rows="optimizer", columns="method", gains=BOTH),
-    PaperTable(
-        "10", "Logit standardization", "logit_standardization", rows="method", columns="metric"
-    ),
-    PaperTable("11", "Divergences under KD", "divergences", rows="method", columns="metric"),
+    PaperTable("9", "Optimizers", "optimizers", "optimizer", "method", gains=BOTH),
+    PaperTable("10", "Logit standardization", "logit_standardization", "method", "metric"),
+    PaperTable("11", "Divergences under KD", "divergences", "method", "metric"),
     PaperTable(
         "12",
         "Alignment with the teacher",
         "teacher_alignment",
-        rows="pair",
-        columns="method",
-        metrics=("kl_teacher_student",),
+        "pair",
+        "method",
+        ("kl_teacher_student",),
     ),
-    PaperTable(
-        "13",
-        "Training time",
-        "runtime",
-        rows="method",
-        columns="pair",
-        metrics=("train_minutes",),
-    ),
+    PaperTable("13", "Training time", "runtime", "method", "pair", ("train_minutes",)),
 )
-METRICS = {
-    "top1": "top-1 %",
-    "top5": "top-5 %",
-    "kl_teacher_student": "KL(T‖S), nats",
-    "train_minutes": "minutes",
-}
-TEACHER = "Teacher"
 
 # ---------------------------------------------------------------- ours beside it
 

@@ -100,7 +100,9 @@ def test_tables_as_text_and_files(results, tmp_path):
     assert [len({len(line) for line in lines}) for lines in tables_] == [1, 1]
     # PLD against CE over three seeds: 8, 8, 8
     assert ["CE", "+8.00 [+8.00, +8.00]", "–", "0.250", "1.00", "3"] in rows
-    paths = {p.suffix: p for p in tables.write(*own, tmp_path / "out", made.experiment)}
+    *written, against = tables.write(*own, tmp_path / "out", made.experiment)
+    assert against.name == "against.csv"
+    paths = {path.suffix: path for path in written}
     with open(paths[".csv"], newline="") as file:
         by_method = {row["method"]: row for row in csv.DictReader(file)}
     assert float(by_method["PLD"]["top1_std"]) == pytest.approx(2)
