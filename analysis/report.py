@@ -7,6 +7,7 @@ pictures lie beside it.
 from __future__ import annotations
 
 import base64
+import io
 import json
 import time
 from dataclasses import dataclass, field
@@ -197,9 +198,17 @@ def _html(page: dict[str, Any]) -> str:
     return environment.get_template("report.html.j2").render(
         **page,
         html=render.html,
-        base64=lambda path: base64.b64encode(path.read_bytes()).decode(),
+        embedded=_embedded,
         width=_width,
     )
+
+
+def _embedded(path: Path) -> str:
+    """A picture as text, in 256 colours: a third of the bytes, and no eye sees it."""
+    content = io.BytesIO()
+    with Image.open(path) as image:
+        image.convert("RGB").quantize(256).save(content, "PNG", optimize=True)
+    return base64.b64encode(content.getvalue()).decode()
 
 
 def _width(path: Path) -> int:
