@@ -124,7 +124,7 @@ def accuracy(records: pd.DataFrame, colours: dict[str, str]) -> Figure:
 
 
 def learning_curves(curves: pd.DataFrame, colours: dict[str, str]) -> Figure:
-    """Validation top-1 and training loss by epoch: mean over seeds, band of one std."""
+    """Validation top-1 and training loss by epoch: mean over seeds; band of one std, if few lines."""
     sections = list(curves.groupby(["student", "teacher", "setting"], sort=False))
     figure, axes = plt.subplots(
         len(sections), 2, figsize=(7.6, 0.4 + 2.7 * len(sections)), squeeze=False
@@ -136,7 +136,7 @@ def learning_curves(curves: pd.DataFrame, colours: dict[str, str]) -> Figure:
                 mean, std = by_epoch.mean(), by_epoch.std().fillna(0)
                 colour = colours[str(method)]
                 axis.plot(mean.index, mean, color=colour, lw=1.4, label=method)
-                if metric == "top1":
+                if metric == "top1" and section["method"].nunique() <= 6:
                     axis.fill_between(
                         mean.index, mean - std, mean + std, color=colour, alpha=0.13, lw=0
                     )
