@@ -124,7 +124,7 @@ def accuracy(records: pd.DataFrame, colours: dict[str, str]) -> Figure:
 
 
 def learning_curves(curves: pd.DataFrame, colours: dict[str, str]) -> Figure:
-    """Validation top-1 and training loss by epoch: mean over seeds; band of one std, if few lines."""
+    """Top-1 and training loss by epoch: mean over seeds, and a band of one std for few methods."""
     sections = list(curves.groupby(["student", "teacher", "setting"], sort=False))
     figure, axes = plt.subplots(
         len(sections), 2, figsize=(7.6, 0.4 + 2.7 * len(sections)), squeeze=False
