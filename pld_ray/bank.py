@@ -230,7 +230,7 @@ def planned(
 
 def check_room(banks: Iterable[Planned], store: Store) -> None:
     """Raise InputError if the banks do not fit the disk of a local store."""
-    banks, free = list(banks), store.free_bytes()
+    banks, free = list(banks), store.files.free_bytes()
     if free is None:
         return
     room = int(free * (1 - SPARE)) + sum(bank.kept for bank in banks)
@@ -251,7 +251,7 @@ def check_room(banks: Iterable[Planned], store: Store) -> None:
     )
     raise InputError(
         f"the teacher bank needs {in_bytes(total)} and there is room for {in_bytes(room)} in "
-        f"{store.root}: {advice}"
+        f"{store.uri}: {advice}"
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -72,10 +73,6 @@ def run(
         folder = _tables(plan, store, out)
         _say("figures", _figures(plan, store, folder))
         failed |= bool(failures)
-        # Tune takes a Ctrl-C to itself and ends in order
-        if plan.trials.keys() - store.finished() - failures.keys():
-            typer.echo("stopped; the same command goes on from here", err=True)
-            raise typer.Exit(130)
     if failed:
         raise typer.Exit(1)
 
@@ -97,8 +94,8 @@ def plan(
 
     store = Store(storage)
     plans = [_open(name, overrides, smoke, storage)[0] for name in experiments]
-    done = store.finished()
     trials = {key: trial for planned in plans for key, trial in planned.trials.items()}
+    done = store.finished(trials)
     try:
         banks = bank.planned(trials.values(), data.size, store)
         unknown = ""
@@ -127,7 +124,7 @@ def status(
 ) -> None:
     """List what is done, begun, failed (and why) and missing; exit code 1 if anything failed."""
     planned, store = _open(experiment, overrides, smoke, storage)
-    done, failed = store.finished(), 0
+    done, failed = store.finished(planned.trials), 0
     for key, trial in planned.trials.items():
         state = "done"
         if key not in done:
@@ -212,7 +209,7 @@ def landscape(
     with Console().status(f"{len(trials)} students: starting Ray"):
         from pld_ray import sweep
 
-        shown = sweep.check({trial.id: trial for trial in trials.values()}, store, address)
+        shown = sweep.check({trial.id: trial for trial in trials.values()}, address)
     with (
         screen_apart(_log(store)) as console,
         console.status(f"{points} x {points} points around {len(trials)} students"),
@@ -242,7 +239,7 @@ def report(
     names = experiments or paper.experiments()
     opened = [_open(name, overrides, smoke, storage) for name in names]
     store = opened[0][1]
-    folder = out or Path(store.root if store.local else "results") / "reports"
+    folder = out or Path(store.uri if store.local else "results") / "reports"
     _say("report", pages.write([plan for plan, _ in opened], store, folder))
 
 
@@ -312,16 +309,23 @@ def bank_build(
     planned = [bank for bank in banks.values() if bank.split == "train"]
     if not planned:
         raise InputError(f"{plan.experiment.name}: none of its trials reads a bank")
-    images = sweep.check({bank.trial.id: bank.trial for bank in planned}, store, address)
+    images = sweep.check({bank.trial.id: bank.trial for bank in planned}, address)
     with screen_apart(_log(store)) as console, console.status("computing teacher logits"):
         sweep.build_banks(planned, plan.experiment.resources, images, store, address)
     estimate.show_banks(store)
 
 
 def _pending(plan: Plan, store: Store) -> dict[str, Trial]:
-    """The trials that have no record yet."""
-    finished = store.finished()
-    return {key: trial for key, trial in plan.trials.items() if key not in finished}
+    """The trials that have no record yet, and the teachers of these whose weights are damaged."""
+    from pld_ray.spec import Trial
+
+    finished = store.finished(plan.trials)
+    pending = {key: trial for key, trial in plan.trials.items() if key not in finished}
+    taught_by = {t.teacher.id for t in pending.values() if isinstance(t.teacher, Trial)}
+    damaged = {key for key in taught_by & finished if not store.intact(plan.trials[key])}
+    if damaged:
+        typer.echo(f"{len(damaged)} teachers have damaged weights and are trained again", err=True)
+    return {key: trial for key, trial in plan.trials.items() if key in pending.keys() | damaged}
 
 
 def _banks(trials: dict[str, Trial], store: Store) -> dict[str, Planned]:
@@ -346,7 +350,7 @@ def _train(
     with Console().status(f"{len(pending)} trials to run: checking them and starting Ray"):
         from pld_ray import sweep
 
-        ready = sweep.check(pending, store, address)
+        ready = sweep.check(pending, address)
     with screen_apart(_log(store)) as console, View(plan, pending, console) as view:
         failures = sweep.run(plan, ready, store, view, address)
     for key, reason in failures.items():
@@ -355,7 +359,7 @@ def _train(
 
 
 def _log(store: Store) -> Path:
-    return Path(store.root if store.local else ".") / "ray.log"
+    return Path(store.uri if store.local else ".") / "ray.log"
 
 
 def _open(
@@ -368,7 +372,7 @@ def _open(
 
 
 def _folder(plan: Plan, store: Store, out: Path | None) -> Path:
-    root = Path(store.root if store.local else "results")
+    root = Path(store.uri if store.local else "results")
     return out or root / "reports" / plan.experiment.name
 
 
@@ -409,13 +413,29 @@ def _say(kind: str, paths: list[Path]) -> None:
         typer.echo(f"{kind}: {shown}")
 
 
+class _Stopped(BaseException):
+    """SIGINT or SIGTERM came; typer would make something else of a KeyboardInterrupt."""
+
+
+def _stop(number: int, frame: Any) -> None:
+    raise _Stopped(number)
+
+
 def main() -> None:
-    """Entry point: bad input is one sentence and exit code 2."""
+    """Entry point: bad input is one sentence and exit code 2, a stop from outside 130 or 143."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _stop)
     try:
         app()
     except InputError as error:
         typer.echo(f"pld-ray: {error}", err=True)
         sys.exit(2)
+    except OSError as error:  # a full disk, a storage that is away
+        typer.echo(f"pld-ray: {error}; the same command goes on from what is kept", err=True)
+        sys.exit(1)
+    except _Stopped as stopped:
+        typer.echo("stopped; the same command goes on from here", err=True)
+        sys.exit(128 + stopped.args[0])
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -34,16 +34,21 @@ def memory_format(trial: Trial) -> torch.memory_format:
 
 
 class Clock:
-    """Seconds spent in each named part; on CUDA measured by events, without stopping the device."""
+    """Seconds spent in each named part; on CUDA measured by events, without stopping the device.
 
-    def __init__(self, device: torch.device) -> None:
+    alive: called at the beginning of each part.
+    """
+
+    def __init__(self, device: torch.device, alive: Callable[[], None] = lambda: None) -> None:
         self.cuda = device.type == "cuda"
+        self.alive = alive
         self.seconds: dict[str, float] = {}
         self.events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
 
     @contextmanager
     def __call__(self, part: str) -> Iterator[None]:
         """Count the time inside the `with` block to `part`."""
+        self.alive()
         if self.cuda:
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()

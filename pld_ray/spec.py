@@ -136,10 +136,17 @@ class Weights(Part):
 
 
 class Resources(Part):
-    """What one worker of a trial takes; gpus: by default one where the cluster has any."""
+    """What trials take of the cluster; none of it changes a result.
 
-    cpus: float = Field(1, gt=0)
-    gpus: float | None = Field(None, ge=0)
+    gpus_per_worker: by default one where the cluster has any; fractions share one. concurrent: so
+    many trials at once, also where they do not fit yet, for clusters that grow when asked;
+    default: as many as fit. patience: seconds without a step after which a worker hangs.
+    """
+
+    cpus_per_worker: float = Field(1, gt=0)
+    gpus_per_worker: float | None = Field(None, ge=0)
+    concurrent: int | None = Field(None, ge=1)
+    patience: float = Field(1800, gt=0)
 
 
 class Trial(Part):

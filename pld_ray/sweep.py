@@ -5,15 +5,18 @@
                       or, for workers > 1, TorchTrainer    -> train(), in every worker
          -> store; the Ledger sees to it that no two of them compute the same teacher logits
 
-Tune restarts a trial whose process died; the trial itself goes on from its last checkpoint.
+Tune restarts a trial whose process died, the Watch sees to it that one which hangs dies; the trial
+itself goes on from its last checkpoint.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
+import signal
 import socket
 import tempfile
+import threading
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,21 +25,23 @@ from urllib.parse import urlsplit
 
 os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
 os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # our store keeps the records
+os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # nothing of Tune's has to be saved
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")  # 6 s less a TorchTrainer
 
 import ray
 from ray import tune
 from ray.tune.callback import Callback
-from ray.tune.search import Searcher
 
 from pld_ray import bank, data, models
+from pld_ray.claims import Claims
+from pld_ray.dispatch import Need, PlanSearch, need, nodes
 from pld_ray.errors import InputError, nearest
 from pld_ray.experiment import Plan
 from pld_ray.spec import Model, Resources, Trial, Weights
 from pld_ray.store import Store
 from pld_ray.view import View
+from pld_ray.watch import open_watch, watched
 
-RETRIES = 2  # of a trial whose process died
 HEAD = "node:__internal_head__"  # a resource every head node has
 
 
@@ -48,23 +53,22 @@ def run(
     images: from `check`. address: of a running cluster; without one, join what runs on this
     machine or start Ray here. Raises InputError for a trial that the cluster has no room for.
     """
-    pending = view.pending
-    with connected(address):
-        cluster = ray.cluster_resources()
-        needs = {key: _needs(trial, plan.experiment.resources) for key, trial in pending.items()}
-        _check_room(pending, needs, cluster)
-        references = {name: ray.put(value) for name, value in images.items()}
-        search = PlanSearch(pending, needs, cluster, store)
-        scratch = tempfile.mkdtemp(prefix="pld-ray-") if store.local else f"{store.uri}/.ray"
-        single = all(trial.workers == 1 for trial in pending.values())
+    pending, resources = view.pending, plan.experiment.resources
+    with connected(address), Claims(store.files) as claims:
+        search = PlanSearch(pending, resources, store, claims)
+        for key in pending:
+            if why := search.too_large(key):
+                raise InputError(why)
+        needs = search.needs
+        scratch = tempfile.mkdtemp(prefix="pld-ray-")
         trainable = tune.with_parameters(
             _trial,
-            trials=pending,
+            images={name: ray.put(value) for name, value in images.items()},
             needs=needs,
-            images=references,
             store_uri=store.uri,
             scratch=scratch,
             ledger=bank.open_ledger() if any(map(bank.banked, pending.values())) else None,
+            watch=open_watch(resources.patience),
         )
         tuner = tune.Tuner(
             tune.with_resources(trainable, lambda config: _placement(needs[config["id"]])),
@@ -72,21 +76,21 @@ def run(
                 search_alg=search,
                 num_samples=-1,
                 # a kept actor holds its CPUs, which a group of workers may be waiting for
-                reuse_actors=single,
+                reuse_actors=all(trial.workers == 1 for trial in pending.values()),
             ),
             run_config=tune.RunConfig(
                 name=plan.experiment.name,
                 storage_path=scratch,
                 verbose=0,
                 callbacks=[_Follow(view, search)],
-                failure_config=tune.FailureConfig(max_failures=RETRIES),
+                failure_config=tune.FailureConfig(max_failures=-1),  # the Watch counts
             ),
         )
         try:
-            tuner.fit()
+            with _signals_deferred() as search.look:
+                tuner.fit()
         finally:
-            if store.local:
-                shutil.rmtree(scratch, ignore_errors=True)
+            shutil.rmtree(scratch, ignore_errors=True)
         return search.failures
 
 
@@ -102,18 +106,17 @@ def build_banks(
     Each bank in turn is shared out over as many tasks as the cluster has room for.
     """
     with connected(address):
-        cluster = ray.cluster_resources()
-        one_worker = planned[0].trial.model_copy(update={"workers": 1})
-        need = _needs(one_worker, resources)
-        _check_room({one_worker.id: one_worker}, {one_worker.id: need}, cluster)
-        rooms = [cluster.get(kind, 0) // need[kind] for kind in ("CPU", "GPU") if need[kind]]
+        one = need(planned[0].trial.model_copy(update={"workers": 1}), resources)
+        if why := one.too_large("the teacher bank", nodes()):
+            raise InputError(why)
+        room = sum(one.workers_on(node) for node in nodes())
         references = {name: ray.put(value) for name, value in images.items()}
         ledger = bank.open_ledger()
-        task = ray.remote(_fill).options(num_cpus=need["CPU"], num_gpus=need["GPU"])
+        task = ray.remote(_fill).options(num_cpus=one.cpus, num_gpus=one.gpus)
         tasks = [
-            task.remote(one.trial, references[data_key(one.trial)], store.uri, ledger, worker)
-            for one in planned
-            for worker in range(int(min(rooms)))
+            task.remote(some.trial, references[data_key(some.trial)], store.uri, ledger, worker)
+            for some in planned
+            for worker in range(room)
         ]
         try:
             ray.get(tasks)
@@ -124,9 +127,7 @@ def build_banks(
 # ---------------------------------------------------------------- before anything starts
 
 
-def check(
-    pending: dict[str, Trial], store: Store, address: str | None = None
-) -> dict[str, data.Images]:
+def check(pending: dict[str, Trial], address: str | None = None) -> dict[str, data.Images]:
     """Load the datasets and make every network, so that bad input is known before Ray starts."""
     if address and address != "auto":
         _reach(address)
@@ -143,12 +144,8 @@ def check(
             hint = nearest(trial.optimizer.name, optimizers)
             raise InputError(f"optimizer.name is {trial.optimizer.name!r}: not in timm; {hint}")
         wanted: list[Model | Weights] = [trial.student]
-        teacher = trial.teacher
-        if isinstance(teacher, Weights):
-            wanted.append(teacher)
-        elif teacher and teacher.id not in pending and teacher.id not in seen:
-            seen.add(teacher.id)
-            store.load_weights(teacher)
+        if isinstance(trial.teacher, Weights):
+            wanted.append(trial.teacher)
         for model in wanted:
             name = f"{key} {model!r}"
             if name not in seen:
@@ -171,7 +168,10 @@ def connected(address: str | None = None) -> Iterator[None]:
     """Join a cluster or start Ray for the `with` block; what was started is shut down after."""
     owned = not ray.is_initialized()
     if owned:
+        before = signal.getsignal(signal.SIGTERM)
         ray.init(address=address, log_to_driver=False)
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)  # Ray would end the process on the spot
     try:
         yield
     finally:
@@ -190,97 +190,43 @@ def _reach(address: str) -> None:
         ) from None
 
 
-def _needs(trial: Trial, resources: Resources) -> dict[str, float]:
-    """CPUs and GPUs of the whole trial and its number of workers."""
-    gpus = resources.gpus
-    if gpus is None:
-        gpus = 1.0 if ray.cluster_resources().get("GPU") else 0.0
-    return {
-        "CPU": resources.cpus * trial.workers,
-        "GPU": gpus * trial.workers,
-        "workers": trial.workers,
-    }
-
-
-def _check_room(
-    pending: dict[str, Trial], needs: dict[str, dict[str, float]], cluster: dict[str, float]
-) -> None:
-    for trial_id, need in needs.items():
-        for kind in ("CPU", "GPU"):
-            if need[kind] > cluster.get(kind, 0):
-                raise InputError(
-                    f"trial {trial_id} ({pending[trial_id].label}) needs {need[kind]:g} {kind}s "
-                    f"and the cluster has {cluster.get(kind, 0):g}: "
-                    "change workers or resources, or join a larger cluster"
-                )
-
-
-def _placement(need: dict[str, float]) -> tune.PlacementGroupFactory:
-    if need["workers"] > 1:  # this actor only waits for its workers, which bring their own
+def _placement(need: Need) -> tune.PlacementGroupFactory:
+    if need.workers > 1:  # this actor only waits for its workers, which bring their own
         return tune.PlacementGroupFactory([{HEAD: 0.001}])
-    return tune.PlacementGroupFactory([{"CPU": need["CPU"], "GPU": need["GPU"]}])
+    return tune.PlacementGroupFactory([need.worker])
 
 
-# ---------------------------------------------------------------- which trial next
+# ---------------------------------------------------------------- what Tune does, told on
 
 
-class PlanSearch(Searcher):
-    """Hands out trials: a student when its teacher's record exists, a trial when it has room.
+@contextmanager
+def _signals_deferred() -> Iterator[Callable[[], None]]:
+    """SIGINT and SIGTERM do what they did before, but when what this gives is called.
 
-    Tune does not know what a nested TorchTrainer takes, so the room is counted here.
+    Raised in the midst of Ray's own code, an exception can come out as another one. A second
+    signal is not deferred.
     """
+    came: list[int] = []
+    before: dict[int, Any] = {}
 
-    def __init__(
-        self,
-        pending: dict[str, Trial],
-        needs: dict[str, dict[str, float]],
-        cluster: dict[str, float],
-        store: Store,
-    ) -> None:
-        super().__init__()
-        self.waiting = dict(pending)
-        self.needs = needs
-        self.free = {kind: cluster.get(kind, 0.0) for kind in ("CPU", "GPU")}
-        self.store = store
-        self.running: dict[str, Trial] = {}
-        self.failures: dict[str, str] = {}
+    def look() -> None:
+        for number in came:
+            if not callable(before[number]):
+                raise KeyboardInterrupt
+            before[number](number, None)
 
-    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
-        """The next trial as a Tune config, None to wait, or FINISHED."""
-        for key, trial in list(self.waiting.items()):
-            teacher = trial.teacher.id if isinstance(trial.teacher, Trial) else None
-            if teacher in self.failures:
-                self.failures[key] = f"its teacher, trial {teacher}, failed"
-                del self.waiting[key]
-                continue
-            busy = teacher in self.waiting or any(t.id == teacher for t in self.running.values())
-            need = self.needs[key]
-            if not busy and all(need[kind] <= self.free[kind] for kind in self.free):
-                for kind in self.free:
-                    self.free[kind] -= need[kind]
-                self.running[trial_id] = self.waiting.pop(key)
-                return {"id": key}
-        return None if self.waiting else self.FINISHED
+    def note(number: int, frame: Any) -> None:
+        came.append(number)
+        if len(came) > 1:
+            look()
 
-    def on_trial_complete(
-        self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
-    ) -> None:
-        """Give its room back, and note why it has no record if it has none."""
-        trial = self.running.pop(trial_id)
-        for kind in self.free:
-            self.free[kind] += self.needs[trial.id][kind]
-        if self.store.record(trial.id) is None:
-            failure = self.store.failure(trial.id)
-            if failure is None:
-                failure = {"reason": f"its process died {RETRIES + 1} times"}
-                self.store.fail(trial, failure["reason"])
-            self.failures[trial.id] = failure["reason"]
-
-    def save(self, checkpoint_path: str) -> None:
-        """Nothing to keep: what is finished stands in the store."""
-
-    def restore(self, checkpoint_path: str) -> None:
-        """Nothing was kept."""
+    if threading.current_thread() is threading.main_thread():
+        before = {n: signal.signal(n, note) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield look
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class _Follow(Callback):
@@ -289,6 +235,9 @@ class _Follow(Callback):
     def __init__(self, view: View, search: PlanSearch) -> None:
         self.view, self.search = view, search
         self.told: set[str] = set()
+
+    def on_step_begin(self, iteration: int, trials: Any, **_: Any) -> None:
+        self.search.look()
 
     def __getstate__(self) -> dict[str, Any]:
         return {}  # Tune pickles its callbacks to restore an experiment; we never do
@@ -312,10 +261,11 @@ class _Follow(Callback):
     on_trial_error = on_trial_complete
 
     def _end(self) -> None:
-        for key, reason in self.search.failures.items():
+        ended: dict[str, str | None] = dict.fromkeys(self.search.elsewhere)
+        for key, reason in (ended | self.search.failures).items():
             if key not in self.told:
                 self.told.add(key)
-                self.view.end(key, reason)
+                self.view.end(key, reason, elsewhere=reason is None)
 
     def on_experiment_end(self, trials: Any, **_: Any) -> None:
         self._end()
@@ -326,22 +276,25 @@ class _Follow(Callback):
 
 def _trial(
     config: dict[str, str],
-    trials: dict[str, Trial],
-    needs: dict[str, dict[str, float]],
     images: dict[str, Any],
+    needs: dict[str, Need],
     store_uri: str,
     scratch: str,
     ledger: Any,
+    watch: Any,
 ) -> None:
     """Run one trial in its Tune actor; a failure that would come again is noted, not raised."""
-    trial = trials[config["id"]]
-    store = Store(store_uri)
+    trial = Trial.model_validate_json(config["trial"])
+    store, reference = Store(store_uri), images[data_key(trial)]
+    if reason := ray.get(watch.begin.remote(trial.id, len(store.epochs(trial.id)))):
+        store.fail(trial, reason)
+        tune.report({"failed": True})  # Tune asks each trial for a result
+        return
     store.forget_failure(trial)
-    reference = images[data_key(trial)]
     if trial.workers == 1:
-        _train_and_note(trial, reference, store, tune.report, ledger)
+        _train_and_note(trial, reference, store, tune.report, ledger, watch)
     else:
-        _train_on_workers(trial, reference, store, scratch, needs[trial.id], ledger)
+        _train_on_workers(trial, reference, store, scratch, needs[trial.id], ledger, watch)
     if store.failure(trial.id):
         tune.report({"failed": True})
 
@@ -354,13 +307,19 @@ def _fill(trial: Trial, images: data.Images, store_uri: str, ledger: Any, worker
 
 
 def _train_and_note(
-    trial: Trial, images: Any, store: Store, report: Callable[[dict[str, Any]], None], ledger: Any
+    trial: Trial,
+    images: Any,
+    store: Store,
+    report: Callable[[dict[str, Any]], None],
+    ledger: Any,
+    watch: Any,
 ) -> bool:
     """Train; True if it finished, False if the reason why not stands in the store."""
     from pld_ray.train import train
 
     try:
-        train(trial, ray.get(images), store, report, ledger)
+        with watched(watch, trial.id) as step:
+            train(trial, ray.get(images), store, report, ledger, step)
     except Exception as error:
         reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
         store.fail(trial, reason.splitlines()[0], traceback.format_exc())
@@ -369,7 +328,13 @@ def _train_and_note(
 
 
 def _train_on_workers(
-    trial: Trial, images: Any, store: Store, scratch: str, need: dict[str, float], ledger: Any
+    trial: Trial,
+    images: Any,
+    store: Store,
+    scratch: str,
+    need: Need,
+    ledger: Any,
+    watch: Any,
 ) -> None:
     """Run one trial as a Ray Train worker group: DDP over gloo or NCCL."""
     from ray.train import RunConfig, ScalingConfig
@@ -377,7 +342,6 @@ def _train_on_workers(
     from ray.train.v2.api.exceptions import TrainingFailedError
     from ray.tune.integration.ray_train import TuneReportCallback
 
-    gpus = need["GPU"] / trial.workers
     trainer = TorchTrainer(
         _worker,
         train_loop_config={
@@ -385,11 +349,10 @@ def _train_on_workers(
             "store": store.uri,
             "images": [images],
             "ledger": ledger,
+            "watch": watch,
         },
         scaling_config=ScalingConfig(
-            num_workers=trial.workers,
-            use_gpu=gpus > 0,
-            resources_per_worker={"CPU": need["CPU"] / trial.workers, "GPU": gpus},
+            num_workers=trial.workers, use_gpu=need.gpus > 0, resources_per_worker=need.worker
         ),
         run_config=RunConfig(
             name=f"{trial.id}-workers", storage_path=scratch, callbacks=[TuneReportCallback()]
@@ -403,7 +366,7 @@ def _train_on_workers(
 
 
 def _worker(config: dict[str, Any]) -> None:
-    store = Store(config["store"])
-    trial, images, ledger = config["trial"], config["images"][0], config["ledger"]
-    if not _train_and_note(trial, images, store, ray.train.report, ledger):
+    store, trial = Store(config["store"]), config["trial"]
+    shared = config["images"][0], store, ray.train.report, config["ledger"], config["watch"]
+    if not _train_and_note(trial, *shared):
         raise RuntimeError("the trial failed; its reason stands in the store")

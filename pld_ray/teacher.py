@@ -261,6 +261,7 @@ class Bank:
             started = time.perf_counter()
             for x in self.images(batches(samples, self.batch, drop_last=False), view):
                 parts.append(self.teacher(x).cpu())
+                self.clock.alive()
                 if self.ledger is not None:
                     self.ledger.renew.remote(self.store.uri, name, self.holder)
             seconds = time.perf_counter() - started

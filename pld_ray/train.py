@@ -46,12 +46,20 @@ class TrainingError(RuntimeError):
     """The trial cannot go on, and would not if it were tried again."""
 
 
-def train(trial: Trial, images: Images, store: Store, report: Report, ledger: Any = None) -> None:
+def train(
+    trial: Trial,
+    images: Images,
+    store: Store,
+    report: Report,
+    ledger: Any = None,
+    alive: Callable[[], None] = lambda: None,
+) -> None:
     """Run a trial to its end, from its last checkpoint if there is one.
 
     With several workers every one of them calls this with torch.distributed initialised; the
     first writes to the store. `report` is called after every epoch with its metrics, by all.
     ledger: the Ray actor that keeps trials from computing the same teacher logits twice.
+    alive: called whenever something has been done: a batch, a forward pass of the teacher.
     Raises TrainingError when the loss is not finite.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -63,7 +71,7 @@ def train(trial: Trial, images: Images, store: Store, report: Report, ledger: An
     _seed(trial.seed, epoch=0, rank=0)  # the first weights are the same on every worker
     student = create_model(trial.student, *images.shape).to(device).to(memory_format=layout)
     stream = Stream(images, trial.data, trial.seed, device, layout)
-    clock = Clock(device)
+    clock = Clock(device, alive)
     teacher = Teacher(trial, images, store, device) if trial.teacher else None
     bank = val_bank = None
     if teacher is not None and banked(trial):

@@ -67,13 +67,14 @@ class View:
         self.teacher["spent"] += metrics.get("teacher_seconds", 0.0)
         self.teacher["avoided"] += metrics.get("teacher_avoided_seconds", 0.0)
 
-    def end(self, trial_id: str, failure: str | None) -> None:
-        """The trial has finished, or failed for the reason given."""
+    def end(self, trial_id: str, failure: str | None, elsewhere: bool = False) -> None:
+        """The trial has finished, here or in another run, or failed for the reason given."""
         metrics = self.running.pop(trial_id, {})
         self.epochs_left -= self.pending[trial_id].epochs - metrics.get("epoch", 0)
         if failure is None:
             self.done += 1
             outcome = f"top-1 {metrics['top1']:.2f}" if "top1" in metrics else "done"
+            outcome = "done by another run" if elsewhere else outcome
         else:
             self.failed += 1
             outcome = f"FAILED: {failure}"

@@ -45,7 +45,7 @@ def weights(store, trial):
 
 
 def chunks(store, kind="logits"):
-    return sorted(Path(store.root).glob(f"banks/*/*/*.{kind}"))
+    return sorted(Path(store.uri).glob(f"banks/*/*/*.{kind}"))
 
 
 def seconds_of(path):

@@ -63,10 +63,10 @@ def test_a_bank_that_does_not_fit_is_refused_with_what_would(experiment, tmp_pat
         (room - 1, "set teacher.views to at most 6"),
         (2 * view, "not even one view fits: set teacher.logits to live, or give another --storage"),
     ):
-        monkeypatch.setattr(store, "free_bytes", lambda free=free: int(free / 0.95) + 1)
+        monkeypatch.setattr(store.files, "free_bytes", lambda free=free: int(free / 0.95) + 1)
         with pytest.raises(InputError, match=r"needs 1\.2 MB and there is room for .*: " + advice):
             bank.check_room(planned, store)
-    monkeypatch.setattr(store, "free_bytes", lambda: int((200 * view + val) / 0.95) + 1)
+    monkeypatch.setattr(store.files, "free_bytes", lambda: int((200 * view + val) / 0.95) + 1)
     bank.check_room(planned, store)
 
 
@@ -138,7 +138,7 @@ def test_bank_build_ls_and_rm(experiment, tmp_path):
     built = cli("bank", "build", path)
     assert "1 trials to run, 0 done before" in built
     rows = {row[3]: row for line in built.splitlines() if len(row := line.split()) == 8}
-    assert rows["train"][1:] == ["resnet8", "digits", "train", "0", "3", "18", "kB"]
+    assert rows["train"][1:] == ["resnet8", "digits", "train", "0", "3", "19", "kB"]
     assert rows["val"][1:] == ["resnet8", "digits", "val", "any", "1", "15", "kB"]  # and bank.json
     assert said.format("all") in cli("plan", path)
     ran = cli("run", path)
@@ -149,9 +149,15 @@ def test_bank_build_ls_and_rm(experiment, tmp_path):
         assert "teacher_seconds" not in store.record(trial.id)["seconds"]
     command = [sys.executable, "-m", "pld_ray.cli", "bank", "build", path, *storage]
     refused = subprocess.run(
-        [*command, "--set", "resources.cpus=4096"], capture_output=True, text=True, check=False
+        [*command, "--set", "resources.cpus_per_worker=4096"],
+        capture_output=True,
+        text=True,
+        check=False,
     )
-    assert refused.returncode == 2 and "needs 4096 CPUs and the cluster has" in refused.stderr
+    assert (
+        refused.returncode == 2
+        and "needs 4096 CPUs, and the nodes of the cluster have" in refused.stderr
+    )
     assert "deleted: 1 banks, 15 kB" in cli("bank", "rm", rows["val"][0])
     assert rows["train"][0] in cli("bank", "ls") and len(store.banks()) == 1
     assert "deleted: 1 banks" in cli("bank", "rm", "--all") and store.banks() == {}

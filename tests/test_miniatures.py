@@ -12,7 +12,7 @@ from pld_ray.view import View
 
 def run(name, store):
     made = plan(load_experiment(name, smoke=True))
-    images = sweep.check(made.trials, store)
+    images = sweep.check(made.trials)
     with View(made, dict(made.trials), Console(quiet=True)) as view:
         assert sweep.run(made, images, store, view) == {}
     return made, images
@@ -22,7 +22,7 @@ def run(name, store):
 def test_a_miniature_fills_its_table(name, local_ray, tmp_path):
     store = Store(tmp_path / "results")
     made, _ = run(name, store)
-    assert store.finished() == set(made.trials)
+    assert store.all_finished() == set(made.trials)
     frame = records.frame(made, store)
     (table,) = paper.of_experiment(f"{name}-smoke")
     found = paper.entries(table, frame)

@@ -1,23 +1,35 @@
+import hashlib
+import json
+import multiprocessing
+from pathlib import Path
+from uuid import uuid4
+
 import pytest
 import torch
-from pyarrow import fs
 
 from pld_ray.errors import InputError
+from pld_ray.files import Files
 from pld_ray.spec import Trial
 from pld_ray.store import Store
 
 TRIAL = Trial.model_validate({"data": "digits", "student": "resnet8", "loss": "ce", "epochs": 3})
 
 
-def test_round_trip(tmp_path):
-    store = Store(tmp_path)
-    assert store.finished() == set() and store.record(TRIAL.id) is None
+@pytest.fixture(params=["local", "memory", "s3"])
+def store(request, tmp_path):
+    if request.param == "local":
+        return Store(tmp_path)
+    if request.param == "memory":
+        return Store(f"memory:/{tmp_path}")
+    return Store(f"{request.getfixturevalue('s3')}/{uuid4().hex}")
+
+
+def test_round_trip(store):
+    assert store.all_finished() == set() and store.record(TRIAL.id) is None
     assert store.load_checkpoint(TRIAL) is None and store.epochs(TRIAL.id) == []
     store.start(TRIAL)
-    assert (
-        Trial.model_validate_json((tmp_path / "trials" / TRIAL.id / "trial.json").read_text())
-        == TRIAL
-    )
+    spec = store.files.read(f"trials/{TRIAL.id}/trial.json")
+    assert Trial.model_validate_json(spec) == TRIAL
     state = {"history": [{"epoch": 1, "top1": 3.0}], "student": {"w": torch.arange(3.0)}}
     store.checkpoint(TRIAL, state)
     store.log(TRIAL, state["history"])
@@ -25,38 +37,141 @@ def test_round_trip(tmp_path):
     assert loaded["history"] == state["history"] == store.epochs(TRIAL.id)
     assert torch.equal(loaded["student"]["w"], state["student"]["w"])
     store.fail(TRIAL, "loss is nan", "Traceback\n  line")
-    assert store.failure(TRIAL.id)["traceback"] == ["Traceback", "  line"]
-    assert store.finished() == set()
+    assert store.failure(TRIAL.id) == {
+        "reason": "loss is nan",
+        "traceback": ["Traceback", "  line"],
+    }
+    assert store.finished([TRIAL.id, "other"]) == set()
     store.finish(TRIAL, {"id": TRIAL.id}, {"w": torch.arange(3.0)})
-    assert store.finished() == {TRIAL.id} and store.record(TRIAL.id)["id"] == TRIAL.id
+    assert store.finished([TRIAL.id, "other"]) == store.all_finished() == {TRIAL.id}
+    assert store.record(TRIAL.id)["id"] == TRIAL.id
     assert store.failure(TRIAL.id) is None and store.load_checkpoint(TRIAL) is None
     assert torch.equal(store.load_weights(TRIAL)["w"], torch.arange(3.0))
-    names = {path.name for path in (tmp_path / "trials" / TRIAL.id).iterdir()}
+    names = set(store.files.listed(f"trials/{TRIAL.id}"))
     assert names == {"trial.json", "epochs.jsonl", "record.json", "student.safetensors"}
+
+
+def test_chunks(store):
+    store.start_bank("k", {"teacher": "resnet8"})
+    store.write_chunk("k/0/1.logits", b"abc")
+    store.write_chunk("k/1/0.logits", b"")
+    assert store.banks() == {
+        "k": {
+            "bank.json": len(store.files.read("banks/k/bank.json")),
+            "0/1.logits": 3,
+            "1/0.logits": 0,
+        }
+    }
+    assert store.bank("k") == {"teacher": "resnet8"} and store.bank("none") is None
+    assert bytes(store.read_chunk("k/0/1.logits")) == b"abc"
+    assert len(store.read_chunk("k/1/0.logits")) == 0 and store.read_chunk("k/0/0.logits") is None
+    names = ["k/1/0.logits", "k/0/0.logits", "k/0/1.logits", "k/2/0.logits"]
+    assert store.missing_chunks(names) == ["k/0/0.logits", "k/2/0.logits"]
+    store.drop_chunk("k/0/1.logits")
+    store.drop_chunk("k/0/1.logits")
+    assert store.missing_chunks(names) == names[1:]
+    store.drop_bank("k")
+    store.drop_bank("k")
+    assert store.banks() == {}
+
+
+def _create(root, path, word, start, won):
+    files = Files(root)
+    start.wait()
+    won.put((files.create(path, word * 1000), word))
+
+
+def test_of_many_who_create_a_file_one_succeeds(store):
+    if store.uri.startswith("memory"):
+        pytest.skip("lives in one process")
+    spawn = multiprocessing.get_context("spawn")
+    start, won = spawn.Event(), spawn.Queue()
+    words = [b"a", b"b", b"c", b"d"]
+    many = [spawn.Process(target=_create, args=(store.uri, "x/y", w, start, won)) for w in words]
+    for process in many:
+        process.start()
+    start.set()
+    found = dict(won.get(timeout=60) for _ in many)
+    for process in many:
+        process.join()
+    assert sorted(found) == [False, True]  # a dict keeps one who failed
+    assert store.files.read("x/y") == found[True] * 1000
+    assert not store.files.create("x/y", b"late")
+    assert list(store.files.listed("x")) == ["y"]
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     store = Store(tmp_path)
     store.checkpoint(TRIAL, {"history": [{"epoch": 1}]})
 
-    class Full(fs.LocalFileSystem):
-        def move(self, *_):
-            raise OSError("disk full")
+    def full(*_):
+        raise OSError("disk full")
 
-    monkeypatch.setattr(store, "fs", Full())
+    monkeypatch.setattr(Path, "replace", full)
     with pytest.raises(OSError, match="disk full"):
         store.checkpoint(TRIAL, {"history": [{"epoch": 1}, {"epoch": 2}]})
     assert Store(tmp_path).load_checkpoint(TRIAL)["history"] == [{"epoch": 1}]
     assert not list((tmp_path / "trials" / TRIAL.id).glob(".*"))
 
 
-@pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda b: b"", lambda b: b"x" * 99])
-def test_a_damaged_checkpoint_is_no_checkpoint(tmp_path, damage):
+def flipped(content, byte):
+    return content[:byte] + bytes([content[byte] ^ 4]) + content[byte + 1 :]
+
+
+DAMAGES = [
+    lambda content: content[: len(content) // 2],
+    lambda content: b"",
+    lambda content: b"x" * 99,
+    lambda content: flipped(content, len(content) // 3),
+    lambda content: flipped(content, len(content) - 9),
+]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("name", ["checkpoint.pt", "record.json", "failure.json", "landscape.json"])
+def test_what_is_damaged_is_not_there(tmp_path, damage, name):
     store = Store(tmp_path)
+    store.finish(TRIAL, {"id": TRIAL.id, "seconds": 1.25}, {"w": torch.zeros(1)})
     store.checkpoint(TRIAL, {"history": [], "student": {"w": torch.zeros(1000)}})
-    path = tmp_path / "trials" / TRIAL.id / "checkpoint.pt"
+    store.fail(TRIAL, "loss is nan", "Traceback")
+    store.keep_landscape(TRIAL, {"trace": 3.5, "points": [1, 2, 3]})
+    read = {
+        "checkpoint.pt": lambda: store.load_checkpoint(TRIAL),
+        "record.json": lambda: store.record(TRIAL.id),
+        "failure.json": lambda: store.failure(TRIAL.id),
+        "landscape.json": lambda: store.landscape(TRIAL.id),
+    }[name]
+    assert read() is not None
+    path = tmp_path / "trials" / TRIAL.id / name
     path.write_bytes(damage(path.read_bytes()))
-    assert store.load_checkpoint(TRIAL) is None
+    assert read() is None
+    assert store.finished([TRIAL.id]) == (set() if name == "record.json" else {TRIAL.id})
+
+
+@pytest.mark.parametrize("damage", [*DAMAGES, None])
+def test_damaged_weights_take_their_record_with_them(tmp_path, damage):
+    store = Store(tmp_path)
+    store.finish(TRIAL, {"id": TRIAL.id}, {"w": torch.zeros(1000)})
+    path = tmp_path / "trials" / TRIAL.id / "student.safetensors"
+    assert hashlib.sha256(path.read_bytes()).hexdigest() == store.weights_digest(TRIAL)
+    assert store.intact(TRIAL)
+    if damage:
+        path.write_bytes(damage(path.read_bytes()))
+    else:
+        path.unlink()
+    assert not store.intact(TRIAL)
+    with pytest.raises(InputError, match=r"student.safetensors: not what its record says"):
+        store.load_weights(TRIAL)
+    assert store.finished([TRIAL.id]) == set()
+
+
+def test_records_without_a_checksum_are_read(tmp_path):
+    path = tmp_path / "trials" / TRIAL.id / "record.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps({"id": TRIAL.id}))
+    assert Store(tmp_path).record(TRIAL.id) == {"id": TRIAL.id}
+    path.write_text("[1, 2]")
+    assert Store(tmp_path).record(TRIAL.id) is None
 
 
 def test_a_checkpoint_cannot_run_code(tmp_path):
@@ -68,14 +183,16 @@ def test_a_checkpoint_cannot_run_code(tmp_path):
 def test_a_uri_is_a_store_too(tmp_path):
     store = Store(tmp_path.as_uri())
     store.finish(TRIAL, {"id": TRIAL.id}, {"w": torch.zeros(1)})
-    assert Store(tmp_path).finished() == {TRIAL.id}
+    assert Store(tmp_path).all_finished() == {TRIAL.id}
+
+
+@pytest.mark.parametrize("root", ["nosuch://bucket/x", "", "a\0b"])
+def test_what_is_no_place(root):
     with pytest.raises(InputError, match="expected a folder or a URI"):
-        Store("nosuch://bucket/x")
+        Store(root)
 
 
-def test_a_broken_record_is_told(tmp_path):
-    store = Store(tmp_path)
-    store.finish(TRIAL, {"id": TRIAL.id}, {"w": torch.zeros(1)})
-    (tmp_path / "trials" / TRIAL.id / "record.json").write_text("{")
-    with pytest.raises(InputError, match="record.json: not valid JSON"):
-        store.record(TRIAL.id)
+def test_an_object_store_that_is_not_there_is_told(s3):
+    store = Store("s3://no-such-bucket/results")
+    with pytest.raises(OSError, match="no-such-bucket"):
+        store.start(TRIAL)

@@ -26,8 +26,8 @@ grid: {loss: [ce, pld]}
 
 
 def run(made, store):
-    pending = {k: t for k, t in made.trials.items() if k not in store.finished()}
-    images = sweep.check(pending, store)
+    pending = {k: t for k, t in made.trials.items() if k not in store.all_finished()}
+    images = sweep.check(pending)
     with View(made, pending, Console(quiet=True)) as view:
         failures = sweep.run(made, images, store, view)
     return failures, pending
@@ -42,7 +42,7 @@ def test_teachers_first_everything_once_failures_told(local_ray, experiment, tmp
     diverged = {t.id for t in made.trials.values() if t.optimizer.name == "sgd"}
     assert set(failures) == diverged and len(diverged) == 3
     assert all("training loss is" in reason for reason in failures.values())
-    assert store.finished() == made.trials.keys() - diverged
+    assert store.all_finished() == made.trials.keys() - diverged
     for trial in made.trials.values():
         if trial.id not in diverged and trial.teacher:
             student, teacher = (store.record(t.id) for t in (trial, trial.teacher))
@@ -99,7 +99,10 @@ def test_the_demos_smallest_trial_on_two_workers(local_ray, tmp_path):
 
 
 def test_a_trial_that_never_fits_is_told(local_ray, experiment, tmp_path):
-    with pytest.raises(sweep.InputError, match="needs 4 CPUs and the cluster has 2"):
+    with pytest.raises(
+        sweep.InputError,
+        match="needs 1 CPUs for each of its 4 workers, and the nodes .* have 2 CPUs: ",
+    ):
         run(plan(experiment(SMALL, "workers=4")), Store(tmp_path / "results"))
 
 
@@ -125,12 +128,12 @@ def test_a_killed_driver_loses_nothing(experiment, tmp_path):
 
     driver = start("killed")
     deadline = time.monotonic() + 120
-    while len(stores["killed"].finished()) < 2 and time.monotonic() < deadline:
+    while len(stores["killed"].all_finished()) < 2 and time.monotonic() < deadline:
         time.sleep(0.05)
     os.kill(driver.pid, signal.SIGKILL)
     driver.communicate()
     time.sleep(2)  # Ray's processes end with their driver
-    before = {key: stores["killed"].record(key) for key in stores["killed"].finished()}
+    before = {key: stores["killed"].record(key) for key in stores["killed"].all_finished()}
     assert 2 <= len(before) < len(made.trials)
     again = start("killed")
     output, _ = again.communicate(timeout=200)

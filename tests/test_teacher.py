@@ -12,12 +12,10 @@ import time
 import zlib
 from pathlib import Path
 
-import fsspec
 import numpy as np
 import pytest
 import timm
 import torch
-from pyarrow import fs
 from small import CPU, cells, chunks, live, opened, run, seconds_of, weights
 
 from pld_ray import bank, teacher
@@ -255,9 +253,7 @@ def test_a_damaged_chunk_is_computed_again(experiment, tmp_path, damage):
 
 def test_an_object_store_serves_the_same_chunks(experiment, tmp_path):
     first, second = cells(experiment, "epochs=1")
-    store = Store(tmp_path)
-    store.fs = fs.PyFileSystem(fs.FSSpecHandler(fsspec.filesystem("memory")))
-    store.local, store.root = False, str(tmp_path)
+    store = Store(f"memory:/{tmp_path}")
     run(first, store)
     run(second, store)
     run(live(second), store)
@@ -267,7 +263,7 @@ def test_an_object_store_serves_the_same_chunks(experiment, tmp_path):
     assert all(torch.equal(banked[name], computed[name]) for name in computed)
     for key in store.banks():
         store.drop_bank(key)
-    assert store.banks() == {} and store.free_bytes() is None
+    assert store.banks() == {} and store.files.free_bytes() is None
 
 
 # ---------------------------------------------------------------- whose logits

@@ -1,0 +1,150 @@
+"""Which driver runs which trial: several may work on one store, and none does another's work.
+
+    ROOT/drivers/NAME.json           a driver's sign of life: valid for LEASE seconds, then renewed
+    ROOT/trials/ID/claim-N.json      the name of the driver that runs the trial
+
+A claim holds while its driver is alive. One of a dead driver is taken over by making the next
+claim; `create` lets one of all who try succeed. Should a driver be taken for dead because its
+machine slept, a trial runs twice: to the same bits, and each file of it stays whole.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+from uuid import uuid4
+
+from pld_ray.files import Files
+
+
+class Claims:
+    """The claims of this driver; as a context manager it gives signs of life."""
+
+    LEASE = 30.0  # seconds; clocks of machines that share a store should differ by less
+
+    def __init__(self, files: Files) -> None:
+        self.files = files
+        self.name = uuid4().hex[:12]
+        self.held: dict[str, str] = {}  # trial id -> path of its claim
+        self.stopped = threading.Event()
+        self.thread = threading.Thread(target=self._renew, daemon=True)
+
+    def __enter__(self) -> Claims:
+        for name in self.files.listed("drivers"):
+            if not self._alive(name.removesuffix(".json")):
+                self.files.delete(f"drivers/{name}")
+        self._sign()
+        self.thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.stopped.set()
+        self.thread.join()
+        with suppress(OSError):  # what is not released runs out
+            for trial_id in list(self.held):
+                self.release(trial_id)
+            self.files.delete(f"drivers/{self.name}.json")
+
+    def take(self, trial_id: str) -> bool:
+        """Claim a trial; False if another driver that is alive has it."""
+        if trial_id in self.held:
+            return True
+        numbers = self._numbers(trial_id)
+        if numbers and self._alive(self._holder(trial_id, numbers[-1])):
+            return False
+        number = numbers[-1] + 1 if numbers else 1
+        mine = self._path(trial_id, number)
+        if not self.files.create(mine, json.dumps({"driver": self.name}).encode()):
+            return False
+        for other in self._numbers(trial_id):  # one may have come while we looked
+            if other < number:
+                if self._alive(self._holder(trial_id, other)):
+                    self.files.delete(mine)
+                    return False
+                self.files.delete(self._path(trial_id, other))
+        self.held[trial_id] = mine
+        return True
+
+    def release(self, trial_id: str) -> None:
+        """The trial has ended here, in whatever way."""
+        self.files.delete(self.held.pop(trial_id))
+
+    # ----
+
+    def _path(self, trial_id: str, number: int) -> str:
+        return f"trials/{trial_id}/claim-{number}.json"
+
+    def _numbers(self, trial_id: str) -> list[int]:
+        """Of the claims on a trial, ascending."""
+        names = [Path(name).stem.partition("-") for name in self.files.listed(f"trials/{trial_id}")]
+        return sorted(int(n) for word, _, n in names if word == "claim" and n.isdigit())
+
+    def _holder(self, trial_id: str, number: int) -> str:
+        return str(self._read(self._path(trial_id, number)).get("driver", ""))
+
+    def _alive(self, driver: str) -> bool:
+        if driver == self.name:
+            return False  # a claim that we gave up, or that a failed delete left behind
+        sign = self._read(f"drivers/{driver}.json")
+        if sign.get("machine") == _machine() and not _runs(sign):
+            return False
+        until = sign.get("until")
+        return isinstance(until, (int, float)) and time.time() < until
+
+    def _read(self, path: str) -> dict[str, Any]:
+        try:
+            value = json.loads(self.files.read(path) or b"{}")
+        except ValueError:
+            value = {}
+        return value if isinstance(value, dict) else {}
+
+    def _sign(self) -> None:
+        pid = os.getpid()
+        sign = {
+            "host": socket.gethostname(),
+            "machine": _machine(),
+            "pid": pid,
+            "born": born(pid),
+            "until": time.time() + self.LEASE,
+        }
+        self.files.write(f"drivers/{self.name}.json", json.dumps(sign).encode())
+
+    def _renew(self) -> None:
+        while not self.stopped.wait(self.LEASE / 6):
+            with suppress(OSError):  # a full disk, a network that is away: try again
+                self._sign()
+
+
+def _machine() -> str | None:
+    """Stands for this boot of this machine, as far as this process sees it; None if unknown."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return None
+
+
+def born(pid: int) -> int | None:
+    """When a process of this machine began, in ticks since boot; None if it has ended."""
+    try:
+        state, *rest = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if state == "Z" else int(rest[18])
+
+
+def _runs(sign: dict[str, Any]) -> bool:
+    pid = sign.get("pid")
+    return sign.get("born") is None or (isinstance(pid, int) and born(pid) == sign["born"])

@@ -1,0 +1,180 @@
+"""Which trial next: when its teacher is there, the cluster has room, and no other driver runs it.
+
+Tune does not know what a nested TorchTrainer takes, so the room is counted here.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.tune.search import Searcher
+
+from pld_ray.claims import Claims
+from pld_ray.spec import Resources, Trial
+from pld_ray.store import Store
+
+LOOK = 1.0  # seconds between two looks at the cluster, or at a trial that another driver has
+NODES_BACK = 600.0  # seconds to wait for nodes that went away to come back
+
+
+@dataclass(frozen=True)
+class Need:
+    """What a trial takes: so much for each of its workers, each of which lives on one node."""
+
+    cpus: float
+    gpus: float
+    workers: int
+
+    @property
+    def worker(self) -> dict[str, float]:
+        """Of one worker, by Ray's names."""
+        return {"CPU": self.cpus, "GPU": self.gpus}
+
+    def fits(self, nodes: list[dict[str, float]]) -> bool:
+        """Whether nodes, were they free, have room for all workers."""
+        return sum(self.workers_on(node) for node in nodes) >= self.workers
+
+    def workers_on(self, node: dict[str, float]) -> int:
+        """How many workers a node has room for."""
+        rooms = [node.get(k, 0.0) / n for k, n in self.worker.items() if n]
+        return int(min(rooms) + 1e-6)
+
+    def too_large(self, what: str, nodes: list[dict[str, float]]) -> str | None:
+        """Why `what` has no room even on free nodes, in a sentence; None if it has."""
+        if self.fits(nodes):
+            return None
+        kinds = [kind for kind, n in self.worker.items() if n]
+        has = Counter(" and ".join(f"{node.get(k, 0):g} {k}s" for k in kinds) for node in nodes)
+        return (
+            f"{what} needs {self}, and the nodes of the cluster have "
+            f"{'; '.join(f'{text} ({n} of them)' if n > 1 else text for text, n in has.items())}: "
+            "change workers or resources, or join a larger cluster"
+        )
+
+    def __str__(self) -> str:
+        each = " and ".join(f"{n:g} {kind}s" for kind, n in self.worker.items() if n)
+        return f"{each} for each of its {self.workers} workers" if self.workers > 1 else each
+
+
+def need(trial: Trial, resources: Resources) -> Need:
+    """What a trial takes; a GPU for each worker where the cluster has any, unless it is said."""
+    gpus = resources.gpus_per_worker
+    if gpus is None:
+        gpus = 1.0 if ray.cluster_resources().get("GPU") else 0.0
+    return Need(resources.cpus_per_worker, gpus, trial.workers)
+
+
+def nodes() -> list[dict[str, float]]:
+    """What each node of the cluster has that is alive."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+class PlanSearch(Searcher):
+    """Hands out the trials of a plan to Tune."""
+
+    def __init__(
+        self, pending: dict[str, Trial], resources: Resources, store: Store, claims: Claims
+    ) -> None:
+        super().__init__()
+        self.waiting = dict(pending)
+        self.resources, self.store, self.claims = resources, store, claims
+        self.needs = {key: need(trial, resources) for key, trial in pending.items()}
+        self.running: dict[str, Trial] = {}  # by Tune's own id
+        self.failures: dict[str, str] = {}
+        self.elsewhere: set[str] = set()  # finished by another driver
+        self.asked: dict[str, float] = {}  # when another driver had it
+        self.look: Callable[[], None] = lambda: None  # raises if a signal came
+        self.nodes = nodes()
+        self.looked = time.monotonic()
+        self.moved = time.monotonic()  # when something last ran, or could have
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # Tune pickles what it is given to restore an experiment; we never do
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+        """The next trial as a Tune config, None to wait, or FINISHED."""
+        self.look()
+        now = time.monotonic()
+        if now - self.looked >= LOOK:
+            self.nodes, self.looked = nodes(), now
+        taught = {trial.id for trial in self.running.values()} | self.waiting.keys()
+        for key, trial in list(self.waiting.items()):
+            teacher = trial.teacher.id if isinstance(trial.teacher, Trial) else None
+            if teacher in self.failures:
+                self._fail(key, f"its teacher, trial {teacher}, failed")
+            elif teacher not in taught and self._room(key) and self._take(key, now):
+                self.running[trial_id] = self.waiting.pop(key)
+                return {"id": key, "trial": trial.model_dump_json()}
+        if self.running or self.asked:
+            self.moved = now
+        elif self.waiting and now - self.moved > NODES_BACK:
+            for key in list(self.waiting):
+                self._fail(key, self.too_large(key) or "no node had room for it")
+        return None if self.waiting else self.FINISHED
+
+    def too_large(self, key: str) -> str | None:
+        """Why a trial does not fit the cluster, even if nothing else ran; None if it does."""
+        if self.resources.concurrent:
+            return None
+        what = f"trial {key} ({self.waiting[key].label})"
+        return self.needs[key].too_large(what, self.nodes)
+
+    def on_trial_complete(
+        self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
+    ) -> None:
+        """Give its room and its claim back, and note why it has no record if it has none."""
+        trial = self.running.pop(trial_id)
+        try:
+            failure = self.store.failure(trial.id) or {}
+            if self.store.record(trial.id) is None:
+                self.failures[trial.id] = failure.get("reason", "its process could not be started")
+            self.claims.release(trial.id)
+        except OSError as problem:
+            self.failures.setdefault(trial.id, f"the storage fails: {problem}")
+
+    def _room(self, key: str) -> bool:
+        if self.resources.concurrent:  # the cluster may grow when asked for more
+            return len(self.running) < self.resources.concurrent
+        for kind, amount in self.needs[key].worker.items():
+            taken = sum(need.worker[kind] * need.workers for need in self._taken())
+            left = sum(node.get(kind, 0.0) for node in self.nodes) - taken
+            if amount * self.needs[key].workers > left + 1e-6:
+                return False
+        return self.needs[key].fits(self.nodes)
+
+    def _taken(self) -> list[Need]:
+        return [self.needs[trial.id] for trial in self.running.values()]
+
+    def _take(self, key: str, now: float) -> bool:
+        """Claim a trial for this driver; False if another has it, or has finished it."""
+        if now - self.asked.get(key, -LOOK) < LOOK:
+            return False
+        try:
+            if not self.claims.take(key):
+                self.asked[key] = now
+                return False
+            self.asked.pop(key, None)
+            if self.store.record(key) is None:
+                return True
+            self.claims.release(key)
+        except OSError as problem:
+            self._fail(key, f"the storage fails: {problem}")
+            return False
+        del self.waiting[key]
+        self.elsewhere.add(key)
+        return False
+
+    def _fail(self, key: str, reason: str) -> None:
+        del self.waiting[key]
+        self.failures[key] = reason
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing to keep: what is finished stands in the store."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Nothing was kept."""
