@@ -60,6 +60,7 @@ def run(
             if why := search.too_large(key):
                 raise InputError(why)
         needs = search.needs
+        watch = open_watch(resources.patience)
         scratch = tempfile.mkdtemp(prefix="pld-ray-")
         trainable = tune.with_parameters(
             _trial,
@@ -68,7 +69,7 @@ def run(
             store_uri=store.uri,
             scratch=scratch,
             ledger=bank.open_ledger() if any(map(bank.banked, pending.values())) else None,
-            watch=open_watch(resources.patience),
+            watch=watch,
         )
         tuner = tune.Tuner(
             tune.with_resources(trainable, lambda config: _placement(needs[config["id"]])),
@@ -91,6 +92,7 @@ def run(
                 tuner.fit()
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
+            ray.kill(watch)
         return search.failures
 
 
