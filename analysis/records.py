@@ -25,21 +25,15 @@ def frame(plan: Plan, store: Store) -> pd.DataFrame:
     seconds is the trial's training time, teacher_seconds what of it the teacher's forward passes
     took, and teacher_avoided_seconds what the teacher bank spared.
     """
-    methods, settings = _methods(plan), _settings(plan)
     teachers = {key: record for key in plan.teacher_ids if (record := store.record(key))}
-    rows = []
-    for cell, original, method, setting in zip(
-        plan.cells, plan.originals, methods, settings, strict=True
-    ):
+    rows: list[dict[Any, Any]] = []
+    named: list[dict[Any, Any]] = places(plan).to_dict("records")
+    for cell, original, place in zip(plan.cells, plan.originals, named, strict=True):
         record = store.record(cell.trial.id)
-        row: dict[str, Any] = {
+        row: dict[Any, Any] = {
             "id": cell.trial.id,
-            "student": cell.trial.student.name,
-            "teacher": cell.teacher or "",
-            "setting": setting,
-            "method": method,
+            **place,
             "loss": cell.trial.loss.name,
-            "seed": cell.trial.seed,
             "epochs": cell.trial.epochs,
             "optimizer": cell.trial.optimizer.name,
             "original": original.trial,
@@ -57,6 +51,16 @@ def frame(plan: Plan, store: Store) -> pd.DataFrame:
             row["teacher_top1"] = teachers[cell.trial.teacher.id]["metrics"]["top1"]
         rows.append(row)
     return pd.DataFrame(rows).drop_duplicates(["id", *GROUP], ignore_index=True)
+
+
+def places(plan: Plan) -> pd.DataFrame:
+    """One row a cell: where tables put it, as student, teacher, setting, method and seed."""
+    rows = [
+        {"student": cell.trial.student.name, "teacher": cell.teacher or "", "setting": setting}
+        | {"method": method, "seed": cell.trial.seed}
+        for cell, method, setting in zip(plan.cells, _methods(plan), _settings(plan), strict=True)
+    ]
+    return pd.DataFrame(rows)
 
 
 def curves(plan: Plan, store: Store) -> pd.DataFrame:
@@ -91,7 +95,7 @@ def _methods(plan: Plan) -> list[str]:
 
     A parameter that is a word, such as standardize, is told of every loss once one varies it.
     """
-    losses = [cell.trial.loss for cell in plan.cells]
+    losses = [trial.loss for trial in plan.shown]
     values: dict[tuple[str, str], set[Any]] = {}
     for loss in losses:
         for field, value in loss:
@@ -114,7 +118,7 @@ def _methods(plan: Plan) -> list[str]:
 def _settings(plan: Plan) -> list[str]:
     """What else varies from cell to cell of a pair, such as "optimizer.name lamb"."""
     pairs = [(cell.teacher, cell.trial.student.name) for cell in plan.cells]
-    flat = [_flatten(cell.trial) for cell in plan.cells]
+    flat = [trial.flat for trial in plan.shown]
     values: dict[Any, set[str]] = {}
     for pair, trial in zip(pairs, flat, strict=True):
         for field, value in trial.items():
@@ -123,18 +127,3 @@ def _settings(plan: Plan) -> list[str]:
         ", ".join(f"{f} {value}" for f, value in trial.items() if len(values[pair, f]) > 1)
         for pair, trial in zip(pairs, flat, strict=True)
     ]
-
-
-def _flatten(trial: Trial) -> dict[str, Any]:
-    """Dotted fields of a trial but those that have columns of their own."""
-    dump = trial.model_dump(mode="json", exclude={"teacher", "loss", "seed"})
-    dump["student"].pop("name")
-    if trial.teacher is None or trial.loss.needs_features:  # no logits to be kept
-        dump.pop("teacher_logits")
-    flat: dict[str, Any] = {}
-    for field, value in dump.items():
-        if isinstance(value, dict):
-            flat |= {f"{field}.{name}": part for name, part in value.items()}
-        else:
-            flat[field] = value
-    return flat

@@ -121,7 +121,9 @@ def _section(
                 state = f"top-1 {record['metrics']['top1']:.2f}"
                 spec = {"trial": spec, "metrics": record["metrics"], "ran": record["environment"]}
             text = json.dumps(spec, indent=1)
-            section.trials.append({"id": key, "label": trial.label, "state": state, "spec": text})
+            section.trials.append(
+                {"id": key, "label": plan.labels[key], "state": state, "spec": text}
+            )
     return section
 
 

@@ -48,10 +48,10 @@ class Watch(View):
         super().__init__(*arguments)
         self.ends: dict[str, float] = {}
 
-    def end(self, trial_id: str, failure: str | None, elsewhere: bool = False) -> None:
+    def end(self, trial_id: str, failure: str | None, note: str | None = None) -> None:
         """As View's."""
         self.ends[trial_id] = time.perf_counter()
-        super().end(trial_id, failure, elsewhere)
+        super().end(trial_id, failure, note)
 
 
 def overhead(epochs: int, folder: Path) -> tuple[float, float]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import signal
 import sys
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,7 +16,8 @@ from pld_ray.errors import InputError, nearest
 
 if TYPE_CHECKING:
     from pld_ray.bank import Planned
-    from pld_ray.experiment import Plan
+    from pld_ray.experiment import Experiment, Plan
+    from pld_ray.search import Progress
     from pld_ray.spec import Trial
     from pld_ray.store import Store
 
@@ -63,16 +66,18 @@ def run(
     """Run the trials that have no record yet, then write the tables and the figures."""
     failed = False
     for plan, store in [_open(name, overrides, smoke, storage) for name in experiments]:
-        pending = _pending(plan, store)
-        failures: dict[str, str] = {}
-        if pending:
+        if plan.experiment.search is not None:
+            failed |= _search(plan.experiment, store, address)
+            plan = _plan(plan.experiment, store)
+        needed = replace(plan, searched=())
+        if pending := _pending(needed, store):
             _banks(pending, store)
-            failures = _train(plan, pending, store, address)
+            failed |= bool(_train(needed, pending, store, address))
         else:
             typer.echo(f"{plan.experiment.name}: all {len(plan.trials)} trials are done")
         folder = _tables(plan, store, out)
-        _say("figures", _figures(plan, store, folder))
-        failed |= bool(failures)
+        if plan.cells:
+            _say("figures", _figures(plan, store, folder))
     if failed:
         raise typer.Exit(1)
 
@@ -89,7 +94,7 @@ def plan(
 
     Of several experiments: how many trials each has, and how many they share.
     """
-    from pld_ray import bank, data, estimate
+    from pld_ray import bank, data, estimate, search
     from pld_ray.store import Store
 
     store = Store(storage)
@@ -109,6 +114,8 @@ def plan(
         return
     if len(plans) == 1:
         estimate.show(plans[0], store, done)
+        if plans[0].experiment.search is not None:
+            estimate.show_search(search.look(plans[0].experiment, store))
     else:
         estimate.show_shared(plans, done)
     if banks or unknown:
@@ -125,14 +132,19 @@ def status(
     """List what is done, begun, failed (and why) and missing; exit code 1 if anything failed."""
     planned, store = _open(experiment, overrides, smoke, storage)
     done, failed = store.finished(planned.trials), 0
+    width = max(map(len, planned.labels.values()), default=0)
     for key, trial in planned.trials.items():
         state = "done"
         if key not in done:
             failure, epochs = store.failure(key), len(store.epochs(key))
             failed += failure is not None
             state = f"{epochs}/{trial.epochs} epochs" if epochs else "not begun"
-            state = f"FAILED: {failure['reason']} ({store.folder(key)})" if failure else state
-        typer.echo(f"{key}  {trial.label:32} {state}")
+            if failure:
+                state = f"FAILED: {failure['reason']} ({store.folder(key)})"
+            elif (stopped := store.stopped(key)) is not None:
+                by = stopped["by"].replace("_", " ")
+                state = f"stopped by {by} after {stopped['epoch']}/{trial.epochs} epochs"
+        typer.echo(f"{key}  {planned.labels[key]:{width}}  {state}")
     if failed:
         raise typer.Exit(1)
 
@@ -155,6 +167,31 @@ def tables(
 
     for name in experiments or dict.fromkeys(table.experiment for table in paper.TABLES):
         _tables(*_open(name, overrides, smoke, storage), out)
+
+
+@app.command()
+def best(
+    experiment: ExperimentName,
+    overrides: Overrides = None,
+    smoke: Smoke = False,
+    storage: Storage = "results",
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """Show the best settings that a search, or a grid, has found so far, for each loss."""
+    from analysis import best as found
+    from analysis import records
+    from pld_ray import search
+
+    plan, store = _open(experiment, overrides, smoke, storage)
+    sought = plan.experiment.search
+    metric = "top1" if sought is None else sought.metric
+    if sought is None:
+        rows = found.of_grid(records.frame(plan, store))
+    else:
+        rows = found.of_search(search.look(plan.experiment, store), metric)
+    if not rows:
+        raise InputError(f"{plan.experiment.name}: no trial has finished: run it first")
+    typer.echo(json.dumps(rows, indent=1) if as_json else found.text(rows, metric))
 
 
 @app.command()
@@ -339,8 +376,33 @@ def _banks(trials: dict[str, Trial], store: Store) -> dict[str, Planned]:
     return banks
 
 
+def _search(experiment: Experiment, store: Store, address: str | None) -> bool:
+    """Run what is left of a search; whether a trial failed that could succeed another time."""
+    from pld_ray import search
+    from pld_ray.experiment import Plan
+    from pld_ray.spec import Trial
+
+    progress = search.look(experiment, store)
+    if all(each.over for each in progress):
+        typer.echo(f"{experiment.name}: the search is over")
+        return False
+    cells = [each.group.cell.trial for each in progress]
+    teachers = [cell.teacher for cell in cells if isinstance(cell.teacher, Trial)]
+    drawn = [drawn for each in progress for drawn in each.drawn]
+    plan = Plan(experiment, (), (*teachers, *(each.trial for each in drawn)))
+    ended = {d.trial.id for d in drawn} - {d.trial.id for each in progress for d in each.open}
+    pending = {key: t for key, t in _pending(plan, store).items() if key not in ended}
+    _banks({trial.id: trial for trial in [*cells, *pending.values()]}, store)
+    failures = _train(plan, pending, store, address, progress)
+    return any(not (store.failure(key) or {}).get("final") for key in failures)
+
+
 def _train(
-    plan: Plan, pending: dict[str, Trial], store: Store, address: str | None
+    plan: Plan,
+    pending: dict[str, Trial],
+    store: Store,
+    address: str | None,
+    progress: Sequence[Progress] = (),
 ) -> dict[str, str]:
     """Run trials under the live view; returns, and prints, why some failed."""
     from rich.console import Console
@@ -350,11 +412,13 @@ def _train(
     with Console().status(f"{len(pending)} trials to run: checking them and starting Ray"):
         from pld_ray import sweep
 
-        ready = sweep.check(pending, address)
-    with screen_apart(_log(store)) as console, View(plan, pending, console) as view:
-        failures = sweep.run(plan, ready, store, view, address)
+        cells = {each.group.key: each.group.cell.trial for each in progress}
+        ready = sweep.check(pending | cells, address)
+    to_draw = sum({each.group.key: each.to_draw for each in progress}.values())
+    with screen_apart(_log(store)) as console, View(plan, pending, console, to_draw) as view:
+        failures = sweep.run(plan, ready, store, view, address, progress)
     for key, reason in failures.items():
-        typer.echo(f"failed: {plan.trials[key].label}: {reason} ({store.folder(key)})", err=True)
+        typer.echo(f"failed: {view.labels[key]}: {reason} ({store.folder(key)})", err=True)
     return failures
 
 
@@ -365,10 +429,18 @@ def _log(store: Store) -> Path:
 def _open(
     experiment: str, overrides: list[str] | None, smoke: bool, storage: str
 ) -> tuple[Plan, Store]:
-    from pld_ray.experiment import load_experiment, plan
+    from pld_ray.experiment import load_experiment
     from pld_ray.store import Store
 
-    return plan(load_experiment(experiment, tuple(overrides or ()), smoke)), Store(storage)
+    store = Store(storage)
+    return _plan(load_experiment(experiment, tuple(overrides or ()), smoke), store), store
+
+
+def _plan(experiment: Experiment, store: Store) -> Plan:
+    from pld_ray import search
+    from pld_ray.experiment import plan
+
+    return plan(experiment) if experiment.search is None else search.plan(experiment, store)
 
 
 def _folder(plan: Plan, store: Store, out: Path | None) -> Path:
@@ -377,9 +449,15 @@ def _folder(plan: Plan, store: Store, out: Path | None) -> Path:
 
 
 def _tables(plan: Plan, store: Store, out: Path | None) -> Path:
-    from analysis import paper, records, tables
+    from analysis import best, paper, records, tables
+    from pld_ray import search
 
     folder = _folder(plan, store, out)
+    if (sought := plan.experiment.search) is not None:
+        rows = best.of_search(search.look(plan.experiment, store), sought.metric)
+        typer.echo("\nThe best of each cell\n\n" + best.text(rows, sought.metric))
+        if not plan.cells:
+            return folder
     frame = records.frame(plan, store)
     paths = []
     if frame["finished"].any() or not paper.of_experiment(plan.experiment.name):

@@ -79,6 +79,9 @@ def load(data: Data) -> Images:
     """The dataset `data` names; InputError if it is not there or not usable."""
     kind, path = _kind(data)
     (train, train_labels), (val, val_labels), classes = LOADERS[kind](data, path)
+    if data.holdout:
+        val, val_labels = train[-data.holdout :], train_labels[-data.holdout :]
+        train, train_labels = train[: -data.holdout], train_labels[: -data.holdout]
     train, train_labels = train[: data.limit], train_labels[: data.limit]
     for name, images, labels in (("train", train, train_labels), ("val", val, val_labels)):
         if len(images) == 0:
@@ -126,6 +129,9 @@ def size(data: Data) -> Size:
             labels = [_read_parquet(data, path, names, ["label"])["label"] for names in PARQUET]
             classes = max(max(x, default=0) for x in labels) + 1
             found = Size(len(labels[0]), len(labels[1]), classes)
+    if data.holdout:
+        held = min(data.holdout, found.train)
+        found = found._replace(train=found.train - held, val=held)
     return found._replace(train=min(found.train, data.limit or found.train))
 
 

@@ -8,14 +8,16 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import ray
 from ray.tune.search import Searcher
 
 from pld_ray.claims import Claims
+from pld_ray.search import Drawn
 from pld_ray.spec import Resources, Trial
+from pld_ray.stopping import Stopping
 from pld_ray.store import Store
 
 LOOK = 1.0  # seconds between two looks at the cluster, or at a trial that another driver has
@@ -78,15 +80,23 @@ class PlanSearch(Searcher):
     """Hands out the trials of a plan to Tune."""
 
     def __init__(
-        self, pending: dict[str, Trial], resources: Resources, store: Store, claims: Claims
+        self,
+        pending: dict[str, Trial],
+        resources: Resources,
+        store: Store,
+        claims: Claims,
+        stopping: Stopping | None = None,
     ) -> None:
         super().__init__()
+        self.stopping = stopping  # of the search whose trials these are
+        self.to_draw = dict(stopping.groups) if stopping else {}
+        self.drawn: list[Drawn] = []  # trials that were not pending at first
         self.waiting = dict(pending)
         self.resources, self.store, self.claims = resources, store, claims
         self.needs = {key: need(trial, resources) for key, trial in pending.items()}
         self.running: dict[str, Trial] = {}  # by Tune's own id
         self.failures: dict[str, str] = {}
-        self.elsewhere: set[str] = set()  # finished by another driver
+        self.notes: dict[str, str] = {}  # how trials ended that did not finish here
         self.asked: dict[str, float] = {}  # when another driver had it
         self.look: Callable[[], None] = lambda: None  # raises if a signal came
         self.nodes = nodes()
@@ -107,15 +117,20 @@ class PlanSearch(Searcher):
             teacher = trial.teacher.id if isinstance(trial.teacher, Trial) else None
             if teacher in self.failures:
                 self._fail(key, f"its teacher, trial {teacher}, failed")
+            elif self.stopping and self.stopping.out_of_budget(key):
+                del self.waiting[key]
             elif teacher not in taught and self._room(key) and self._take(key, now):
                 self.running[trial_id] = self.waiting.pop(key)
-                return {"id": key, "trial": trial.model_dump_json()}
+                needs = asdict(self.needs[key])
+                return {"id": key, "trial": trial.model_dump_json(), "needs": needs}
+        if self._draw():
+            return self.suggest(trial_id)
         if self.running or self.asked:
             self.moved = now
         elif self.waiting and now - self.moved > NODES_BACK:
             for key in list(self.waiting):
                 self._fail(key, self.too_large(key) or "no node had room for it")
-        return None if self.waiting else self.FINISHED
+        return None if self.waiting or self.to_draw else self.FINISHED
 
     def too_large(self, key: str) -> str | None:
         """Why a trial does not fit the cluster, even if nothing else ran; None if it does."""
@@ -131,21 +146,52 @@ class PlanSearch(Searcher):
         trial = self.running.pop(trial_id)
         try:
             failure = self.store.failure(trial.id) or {}
-            if self.store.record(trial.id) is None:
+            by = self.stopping.stopped.pop(trial.id, None) if self.stopping else None
+            if self.store.record(trial.id) is not None:
+                pass
+            elif by is not None and not error:
+                self.store.stop(trial, by)
+                self.notes[trial.id] = f"stopped by {by.replace('_', ' ')}"
+            else:
                 self.failures[trial.id] = failure.get("reason", "its process could not be started")
             self.claims.release(trial.id)
         except OSError as problem:
             self.failures.setdefault(trial.id, f"the storage fails: {problem}")
 
+    def _draw(self) -> bool:
+        """Let a search draw another trial if there is room for one; False if none does."""
+        for key, group in list(self.to_draw.items()):
+            if not self._fits_beside(need(group.cell.trial, self.resources)):
+                continue
+            try:
+                drawn = group.draw(self.store)
+            except OSError:  # the storage fails, as what runs will say
+                drawn = None
+            if drawn is None:
+                del self.to_draw[key]
+            elif drawn.trial.id not in self.needs:  # else it is one of before
+                self.to_draw[key] = self.to_draw.pop(key)  # the next one is another cell's
+                self.needs[drawn.trial.id] = need(drawn.trial, self.resources)
+                self.waiting[drawn.trial.id] = drawn.trial
+                self.drawn.append(drawn)
+                assert self.stopping is not None
+                self.stopping.add(drawn.trial, key)
+                return True
+        return False
+
     def _room(self, key: str) -> bool:
+        return self._fits_beside(self.needs[key])
+
+    def _fits_beside(self, more: Need) -> bool:
+        """Whether the cluster has room for it beside what runs."""
         if self.resources.concurrent:  # the cluster may grow when asked for more
             return len(self.running) < self.resources.concurrent
-        for kind, amount in self.needs[key].worker.items():
+        for kind, amount in more.worker.items():
             taken = sum(need.worker[kind] * need.workers for need in self._taken())
             left = sum(node.get(kind, 0.0) for node in self.nodes) - taken
-            if amount * self.needs[key].workers > left + 1e-6:
+            if amount * more.workers > left + 1e-6:
                 return False
-        return self.needs[key].fits(self.nodes)
+        return more.fits(self.nodes)
 
     def _taken(self) -> list[Need]:
         return [self.needs[trial.id] for trial in self.running.values()]
@@ -166,7 +212,7 @@ class PlanSearch(Searcher):
             self._fail(key, f"the storage fails: {problem}")
             return False
         del self.waiting[key]
-        self.elsewhere.add(key)
+        self.notes[key] = "done by another run"
         return False
 
     def _fail(self, key: str, reason: str) -> None:

@@ -47,15 +47,18 @@ class Encoded:
     names: npt.NDArray[np.bytes_]
     size: int  # pixels of a side when decoded
     shorter: int  # side of the whole image before its centre is cut out
+    begin: int = 0  # where the bytes of the first one begin
 
     def __len__(self) -> int:
         return len(self.ends)
 
     def __getitem__(self, rows: slice) -> Encoded:
-        """The first so many images."""
+        """Some images, one after another."""
         paths = None if self.paths is None else self.paths[rows]
+        first = rows.indices(len(self))[0]
+        begin = int(self.ends[first - 1]) if first else self.begin
         ends, names = self.ends[rows], self.names[rows]
-        return Encoded(paths, self.contents, ends, names, self.size, self.shorter)
+        return Encoded(paths, self.contents, ends, names, self.size, self.shorter, begin)
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -82,7 +85,7 @@ class Encoded:
             source = os.fsdecode(self.paths[i].item())
         else:
             assert self.contents is not None
-            start = self.ends[i - 1] if i else 0
+            start = self.ends[i - 1] if i else self.begin
             source = io.BytesIO(self.contents[start : self.ends[i]].tobytes())
         try:
             with Image.open(source) as image:

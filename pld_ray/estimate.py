@@ -7,6 +7,7 @@ from typing import Any
 
 from pld_ray.bank import Planned, in_bytes
 from pld_ray.experiment import Plan
+from pld_ray.search import Progress
 from pld_ray.spec import Trial
 from pld_ray.store import Store
 from pld_ray.view import duration
@@ -41,7 +42,7 @@ def for_programs(plan: Plan, store: Store, done: set[str]) -> dict[str, Any]:
     rows = [
         {
             "id": key,
-            "label": trial.label,
+            "label": plan.labels[key],
             "teacher": key in plan.teacher_ids,
             "done": key in done,
             "epochs": trial.epochs,
@@ -85,7 +86,7 @@ def show(plan: Plan, store: Store, done: set[str]) -> None:
         role = "is one" if key in plan.teacher_ids else taught_by or ""
         state = "done" if key in done else "to run"
         takes = duration(estimate[key]) if key in estimate else ""
-        rows.append((key, trial.label, role, trial.epochs, state, takes))
+        rows.append((key, plan.labels[key], role, trial.epochs, state, takes))
     print(aligned(("id", "trial", "teacher", "epochs", "state", "takes"), rows))
     left = [key for key in plan.trials if key not in done]
     epochs = sum(plan.trials[key].epochs for key in left)
@@ -98,6 +99,22 @@ def show(plan: Plan, store: Store, done: set[str]) -> None:
     if known:
         rest = f", {len(left) - len(known)} trials not yet timed" if len(known) < len(left) else ""
         print(f"about {duration(sum(known))} of one worker's time{rest}")
+
+
+def show_search(progress: list[Progress]) -> None:
+    """Print how far a search is, and what comes after it."""
+    experiment = progress[0].group.experiment
+    unique = {each.group.key: each for each in progress}.values()
+    drawn, coming = sum(len(e.drawn) for e in unique), sum(e.to_draw for e in unique)
+    left = sum(len(each.open) for each in unique)
+    after = f"its best on {len(experiment.seeds)} seeds" if experiment.seeds else "nothing"
+    if left or coming:
+        print(
+            f"the search of {len(unique)} cells: {drawn} trials known, {left} of them to run, "
+            f"{coming} to be drawn; after it {after}"
+        )
+    else:
+        print(f"the search of {len(unique)} cells is over, after {drawn} trials")
 
 
 def aligned(head: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:

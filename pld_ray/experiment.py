@@ -8,30 +8,33 @@ from __future__ import annotations
 import hashlib
 import itertools
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import yaml
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from pld_ray.errors import InputError, nearest
 from pld_ray.losses import REGISTRY
+from pld_ray.space import Search
 from pld_ray.spec import Model, Part, Resources, Trial, Weights, validated
 
 
 class Smoke(Part):
     """How an experiment is shrunk to a miniature with the same cells (`--smoke`).
 
-    base is merged over the experiment's, grid replaces entries of as many values, models replaces
-    networks by name (without timm's tag). Teachers are trained, since no weights fit.
+    base is merged over the experiment's, and search over its search; grid replaces entries of as
+    many values, models replaces networks by name (without timm's tag). Teachers are trained, since
+    no weights fit.
     """
 
     base: dict[str, Any] = {"epochs": 2, "data": {"limit": 256}, "workers": 1}
     grid: dict[str, list[Any]] = {}
     models: dict[str, Model] = {}
+    search: dict[str, Any] = {}
 
 
 class Experiment(Part):
@@ -43,11 +46,30 @@ class Experiment(Part):
     recipe: str | None = None
     base: dict[str, Any] = {}
     grid: dict[str, list[Any]] = {}
-    seeds: list[int] = Field([0], min_length=1)
+    seeds: list[int] = [0]
     resources: Resources = Resources()
+    search: Search | None = None
     overrides: dict[str, Any] = {}  # of trial fields, over base and grid; as --set makes them
     smoke: Smoke = Smoke()
     miniature_of: Experiment | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fresh_seeds(cls, raw: Any) -> Any:
+        if isinstance(raw, dict) and raw.get("search") is not None:
+            return {"seeds": []} | raw
+        return raw
+
+    @model_validator(mode="after")
+    def _seeds(self) -> Experiment:
+        if self.search is None and not self.seeds:
+            raise ValueError("seeds is []: expected at least one")
+        if self.search is not None and self.search.seed in self.seeds:
+            raise ValueError(
+                f"search.seed is {self.search.seed}, and so is one of seeds: the best settings are "
+                "compared on seeds that chose none of them"
+            )
+        return self
 
 
 class TeacherEntry(Part):
@@ -76,16 +98,29 @@ class Cell(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """The cells of an experiment and the unique trials behind them, teachers first."""
+    """The cells of an experiment and the unique trials behind them, teachers first.
+
+    searched: trials of a search, which no table shows. points: of cells that a search has chosen,
+    the trials by which tables name them; they stand for points of the grid.
+    """
 
     experiment: Experiment
     cells: tuple[Cell, ...]
+    searched: tuple[Trial, ...] = ()
+    points: tuple[Trial, ...] | None = None
 
     @cached_property
     def originals(self) -> tuple[Cell, ...]:
         """What the cells of a miniature stand for, one by one; else the cells themselves."""
         original = self.experiment.miniature_of
-        return self.cells if original is None else plan(original).cells
+        if original is None or original.search is not None:
+            return self.cells
+        return plan(original).cells
+
+    @cached_property
+    def shown(self) -> tuple[Trial, ...]:
+        """For each cell the trial by which tables name it."""
+        return self.points or tuple(cell.trial for cell in self.cells)
 
     @cached_property
     def trials(self) -> dict[str, Trial]:
@@ -97,10 +132,25 @@ class Plan:
                 add(trial.teacher)
             found.setdefault(trial.id, trial)
 
-        for cell in self.cells:
-            add(cell.trial)
+        for trial in (*self.searched, *(cell.trial for cell in self.cells)):
+            add(trial)
         teachers = {t.teacher.id for t in found.values() if isinstance(t.teacher, Trial)}
         return dict(sorted(found.items(), key=lambda item: item[0] not in teachers))
+
+    @cached_property
+    def labels(self) -> dict[str, str]:
+        """A name for people of each trial: of namesakes, with the settings in which they differ."""
+        alike: dict[str, list[Trial]] = {}
+        for trial in self.trials.values():
+            alike.setdefault(trial.label, []).append(trial)
+        found = {}
+        for label, trials in alike.items():
+            flat = [{"teacher": trial.teacher_name, **trial.flat} for trial in trials]
+            differ = [f for f in flat[0] if len({str(settings.get(f)) for settings in flat}) > 1]
+            for trial, settings in zip(trials, flat, strict=True):
+                said = "".join(f" {f} {settings[f]}" for f in differ if settings.get(f) is not None)
+                found[trial.id] = label + said
+        return {key: found[key] for key in self.trials}
 
     @cached_property
     def teacher_ids(self) -> set[str]:
@@ -184,7 +234,8 @@ def load_experiment(
         recipe = read_mapping(_find_recipe(experiment.recipe, path))
         shrunk = merge(recipe.pop("smoke", {}), shrunk)
         base = merge(recipe, base)
-    changed: dict[str, Any] = experiment.model_dump() | {"base": base, "smoke": shrunk}
+    changed = experiment.model_dump(by_alias=True, exclude_unset=True)
+    changed |= {"base": base, "smoke": shrunk}
     everywhere = dict(experiment.overrides)
     for item in overrides:
         field, equals, text = item.partition("=")
@@ -225,12 +276,17 @@ def miniature(experiment: Experiment) -> Experiment:
             ]
             grid[key] = small if len(fields) > 1 else [row[0] for row in small]
     base = merge(experiment.base, smoke.base)
+    search = experiment.search
+    if search is not None and smoke.search:
+        raw = merge(search.model_dump(by_alias=True, exclude_unset=True), smoke.search)
+        search = validated(Search, raw, f"{experiment.name}: smoke.search")
     return experiment.model_copy(
         update={
             "name": f"{experiment.name}-smoke",
             "title": f"{experiment.title or experiment.name} (miniature)",
             "base": {field: _smaller(field, base[field], smoke.models) for field in base},
             "grid": grid,
+            "search": search,
             "resources": Resources(),
             "miniature_of": experiment.model_copy(update={"overrides": {}}),
         }
@@ -291,45 +347,81 @@ def _nest(field: str, value: Any) -> dict[str, Any]:
     return value
 
 
+Settings = list[tuple[str, Any]]  # fields and their values; the later ones win
+
+
 def plan(experiment: Experiment) -> Plan:
     """Expand an experiment: every combination of its grid, for every seed.
 
     A grid key is a field ("loss.temperature"), or several at once ("teacher, student") whose
     values are lists of as many. `loss.PARAMETER` is left out for the losses that have none such.
     """
+    cells: list[Cell] = []
+    for settings in combinations(experiment):
+        cells += build(experiment, settings, experiment.seeds)
+    return Plan(experiment, tuple(cells))
+
+
+def combinations(experiment: Experiment) -> list[Settings]:
+    """What the grid says of each of its points; the loss comes before its parameters."""
     where = experiment.name
     axes = [_axis(key, values, where) for key, values in experiment.grid.items()]
     if not any(fields == ("loss",) for fields, _ in axes):
         axes.append((("loss",), [(loss,) for loss in _each(experiment.base.get("loss"))]))
-    axes.sort(key=lambda axis: min(field.count(".") for field in axis[0]))  # loss before loss.x
-    used: dict[str, set[str]] = {}  # loss.PARAMETER -> the losses that were asked for it
-    taken: set[str] = set()
-    cells = []
-    for combination in itertools.product(*(values for _, values in axes)):
-        settings = [
+    axes.sort(key=lambda axis: min(field.count(".") for field in axis[0]))
+    found: list[Settings] = [
+        [
             (field, value)
             for (fields, _), values in zip(axes, combination, strict=True)
             for field, value in zip(fields, values, strict=True)
         ]
-        raw = dict(experiment.base)
-        for field, value in [*settings, *experiment.overrides.items()]:
-            first, _, parameter = field.partition(".")
-            if first == "loss" and parameter and parameter != "name":
-                name = (_named("loss", raw.get("loss")) or {}).get("name")
-                if name in REGISTRY and parameter not in REGISTRY[name].model_fields:
-                    used.setdefault(field, set()).add(name)
-                    continue
-                taken.add(field)
-            raw = merge(raw, _nest(field, value))
-        taught = _teacher(raw.pop("teacher", None), raw, experiment)
-        for seed in experiment.seeds:
-            cells.append(_cell(raw | {"seed": seed}, taught, where))
-    for field in set(used) - taken:
-        names = {name for loss in used[field] for name in REGISTRY[loss].model_fields}
-        hint = nearest(field.partition(".")[2], names - {"name"})
-        losses = ", ".join(sorted(used[field]))
-        raise InputError(f"{where}: {field}: none of its losses ({losses}) has it; {hint}")
-    return Plan(experiment, tuple(cells))
+        for combination in itertools.product(*(values for _, values in axes))
+    ]
+    fields = {field for settings in found for field, _ in settings}
+    _check_loss_parameters(experiment, found, fields | experiment.overrides.keys())
+    return found
+
+
+def _check_loss_parameters(
+    experiment: Experiment, points: list[Settings], fields: Iterable[str]
+) -> None:
+    """InputError for a field loss.PARAMETER that none of the experiment's losses has."""
+    losses = {_loss_name([*settings, *experiment.overrides.items()]) for settings in points}
+    if unknown := losses - REGISTRY.keys():  # the trial itself will say so
+        return
+    names = {name for loss in losses - unknown for name in REGISTRY[loss].model_fields}
+    for field in fields:
+        first, _, parameter = field.partition(".")
+        if first == "loss" and parameter and parameter not in names:
+            raise InputError(
+                f"{experiment.name}: {field}: none of its losses ({', '.join(sorted(losses))}) "
+                f"has it; {nearest(parameter, names - {'name'})}"
+            )
+
+
+def _loss_name(settings: Settings) -> str:
+    name = ""
+    for field, value in settings:
+        if field in ("loss", "loss.name"):
+            named = _named("loss", value) if field == "loss" else {"name": value}
+            name = str(named.get("name", name)) if isinstance(named, dict) else name
+    return name
+
+
+def build(
+    experiment: Experiment, settings: Settings, seeds: Iterable[int], base: Mapping[str, Any] = {}
+) -> list[Cell]:
+    """The cells of one point of the grid; `base` is merged over the experiment's."""
+    raw = merge(experiment.base, base)
+    for field, value in [*settings, *experiment.overrides.items()]:
+        first, _, parameter = field.partition(".")
+        if first == "loss" and parameter and parameter != "name":
+            name = (_named("loss", raw.get("loss")) or {}).get("name")
+            if name in REGISTRY and parameter not in REGISTRY[name].model_fields:
+                continue
+        raw = merge(raw, _nest(field, value))
+    taught = _teacher(raw.pop("teacher", None), raw, experiment)
+    return [_cell(raw | {"seed": seed}, taught, experiment.name) for seed in seeds]
 
 
 def _axis(key: str, values: Any, where: str) -> tuple[tuple[str, ...], list[tuple[Any, ...]]]:

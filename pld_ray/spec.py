@@ -56,7 +56,8 @@ class Data(Part):
     pixels. pad: zero padding before a random crop, in pixels. random_resized_crop: train on random
     parts of the images, resized to image_size; they then stay encoded until a batch needs them, and
     the centre of a validation image is crop_pct of its shorter side. mean, std: per channel, in
-    [0, 1]; default: measured on the training images. limit: keep the first so many training images.
+    [0, 1]; default: measured on the training images. holdout: validate on the last so many training
+    images instead, and do not train on them. limit: keep the first so many of those that are left.
     """
 
     name: str
@@ -68,6 +69,7 @@ class Data(Part):
     crop_pct: float = Field(1.0, gt=0, le=1)
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
+    holdout: int | None = Field(None, ge=1)
     limit: int | None = Field(None, ge=1)
 
     @model_validator(mode="before")
@@ -211,6 +213,21 @@ class Trial(Part):
         copied = super().model_copy(**kwargs)
         copied.__dict__.pop("id", None)
         return copied
+
+    @property
+    def flat(self) -> dict[str, Any]:
+        """Its settings by dotted field, but for student, teacher, loss and seed."""
+        dump = self.model_dump(mode="json", exclude={"teacher", "loss", "seed"})
+        dump["student"].pop("name")
+        if self.teacher is None or self.loss.needs_features:  # no logits to be kept
+            dump.pop("teacher_logits")
+        flat: dict[str, Any] = {}
+        for field, value in dump.items():
+            if isinstance(value, dict):
+                flat |= {f"{field}.{name}": part for name, part in value.items()}
+            else:
+                flat[field] = value
+        return flat
 
     @property
     def label(self) -> str:

@@ -6,7 +6,9 @@
                    student.safetensors  the trained weights
                    record.json          written last: it exists only if the trial has finished
                    failure.json         why the last attempt failed, if it did
+                   stopped.json         where a search stopped it, if one did
                    landscape.json       the loss around the trained weights, if it was asked for
+    ROOT/searches/KEY/N.json            a point that a search has drawn (search.py)
     ROOT/banks/KEY/bank.json            whose logits, on which images
                    VIEW/CHUNK.KIND      some of them (bank.py)
 
@@ -72,13 +74,25 @@ class Store:
         self.files.write(f"trials/{trial.id}/student.safetensors", content)
         digest = hashlib.sha256(content).hexdigest()
         self._write_json(f"trials/{trial.id}/record.json", record | {"weights_sha256": digest})
-        for name in ("checkpoint.pt", "failure.json"):
+        for name in ("checkpoint.pt", "failure.json", "stopped.json"):
             self.files.delete(f"trials/{trial.id}/{name}")
 
-    def fail(self, trial: Trial, reason: str, traceback: str = "") -> None:
-        """Say why an attempt failed; the checkpoint stays."""
-        failure = {"reason": reason, "traceback": traceback.splitlines()}
+    def fail(self, trial: Trial, reason: str, traceback: str = "", final: bool = False) -> None:
+        """Say why an attempt failed, and whether another would too; the checkpoint stays."""
+        failure = {"reason": reason, "final": final, "traceback": traceback.splitlines()}
         self._write_json(f"trials/{trial.id}/failure.json", failure)
+
+    def stop(self, trial: Trial, by: str) -> None:
+        """A search has stopped the trial: its record so far. It may go on from its checkpoint."""
+        history = self.epochs(trial.id)
+        record = {
+            "id": trial.id,
+            "trial": trial.model_dump(mode="json"),
+            "by": by,
+            "epoch": len(history),
+            "metrics": history[-1] if history else {},
+        }
+        self._write_json(f"trials/{trial.id}/stopped.json", record)
 
     def keep_landscape(self, trial: Trial, found: dict[str, Any]) -> None:
         """Keep the loss around the trained weights (analysis.weight_space)."""
@@ -108,6 +122,10 @@ class Store:
     def failure(self, trial_id: str) -> dict[str, Any] | None:
         """reason and traceback of the last attempt if it failed."""
         return self._read_json(f"trials/{trial_id}/failure.json")
+
+    def stopped(self, trial_id: str) -> dict[str, Any] | None:
+        """What `stop` kept, or None; a trial that went on and finished has a record instead."""
+        return self._read_json(f"trials/{trial_id}/stopped.json")
 
     def landscape(self, trial_id: str) -> dict[str, Any] | None:
         """What `keep_landscape` kept, or None."""
@@ -167,6 +185,22 @@ class Store:
         """Where the trial lies, for messages."""
         return self.files.place(f"trials/{trial_id}")
 
+    # ---- searches
+
+    def add_point(self, key: str, number: int, values: list[Any]) -> bool:
+        """Keep the next point of a search; False if another driver was first with this number."""
+        content = _sealed({"values": values})
+        return self.files.create(f"searches/{key}/{number}.json", content)
+
+    def points(self, key: str) -> list[list[Any] | None]:
+        """The points of a search in their order; None where one is damaged."""
+        names = self.files.listed(f"searches/{key}")
+        numbers = [int(name.removesuffix(".json")) for name in names]
+        paths = [f"searches/{key}/{number}.json" for number in range(max(numbers, default=-1) + 1)]
+        contents = self.files.read_many(paths)
+        opened = [_opened(contents.get(path, b"")) for path in paths]
+        return [None if point is None else point["values"] for point in opened]
+
     # ---- the teacher bank
 
     def start_bank(self, key: str, about: dict[str, Any]) -> None:
@@ -209,8 +243,7 @@ class Store:
     # ---- JSON with a checksum
 
     def _write_json(self, path: str, value: dict[str, Any]) -> None:
-        text = json.dumps(value | {"sha256": _digest(value)}, indent=1) + "\n"
-        self.files.write(path, text.encode())
+        self.files.write(path, _sealed(value))
 
     def _read_json(self, path: str) -> dict[str, Any] | None:
         content = self.files.read(path)
@@ -220,6 +253,10 @@ class Store:
 def _digest(value: dict[str, Any]) -> str:
     """Of what a mapping says, however it is laid out."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _sealed(value: dict[str, Any]) -> bytes:
+    return (json.dumps(value | {"sha256": _digest(value)}, indent=1) + "\n").encode()
 
 
 def _opened(content: bytes) -> dict[str, Any] | None:

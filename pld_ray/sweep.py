@@ -18,7 +18,7 @@ import socket
 import tempfile
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 from urllib.parse import urlsplit
@@ -37,7 +37,9 @@ from pld_ray.claims import Claims
 from pld_ray.dispatch import Need, PlanSearch, need, nodes
 from pld_ray.errors import InputError, nearest
 from pld_ray.experiment import Plan
+from pld_ray.search import Progress
 from pld_ray.spec import Model, Resources, Trial, Weights
+from pld_ray.stopping import Stopping
 from pld_ray.store import Store
 from pld_ray.view import View
 from pld_ray.watch import open_watch, watched
@@ -46,38 +48,45 @@ HEAD = "node:__internal_head__"  # a resource every head node has
 
 
 def run(
-    plan: Plan, images: dict[str, data.Images], store: Store, view: View, address: str | None = None
+    plan: Plan,
+    images: dict[str, data.Images],
+    store: Store,
+    view: View,
+    address: str | None = None,
+    progress: Sequence[Progress] = (),
 ) -> dict[str, str]:
     """Run what `view.pending` holds; returns why trials failed, by trial id.
 
     images: from `check`. address: of a running cluster; without one, join what runs on this
-    machine or start Ray here. Raises InputError for a trial that the cluster has no room for.
+    machine or start Ray here. progress: of the search whose trials these are. Raises InputError for
+    a trial that the cluster has no room for.
     """
-    pending, resources = view.pending, plan.experiment.resources
+    pending, resources = dict(view.pending), plan.experiment.resources
+    stopping = Stopping(progress, store) if progress else None
     with connected(address), Claims(store.files) as claims:
-        search = PlanSearch(pending, resources, store, claims)
+        search = PlanSearch(pending, resources, store, claims, stopping)
         for key in pending:
             if why := search.too_large(key):
                 raise InputError(why)
-        needs = search.needs
+        trials = [*pending.values(), *(each.group.cell.trial for each in progress)]
         watch = open_watch(resources.patience)
         scratch = tempfile.mkdtemp(prefix="pld-ray-")
         trainable = tune.with_parameters(
             _trial,
             images={name: ray.put(value) for name, value in images.items()},
-            needs=needs,
             store_uri=store.uri,
             scratch=scratch,
-            ledger=bank.open_ledger() if any(map(bank.banked, pending.values())) else None,
+            ledger=bank.open_ledger() if any(map(bank.banked, trials)) else None,
             watch=watch,
         )
         tuner = tune.Tuner(
-            tune.with_resources(trainable, lambda config: _placement(needs[config["id"]])),
+            tune.with_resources(trainable, _placement),
             tune_config=tune.TuneConfig(
                 search_alg=search,
+                scheduler=stopping,
                 num_samples=-1,
                 # a kept actor holds its CPUs, which a group of workers may be waiting for
-                reuse_actors=all(trial.workers == 1 for trial in pending.values()),
+                reuse_actors=all(trial.workers == 1 for trial in trials),
             ),
             run_config=tune.RunConfig(
                 name=plan.experiment.name,
@@ -192,7 +201,8 @@ def _reach(address: str) -> None:
         ) from None
 
 
-def _placement(need: Need) -> tune.PlacementGroupFactory:
+def _placement(config: dict[str, Any]) -> tune.PlacementGroupFactory:
+    need = Need(**config["needs"])
     if need.workers > 1:  # this actor only waits for its workers, which bring their own
         return tune.PlacementGroupFactory([{HEAD: 0.001}])
     return tune.PlacementGroupFactory([need.worker])
@@ -245,6 +255,9 @@ class _Follow(Callback):
         return {}  # Tune pickles its callbacks to restore an experiment; we never do
 
     def on_trial_start(self, iteration: int, trials: Any, trial: Any, **_: Any) -> None:
+        while self.search.drawn:
+            drawn = self.search.drawn.pop()
+            self.view.add(drawn.trial, drawn.label)
         self.view.start(trial.config["id"])
 
     def on_trial_result(
@@ -258,16 +271,14 @@ class _Follow(Callback):
         key = trial.config["id"]
         if key not in self.told:
             self.told.add(key)
-            self.view.end(key, self.search.failures.get(key))
+            self.view.end(key, self.search.failures.get(key), self.search.notes.get(key))
 
     on_trial_error = on_trial_complete
 
     def _end(self) -> None:
-        ended: dict[str, str | None] = dict.fromkeys(self.search.elsewhere)
-        for key, reason in (ended | self.search.failures).items():
-            if key not in self.told:
-                self.told.add(key)
-                self.view.end(key, reason, elsewhere=reason is None)
+        for key in (self.search.notes | self.search.failures).keys() - self.told:
+            self.told.add(key)
+            self.view.end(key, self.search.failures.get(key), self.search.notes.get(key))
 
     def on_experiment_end(self, trials: Any, **_: Any) -> None:
         self._end()
@@ -277,9 +288,8 @@ class _Follow(Callback):
 
 
 def _trial(
-    config: dict[str, str],
+    config: dict[str, Any],
     images: dict[str, Any],
-    needs: dict[str, Need],
     store_uri: str,
     scratch: str,
     ledger: Any,
@@ -287,6 +297,7 @@ def _trial(
 ) -> None:
     """Run one trial in its Tune actor; a failure that would come again is noted, not raised."""
     trial = Trial.model_validate_json(config["trial"])
+    need = Need(**config["needs"])
     store, reference = Store(store_uri), images[data_key(trial)]
     if reason := ray.get(watch.begin.remote(trial.id, len(store.epochs(trial.id)))):
         store.fail(trial, reason)
@@ -296,7 +307,7 @@ def _trial(
     if trial.workers == 1:
         _train_and_note(trial, reference, store, tune.report, ledger, watch)
     else:
-        _train_on_workers(trial, reference, store, scratch, needs[trial.id], ledger, watch)
+        _train_on_workers(trial, reference, store, scratch, need, ledger, watch)
     if store.failure(trial.id):
         tune.report({"failed": True})
 
@@ -317,14 +328,15 @@ def _train_and_note(
     watch: Any,
 ) -> bool:
     """Train; True if it finished, False if the reason why not stands in the store."""
-    from pld_ray.train import train
+    from pld_ray.train import TrainingError, train
 
     try:
         with watched(watch, trial.id) as step:
             train(trial, ray.get(images), store, report, ledger, step)
     except Exception as error:
         reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-        store.fail(trial, reason.splitlines()[0], traceback.format_exc())
+        final = isinstance(error, TrainingError)
+        store.fail(trial, reason.splitlines()[0], traceback.format_exc(), final)
         return False
     return True
 

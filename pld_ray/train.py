@@ -133,6 +133,16 @@ def train(
         teacher_top1 = metrics.averages(_sum_over_workers(total), False)["top1"]
         teacher_scores = {"teacher_top1": teacher_top1}
 
+    def keep() -> None:
+        kept = {
+            "history": history,
+            "student": student.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "ema": ema.state_dict() if ema is not None else {},
+            "loss": loss_function.state_dict(),
+        }
+        store.checkpoint(trial, kept)
+
     kept_at = time.perf_counter()
     for epoch in range(len(history), trial.epochs):
         started = time.perf_counter()
@@ -215,17 +225,16 @@ def train(
             teacher.images_seen = 0
         if rank == 0:
             store.log(trial, history)
-        if rank == 0 and time.perf_counter() - kept_at >= CHECKPOINT_SECONDS:
-            kept = {
-                "history": history,
-                "student": student.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "ema": ema.state_dict() if ema is not None else {},
-                "loss": loss_function.state_dict(),
-            }
-            store.checkpoint(trial, kept)
+        fresh = rank == 0 and time.perf_counter() - kept_at >= CHECKPOINT_SECONDS
+        if fresh:
+            keep()
             kept_at = time.perf_counter()
-        report({**history[-1], "epochs": trial.epochs})
+        try:
+            report({**history[-1], "epochs": trial.epochs})
+        except SystemExit:  # so Tune stops a trial, which may go on later
+            if rank == 0 and not fresh:
+                keep()
+            raise
 
     if rank == 0:
         model = student if ema is None else ema.module

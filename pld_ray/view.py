@@ -23,9 +23,12 @@ from pld_ray.spec import Trial
 class View:
     """Follows the trials of a plan; used as a context manager around the sweep."""
 
-    def __init__(self, plan: Plan, pending: dict[str, Trial], console: Console) -> None:
-        self.trials, self.pending = plan.trials, pending
-        self.teacher_ids = plan.teacher_ids
+    def __init__(
+        self, plan: Plan, pending: dict[str, Trial], console: Console, to_draw: int = 0
+    ) -> None:
+        self.total, self.pending = len(plan.trials) + to_draw, dict(pending)
+        self.to_draw = to_draw  # trials that are not known yet
+        self.labels, self.teacher_ids = dict(plan.labels), plan.teacher_ids
         self.console = console
         self.already = len(plan.trials) - len(pending)
         self.running: dict[str, dict[str, Any]] = {}  # the last metrics of each running trial
@@ -40,8 +43,9 @@ class View:
     def __enter__(self) -> View:
         if self.live:
             self.live.start()
-        elif self.pending:
-            self.console.print(f"{len(self.pending)} trials to run, {self.already} done before")
+        elif self.pending or self.to_draw:
+            to_run = len(self.pending) + self.to_draw
+            self.console.print(f"{to_run} trials to run, {self.already} done before")
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -67,20 +71,25 @@ class View:
         self.teacher["spent"] += metrics.get("teacher_seconds", 0.0)
         self.teacher["avoided"] += metrics.get("teacher_avoided_seconds", 0.0)
 
-    def end(self, trial_id: str, failure: str | None, elsewhere: bool = False) -> None:
-        """The trial has finished, here or in another run, or failed for the reason given."""
+    def add(self, trial: Trial, label: str) -> None:
+        """One of those that were not known at first."""
+        self.pending[trial.id], self.labels[trial.id] = trial, label
+        self.epochs_left += trial.epochs
+
+    def end(self, trial_id: str, failure: str | None, note: str | None = None) -> None:
+        """The trial has ended: finished, if it has not failed, and has not as `note` says."""
         metrics = self.running.pop(trial_id, {})
         self.epochs_left -= self.pending[trial_id].epochs - metrics.get("epoch", 0)
         if failure is None:
             self.done += 1
             outcome = f"top-1 {metrics['top1']:.2f}" if "top1" in metrics else "done"
-            outcome = "done by another run" if elsewhere else outcome
+            outcome = f"{outcome}, {note}" if note and "top1" in metrics else note or outcome
         else:
             self.failed += 1
             outcome = f"FAILED: {failure}"
-        place = f"{self.already + self.done + self.failed}/{len(self.trials)}"
+        place = f"{self.already + self.done + self.failed}/{self.total}"
         if not self.live:
-            label = self.pending[trial_id].label
+            label = self.labels[trial_id]
             self.console.print(
                 f"[{place}] {label}: {outcome}{self._left()}",
                 markup=False,
@@ -111,13 +120,13 @@ class View:
             trial, epoch = self.pending[trial_id], metrics.get("epoch", 0)
             role = " (teacher)" if trial_id in self.teacher_ids else ""
             table.add_row(
-                trial.label + role,
+                self.labels[trial_id] + role,
                 f"{epoch}/{trial.epochs}",
                 ProgressBar(total=trial.epochs, completed=epoch, width=20),
                 f"{metrics['top1']:.2f}" if "top1" in metrics else "",
                 f"{metrics['images_per_second']:,.0f}" if "images_per_second" in metrics else "",
             )
-        queued = len(self.pending) - self.done - self.failed - len(self.running)
+        queued = self.total - self.already - self.done - self.failed - len(self.running)
         line = Text(f"{self.already + self.done} done", style="bold green")
         line.append(f"  {len(self.running)} running  {queued} queued", style="default")
         if self.failed:
