@@ -41,8 +41,8 @@ def of_grid(frame: pd.DataFrame, metric: str = "top1") -> list[dict[str, Any]]:
     return rows
 
 
-def text(rows: list[dict[str, Any]], metric: str) -> str:
-    """The rows as a Markdown table."""
+def printed(rows: list[dict[str, Any]], metric: str) -> pd.DataFrame:
+    """The rows as strings; three columns name them."""
     lines = []
     for row in rows:
         pair = f"{row['teacher']} → {row['student']}" if row["teacher"] else row["student"]
@@ -61,7 +61,12 @@ def text(rows: list[dict[str, Any]], metric: str) -> str:
             line[head] += "" if pd.isna(row[f"{metric}_std"]) else f" ± {row[f'{metric}_std']:.2f}"
             line |= {"n": str(row["n"]), "Of": str(row["settings"])}
         lines.append(line)
-    return render.markdown(pd.DataFrame(lines), 3)
+    return pd.DataFrame(lines)
+
+
+def text(rows: list[dict[str, Any]], metric: str) -> str:
+    """The same as Markdown."""
+    return render.markdown(printed(rows, metric), 3)
 
 
 def _number(value: float | None, metric: str) -> str:

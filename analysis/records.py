@@ -50,7 +50,9 @@ def frame(plan: Plan, store: Store) -> pd.DataFrame:
         if isinstance(cell.trial.teacher, Trial) and cell.trial.teacher.id in teachers:
             row["teacher_top1"] = teachers[cell.trial.teacher.id]["metrics"]["top1"]
         rows.append(row)
-    return pd.DataFrame(rows).drop_duplicates(["id", *GROUP], ignore_index=True)
+    empty = ["id", *GROUP, "seed", "loss", "finished", "notes", "top1"] if not rows else None
+    frame = pd.DataFrame(rows, columns=empty).astype({"finished": bool})
+    return frame.drop_duplicates(["id", *GROUP], ignore_index=True)
 
 
 def places(plan: Plan) -> pd.DataFrame:

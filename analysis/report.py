@@ -18,8 +18,8 @@ import jinja2
 import pandas as pd
 from PIL import Image
 
-from analysis import figures, landscape, paper, records, render, tables, weight_space
-from pld_ray import __version__
+from analysis import best, figures, landscape, paper, records, render, tables, weight_space
+from pld_ray import __version__, search
 from pld_ray.experiment import Plan
 from pld_ray.store import Store
 from pld_ray.view import duration
@@ -110,7 +110,11 @@ def _section(
         Block(f"Figure {path.stem.removeprefix('figure-')}", image=path)
         for path in figures.draw_paper(frame, experiment.name, miniature, folder)
     ]
-    if finished:
+    if experiment.search is not None:
+        metric = experiment.search.metric
+        rows = best.of_search(search.look(experiment, store), metric)
+        section.blocks.append(Block("The best of each cell", best.printed(rows, metric), 3))
+    if frame["finished"].any():
         section.blocks += _ours(plan, store, frame, folder)
     for key, record in found.items():
         if key not in shown:

@@ -204,6 +204,8 @@ def figures(
 ) -> None:
     """Plot accuracies and learning curves: PNG and PDF."""
     planned, store = _open(experiment, overrides, smoke, storage)
+    if not planned.cells:
+        raise InputError(f"{planned.experiment.name}: its search is not over: run it first")
     _say("figures", _figures(planned, store, _folder(planned, store, out)))
 
 
