@@ -20,6 +20,7 @@ from pld_ray.spec import Resources, Trial
 from pld_ray.stopping import Stopping
 from pld_ray.store import Store
 
+RETRIES = 2  # of a trial whose process died, to get beyond that epoch
 LOOK = 1.0  # seconds between two looks at the cluster, or at a trial that another driver has
 NODES_BACK = 600.0  # seconds to wait for nodes that went away to come back
 
@@ -144,19 +145,27 @@ class PlanSearch(Searcher):
     ) -> None:
         """Give its room and its claim back, and note why it has no record if it has none."""
         trial = self.running.pop(trial_id)
+        by = self.stopping.stopped.pop(trial.id, None) if self.stopping else None
         try:
-            failure = self.store.failure(trial.id) or {}
-            by = self.stopping.stopped.pop(trial.id, None) if self.stopping else None
-            if self.store.record(trial.id) is not None:
-                pass
-            elif by is not None and not error:
-                self.store.stop(trial, by)
-                self.notes[trial.id] = f"stopped by {by.replace('_', ' ')}"
-            else:
-                self.failures[trial.id] = failure.get("reason", "its process could not be started")
+            if self.store.record(trial.id) is None:
+                failure = self.store.failure(trial.id) or {}
+                if error:
+                    self.failed(trial.id, failure.get("reason", "its process died"))
+                elif by is not None:
+                    self.store.stop(trial, by)
+                    self.notes[trial.id] = f"stopped by {by.replace('_', ' ')}"
+                else:
+                    reason = failure.get("reason") or (result or {}).get("failed")
+                    self.failures[trial.id] = reason or "it ended without a record"
             self.claims.release(trial.id)
         except OSError as problem:
             self.failures.setdefault(trial.id, f"the storage fails: {problem}")
+
+    def failed(self, key: str, reason: str) -> None:
+        """Attempt after attempt of a trial has ended so."""
+        reason = f"{reason} ({RETRIES + 1} times in epoch {len(self.store.epochs(key)) + 1})"
+        self.failures[key] = reason
+        self.store.fail(key, reason)
 
     def _draw(self) -> bool:
         """Let a search draw another trial if there is room for one; False if none does."""

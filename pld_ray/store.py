@@ -77,10 +77,10 @@ class Store:
         for name in ("checkpoint.pt", "failure.json", "stopped.json"):
             self.files.delete(f"trials/{trial.id}/{name}")
 
-    def fail(self, trial: Trial, reason: str, traceback: str = "", final: bool = False) -> None:
+    def fail(self, trial_id: str, reason: str, traceback: str = "", final: bool = False) -> None:
         """Say why an attempt failed, and whether another would too; the checkpoint stays."""
         failure = {"reason": reason, "final": final, "traceback": traceback.splitlines()}
-        self._write_json(f"trials/{trial.id}/failure.json", failure)
+        self._write_json(f"trials/{trial_id}/failure.json", failure)
 
     def stop(self, trial: Trial, by: str) -> None:
         """A search has stopped the trial: its record so far. It may go on from its checkpoint."""

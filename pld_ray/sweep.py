@@ -19,7 +19,8 @@ import tempfile
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -34,7 +35,7 @@ from ray.tune.callback import Callback
 
 from pld_ray import bank, data, models
 from pld_ray.claims import Claims
-from pld_ray.dispatch import Need, PlanSearch, need, nodes
+from pld_ray.dispatch import RETRIES, Need, PlanSearch, need, nodes
 from pld_ray.errors import InputError, nearest
 from pld_ray.experiment import Plan
 from pld_ray.search import Progress
@@ -69,7 +70,7 @@ def run(
             if why := search.too_large(key):
                 raise InputError(why)
         trials = [*pending.values(), *(each.group.cell.trial for each in progress)]
-        watch = open_watch(resources.patience)
+        watch = open_watch(resources.patience, store)
         scratch = tempfile.mkdtemp(prefix="pld-ray-")
         trainable = tune.with_parameters(
             _trial,
@@ -83,6 +84,7 @@ def run(
             tune.with_resources(trainable, _placement),
             tune_config=tune.TuneConfig(
                 search_alg=search,
+                trial_dirname_creator=lambda trial: trial.trial_id,  # else the whole config
                 scheduler=stopping,
                 num_samples=-1,
                 # a kept actor holds its CPUs, which a group of workers may be waiting for
@@ -93,7 +95,7 @@ def run(
                 storage_path=scratch,
                 verbose=0,
                 callbacks=[_Follow(view, search)],
-                failure_config=tune.FailureConfig(max_failures=-1),  # the Watch counts
+                failure_config=tune.FailureConfig(max_failures=RETRIES),
             ),
         )
         try:
@@ -265,6 +267,7 @@ class _Follow(Callback):
     ) -> None:
         if "epoch" in result:
             self.view.result(trial.config["id"], result)
+            trial.max_failures = trial.run_metadata.num_failures + RETRIES  # it gets further
 
     def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **_: Any) -> None:
         self._end()
@@ -273,7 +276,13 @@ class _Follow(Callback):
             self.told.add(key)
             self.view.end(key, self.search.failures.get(key), self.search.notes.get(key))
 
-    on_trial_error = on_trial_complete
+    def on_trial_error(self, iteration: int, trials: Any, trial: Any, **_: Any) -> None:
+        said = ""
+        with suppress(OSError, TypeError):
+            said = Path(trial.error_file).read_text(errors="replace")
+        if "low on memory" in said:
+            self.search.failed(trial.config["id"], "killed as its machine was low on memory")
+        self.on_trial_complete(iteration, trials, trial)
 
     def _end(self) -> None:
         for key in (self.search.notes | self.search.failures).keys() - self.told:
@@ -295,21 +304,18 @@ def _trial(
     ledger: Any,
     watch: Any,
 ) -> None:
-    """Run one trial in its Tune actor; a failure that would come again is noted, not raised."""
+    """Run one trial in its Tune actor; what is raised here makes Tune try again."""
     trial = Trial.model_validate_json(config["trial"])
-    need = Need(**config["needs"])
     store, reference = Store(store_uri), images[data_key(trial)]
-    if reason := ray.get(watch.begin.remote(trial.id, len(store.epochs(trial.id)))):
-        store.fail(trial, reason)
-        tune.report({"failed": True})  # Tune asks each trial for a result
-        return
     store.forget_failure(trial)
-    if trial.workers == 1:
-        _train_and_note(trial, reference, store, tune.report, ledger, watch)
-    else:
-        _train_on_workers(trial, reference, store, scratch, need, ledger, watch)
-    if store.failure(trial.id):
-        tune.report({"failed": True})
+    try:
+        if trial.workers == 1:
+            _attempt(trial, reference, store, tune.report, ledger, watch, OSError)
+        else:
+            need = Need(**config["needs"])
+            _train_on_workers(trial, reference, store, scratch, need, ledger, watch)
+    except _NotedError as error:
+        tune.report({"failed": str(error)})
 
 
 def _fill(trial: Trial, images: data.Images, store_uri: str, ledger: Any, worker: int) -> None:
@@ -319,15 +325,20 @@ def _fill(trial: Trial, images: data.Images, store_uri: str, ledger: Any, worker
     fill(trial, images, Store(store_uri), ledger, f"build/{job}/{worker}")
 
 
-def _train_and_note(
+class _NotedError(RuntimeError):
+    """The trial failed, and would again; why stands in the store."""
+
+
+def _attempt(
     trial: Trial,
     images: Any,
     store: Store,
     report: Callable[[dict[str, Any]], None],
     ledger: Any,
     watch: Any,
-) -> bool:
-    """Train; True if it finished, False if the reason why not stands in the store."""
+    again: type[Exception],
+) -> None:
+    """Train; raises what is worth another attempt (`again`), or else notes it: _NotedError."""
     from pld_ray.train import TrainingError, train
 
     try:
@@ -335,10 +346,13 @@ def _train_and_note(
             train(trial, ray.get(images), store, report, ledger, step)
     except Exception as error:
         reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-        final = isinstance(error, TrainingError)
-        store.fail(trial, reason.splitlines()[0], traceback.format_exc(), final)
-        return False
-    return True
+        reason, final = reason.splitlines()[0], isinstance(error, TrainingError)
+        if final or not isinstance(error, again):
+            store.fail(trial.id, reason, traceback.format_exc(), final)
+            raise _NotedError(reason) from error
+        with suppress(OSError):
+            store.fail(trial.id, reason, traceback.format_exc())
+        raise
 
 
 def _train_on_workers(
@@ -375,12 +389,14 @@ def _train_on_workers(
     try:
         trainer.fit()
     except TrainingFailedError:
-        if store.failure(trial.id) is None:
+        failure = store.failure(trial.id)
+        if failure is None or not failure["final"]:
             raise  # a worker died: Tune tries again
+        raise _NotedError(failure["reason"]) from None
 
 
 def _worker(config: dict[str, Any]) -> None:
-    store, trial = Store(config["store"]), config["trial"]
-    shared = config["images"][0], store, ray.train.report, config["ledger"], config["watch"]
-    if not _train_and_note(trial, *shared):
-        raise RuntimeError("the trial failed; its reason stands in the store")
+    store, report = Store(config["store"]), ray.train.report
+    shared = config["images"][0], store, report, config["ledger"], config["watch"]
+    # when one of the group dies the others see no more than a broken connection
+    _attempt(config["trial"], *shared, Exception)

@@ -1,4 +1,4 @@
-"""Signs of life: a trial that hangs is tried again, one that dies again and again is given up.
+"""Signs of life: a trial whose process hangs is tried again.
 
 Each process that trains tells the Watch, a Ray actor, that it has done another step. From who says
 nothing for `patience` seconds the Watch takes the process, with SIGKILL, as it may be stuck in C or
@@ -20,8 +20,8 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pld_ray.claims import born
+from pld_ray.store import Store
 
-ATTEMPTS = 3  # to get beyond the epoch in which a trial's process died
 EVERY = 1.0  # seconds between two signs of life
 
 
@@ -36,22 +36,10 @@ class Process(NamedTuple):
 class Watch:
     """The Ray actor; of one driver."""
 
-    def __init__(self, patience: float) -> None:
-        self.patience = patience
+    def __init__(self, patience: float, store_uri: str) -> None:
+        self.patience, self.store = patience, Store(store_uri)
         self.seen: dict[Process, tuple[str, float]] = {}  # its trial, and when
-        self.begun: dict[str, tuple[int, int]] = {}  # trial -> epochs done then, how many times
-        self.hung: set[str] = set()
         self.task: asyncio.Task[None] | None = None
-
-    async def begin(self, trial_id: str, epochs: int) -> str | None:
-        """An attempt begins with so many epochs done; why it should not, if so."""
-        before, times = self.begun.get(trial_id, (epochs, 0))
-        times = times + 1 if epochs <= before else 1
-        self.begun[trial_id] = epochs, times
-        if times <= ATTEMPTS:
-            return None
-        how = f"hung for {self.patience:g} s" if trial_id in self.hung else "died"
-        return f"its process {how} {ATTEMPTS} times in epoch {epochs + 1}"
 
     async def alive(self, trial_id: str, process: Process) -> None:
         """The process has done something since it last said so."""
@@ -69,7 +57,8 @@ class Watch:
             for process, (trial_id, when) in list(self.seen.items()):
                 if time.monotonic() - when > self.patience:
                     del self.seen[process]
-                    self.hung.add(trial_id)
+                    with suppress(OSError):
+                        self.store.fail(trial_id, f"its process hung for {self.patience:g} s")
                     there = NodeAffinitySchedulingStrategy(process.node, soft=False)
                     ray.remote(_kill).options(num_cpus=0, scheduling_strategy=there).remote(process)
 
@@ -80,11 +69,11 @@ def _kill(process: Process) -> None:
             os.kill(process.pid, signal.SIGKILL)
 
 
-def open_watch(patience: float) -> Any:
+def open_watch(patience: float, store: Store) -> Any:
     """A Watch for this driver, on its own node, which is the one that lives as long."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
     options = {"num_cpus": 0, "scheduling_strategy": here, "max_restarts": -1}
-    return ray.remote(Watch).options(**options, max_task_retries=-1).remote(patience)
+    return ray.remote(Watch).options(**options, max_task_retries=-1).remote(patience, store.uri)
 
 
 @contextmanager

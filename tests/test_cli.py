@@ -86,7 +86,7 @@ def test_status_names_failures_and_sets_the_exit_code(tmp_path):
     made, store = plan(load_experiment("demo")), Store(tmp_path / "results")
     assert cli("status", "demo", cwd=tmp_path).returncode == 0
     trial = made.cells[-1].trial
-    store.fail(trial, "the training loss is nan in epoch 3")
+    store.fail(trial.id, "the training loss is nan in epoch 3")
     done = cli("status", "demo", cwd=tmp_path)
     assert done.returncode == 1
     assert f"FAILED: the training loss is nan in epoch 3 ({store.folder(trial.id)})" in done.stdout

@@ -210,7 +210,7 @@ def test_stopped_failed_and_paused_trials(experiment, tmp_path):
     store.log(trials[0], epochs)
     store.stop(trials[0], "asha")
     store.log(trials[1], [*epochs, {"epoch": 2, "top1": 40.0, "seconds": 5.0}])
-    store.fail(trials[2], "the training loss is nan", final=True)
+    store.fail(trials[2].id, "the training loss is nan", final=True)
 
     def states(*overrides):
         return [d.state for d in search.look(experiment(TEXT, *overrides), store)[0].drawn]

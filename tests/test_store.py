@@ -36,7 +36,7 @@ def test_round_trip(store):
     loaded = store.load_checkpoint(TRIAL)
     assert loaded["history"] == state["history"] == store.epochs(TRIAL.id)
     assert torch.equal(loaded["student"]["w"], state["student"]["w"])
-    store.fail(TRIAL, "loss is nan", "Traceback\n  line")
+    store.fail(TRIAL.id, "loss is nan", "Traceback\n  line")
     assert store.failure(TRIAL.id) == {
         "reason": "loss is nan",
         "traceback": ["Traceback", "  line"],
@@ -133,7 +133,7 @@ def test_what_is_damaged_is_not_there(tmp_path, damage, name):
     store = Store(tmp_path)
     store.finish(TRIAL, {"id": TRIAL.id, "seconds": 1.25}, {"w": torch.zeros(1)})
     store.checkpoint(TRIAL, {"history": [], "student": {"w": torch.zeros(1000)}})
-    store.fail(TRIAL, "loss is nan", "Traceback")
+    store.fail(TRIAL.id, "loss is nan", "Traceback")
     store.keep_landscape(TRIAL, {"trace": 3.5, "points": [1, 2, 3]})
     read = {
         "checkpoint.pt": lambda: store.load_checkpoint(TRIAL),
