@@ -1,11 +1,13 @@
 """Which driver runs which trial: several may work on one store, and none does another's work.
 
     ROOT/drivers/NAME.json           a driver's sign of life: valid for LEASE seconds, then renewed
-    ROOT/trials/ID/claim-N.json      the name of the driver that runs the trial
+    ROOT/trials/ID/claim-NAME.json   it wants the trial, or has it
 
-A claim holds while its driver is alive. One of a dead driver is taken over by making the next
-claim; `create` lets one of all who try succeed. Should a driver be taken for dead because its
-machine slept, a trial runs twice: to the same bits, and each file of it stays whole.
+A driver has a trial when, after its claim was written, it has seen none of another one that is
+alive. Of two, the later to write sees the earlier: so both may give way, and try again, but never
+do both have it; nothing is asked of the storage but that what is written can be read. Should a
+driver be taken for dead because its machine slept, a trial runs twice: to the same bits, and each
+file of it stays whole.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ class Claims:
     def __init__(self, files: Files) -> None:
         self.files = files
         self.name = uuid4().hex[:12]
-        self.held: dict[str, str] = {}  # trial id -> path of its claim
+        self.held: set[str] = set()  # ids of trials
         self.stopped = threading.Event()
         self.thread = threading.Thread(target=self._renew, daemon=True)
 
@@ -58,45 +60,48 @@ class Claims:
             self.files.delete(f"drivers/{self.name}.json")
 
     def take(self, trial_id: str) -> bool:
-        """Claim a trial; False if another driver that is alive has it."""
+        """Claim a trial; False if another driver that is alive has it, or wants it as well."""
+        mine = self._path(trial_id, self.name)
         if trial_id in self.held:
             return True
-        numbers = self._numbers(trial_id)
-        if numbers and self._alive(self._holder(trial_id, numbers[-1])):
+        if self._others(trial_id):
             return False
-        number = numbers[-1] + 1 if numbers else 1
-        mine = self._path(trial_id, number)
-        if not self.files.create(mine, json.dumps({"driver": self.name}).encode()):
-            return False
-        for other in self._numbers(trial_id):  # one may have come while we looked
-            if other < number:
-                if self._alive(self._holder(trial_id, other)):
-                    self.files.delete(mine)
-                    return False
-                self.files.delete(self._path(trial_id, other))
-        self.held[trial_id] = mine
-        return True
+        self.files.write(mine, b"{}")
+        for _ in range(5):
+            others = self._others(trial_id)
+            if not others:
+                self.held.add(trial_id)
+                return True
+            if min(others) < self.name:  # else it is the others that give way at once
+                break
+            time.sleep(0.1)
+        self.files.delete(mine)
+        return False
 
     def release(self, trial_id: str) -> None:
         """The trial has ended here, in whatever way."""
-        self.files.delete(self.held.pop(trial_id))
+        self.held.discard(trial_id)
+        self.files.delete(self._path(trial_id, self.name))
 
     # ----
 
-    def _path(self, trial_id: str, number: int) -> str:
-        return f"trials/{trial_id}/claim-{number}.json"
+    def _path(self, trial_id: str, driver: str) -> str:
+        return f"trials/{trial_id}/claim-{driver}.json"
 
-    def _numbers(self, trial_id: str) -> list[int]:
-        """Of the claims on a trial, ascending."""
-        names = [Path(name).stem.partition("-") for name in self.files.listed(f"trials/{trial_id}")]
-        return sorted(int(n) for word, _, n in names if word == "claim" and n.isdigit())
-
-    def _holder(self, trial_id: str, number: int) -> str:
-        return str(self._read(self._path(trial_id, number)).get("driver", ""))
+    def _others(self, trial_id: str) -> list[str]:
+        """Drivers that are alive and claim the trial; claims of dead ones are cleared away."""
+        found = []
+        for name in self.files.listed(f"trials/{trial_id}"):
+            driver = name.removeprefix("claim-").removesuffix(".json")
+            if name != f"claim-{driver}.json" or driver == self.name:
+                continue
+            if self._alive(driver):
+                found.append(driver)
+            else:
+                self.files.delete(self._path(trial_id, driver))
+        return found
 
     def _alive(self, driver: str) -> bool:
-        if driver == self.name:
-            return False  # a claim that we gave up, or that a failed delete left behind
         sign = self._read(f"drivers/{driver}.json")
         if sign.get("machine") == _machine() and not _runs(sign):
             return False
