@@ -154,25 +154,30 @@ class Store:
             return None
 
     def intact(self, trial: Trial) -> bool:
-        """Whether the weights of a finished trial are what its record says."""
-        content = self.files.read(f"trials/{trial.id}/student.safetensors") or b""
-        return hashlib.sha256(content).hexdigest() == self.weights_digest(trial)
+        """Whether the weights of a finished trial are what its record says.
+
+        If they are not, its record is deleted: the trial is to run again.
+        """
+        return self._weights(trial) is not None
 
     def load_weights(self, trial: Trial) -> dict[str, Tensor]:
-        """The trained weights of a finished trial; InputError if they are missing or damaged.
-
-        Damaged ones take their record with them: the trial runs again.
-        """
+        """The trained weights of a finished trial; InputError if they are missing or damaged."""
         from safetensors.torch import load
 
-        content = self.files.read(f"trials/{trial.id}/student.safetensors") or b""
-        if hashlib.sha256(content).hexdigest() != self.weights_digest(trial):
-            self.files.delete(f"trials/{trial.id}/record.json")
+        content = self._weights(trial)
+        if content is None:
             raise InputError(
                 f"{self.folder(trial.id)}/student.safetensors: not what its record says (damaged "
                 f"or missing): run the experiment again to train {trial.label} anew"
             )
         return load(content)
+
+    def _weights(self, trial: Trial) -> bytes | None:
+        content = self.files.read(f"trials/{trial.id}/student.safetensors") or b""
+        if hashlib.sha256(content).hexdigest() == self.weights_digest(trial):
+            return content
+        self.files.delete(f"trials/{trial.id}/record.json")
+        return None
 
     def weights_digest(self, trial: Trial) -> str:
         """The sha256 of a finished trial's weights, as its record has it."""

@@ -249,6 +249,7 @@ class _Follow(Callback):
     def __init__(self, view: View, search: PlanSearch) -> None:
         self.view, self.search = view, search
         self.told: set[str] = set()
+        self.furthest: dict[str, int] = {}  # epoch of each trial
 
     def on_step_begin(self, iteration: int, trials: Any, **_: Any) -> None:
         self.search.look()
@@ -267,7 +268,9 @@ class _Follow(Callback):
     ) -> None:
         if "epoch" in result:
             self.view.result(trial.config["id"], result)
-            trial.max_failures = trial.run_metadata.num_failures + RETRIES  # it gets further
+            if result["epoch"] > self.furthest.get(trial.config["id"], 0):
+                self.furthest[trial.config["id"]] = result["epoch"]
+                trial.max_failures = trial.run_metadata.num_failures + RETRIES
 
     def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **_: Any) -> None:
         self._end()
@@ -339,20 +342,20 @@ def _attempt(
     again: type[Exception],
 ) -> None:
     """Train; raises what is worth another attempt (`again`), or else notes it: _NotedError."""
-    from pld_ray.train import TrainingError, train
+    with watched(watch, trial.id) as step:
+        from pld_ray.train import TrainingError, train
 
-    try:
-        with watched(watch, trial.id) as step:
+        try:
             train(trial, ray.get(images), store, report, ledger, step)
-    except Exception as error:
-        reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-        reason, final = reason.splitlines()[0], isinstance(error, TrainingError)
-        if final or not isinstance(error, again):
-            store.fail(trial.id, reason, traceback.format_exc(), final)
-            raise _NotedError(reason) from error
-        with suppress(OSError):
-            store.fail(trial.id, reason, traceback.format_exc())
-        raise
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+            reason, final = reason.splitlines()[0], isinstance(error, TrainingError)
+            if final or not isinstance(error, again):
+                store.fail(trial.id, reason, traceback.format_exc(), final)
+                raise _NotedError(reason) from error
+            with suppress(OSError):
+                store.fail(trial.id, reason, traceback.format_exc())
+            raise
 
 
 def _train_on_workers(
