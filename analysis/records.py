@@ -46,7 +46,7 @@ def frame(plan: Plan, store: Store) -> pd.DataFrame:
             row |= record["metrics"] | {"seconds": record["seconds"]["seconds"]}
             for part in ("teacher_seconds", "teacher_avoided_seconds"):
                 row[part] = record["seconds"].get(part, 0.0)
-            row["parameters"] = record["parameters"]
+            row["parameters"] = record.get("parameters")
         if isinstance(cell.trial.teacher, Trial) and cell.trial.teacher.id in teachers:
             row["teacher_top1"] = teachers[cell.trial.teacher.id]["metrics"]["top1"]
         rows.append(row)

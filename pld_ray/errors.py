@@ -7,7 +7,13 @@ from collections.abc import Iterable
 
 
 class InputError(ValueError):
-    """Something the user wrote cannot be used. The command line prints it and exits with 2."""
+    """Something the user wrote cannot be used. The command line prints it and exits with 2.
+
+    One line, whatever the input that it quotes holds.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in message))
 
 
 def nearest(word: str, valid: Iterable[str], limit: int = 12) -> str:

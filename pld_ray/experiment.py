@@ -181,10 +181,32 @@ _Loader.add_implicit_resolver(  # YAML 1.1 asks for a dot in 1e-3
 )
 
 
+MOST_VALUES = 100_000  # of a document, with all that its aliases stand for
+
+
+def _values(node: yaml.Node, known: dict[int, int]) -> int:
+    """How many values a node holds; a node that is its own part holds infinitely many."""
+    if id(node) not in known:
+        known[id(node)] = MOST_VALUES + 1  # met again before its parts are counted
+        parts: list[yaml.Node] = []
+        if isinstance(node, yaml.MappingNode):
+            parts = [part for pair in node.value for part in pair]
+        elif isinstance(node, yaml.SequenceNode):
+            parts = node.value
+        known[id(node)] = 1 + sum(_values(part, known) for part in parts)
+    return known[id(node)]
+
+
 def parse_yaml(text: str, where: str) -> Any:
     """YAML text to plain values; InputError with the line if it does not parse."""
     try:
-        return yaml.load(text, _Loader)
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        if _values(node, {}) > MOST_VALUES:
+            raise ValueError(f"its aliases stand for more than {MOST_VALUES:,} values")
+        return loader.construct_document(node)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""

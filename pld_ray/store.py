@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, model_validator
 
 from pld_ray.errors import InputError
 from pld_ray.files import Files
@@ -106,13 +107,13 @@ class Store:
 
     def record(self, trial_id: str) -> dict[str, Any] | None:
         """The record of a finished trial, or None."""
-        return self._read_json(f"trials/{trial_id}/record.json")
+        return _record(self.files.read(f"trials/{trial_id}/record.json"))
 
     def finished(self, trial_ids: Iterable[str]) -> set[str]:
         """Those of the trials that have a record."""
         paths = {f"trials/{trial_id}/record.json": trial_id for trial_id in trial_ids}
         contents = self.files.read_many(paths)
-        return {paths[path] for path, content in contents.items() if _opened(content) is not None}
+        return {paths[path] for path, content in contents.items() if _record(content) is not None}
 
     def all_finished(self) -> set[str]:
         """Ids of all trials that have a record, of whatever experiment."""
@@ -133,12 +134,13 @@ class Store:
 
     def epochs(self, trial_id: str) -> list[dict[str, Any]]:
         """The metrics of every epoch so far; none where the file is damaged."""
-        content = self.files.read(f"trials/{trial_id}/epochs.jsonl")
+        content = self.files.read(f"trials/{trial_id}/epochs.jsonl") or b""
+        found = [_parsed(line) for line in content.splitlines()]
         try:
-            found = [json.loads(line) for line in content.splitlines()] if content else []
-        except ValueError:
+            _EPOCHS.validate_python(found)
+        except ValidationError:
             return []
-        return found if all(isinstance(epoch, dict) for epoch in found) else []
+        return found
 
     def load_checkpoint(self, trial: Trial) -> dict[str, Any] | None:
         """The state last kept by `checkpoint`, or None: also where the file is damaged."""
@@ -265,12 +267,58 @@ def _sealed(value: dict[str, Any]) -> bytes:
 
 
 def _opened(content: bytes) -> dict[str, Any] | None:
-    """What `_write_json` wrote, without its checksum; None where it is damaged.
-
-    One without a checksum was written before there were any.
-    """
-    try:
-        value = json.loads(content)
-        return value if value.pop("sha256", None) in (None, _digest(value)) else None
-    except (ValueError, AttributeError, TypeError, RecursionError):
+    """What `_sealed` made, without its checksum; None where it is damaged."""
+    value = _parsed(content)
+    if not isinstance(value, dict):
         return None
+    return value if value.pop("sha256", None) == _digest(value) else None
+
+
+def _record(content: bytes | None) -> dict[str, Any] | None:
+    """A record; the first ones were written without a checksum."""
+    value = _parsed(content or b"")
+    if isinstance(value, dict) and "sha256" in value:
+        value = _opened(content or b"")
+    try:
+        _Record.model_validate(value)
+    except ValidationError:
+        return None
+    return value
+
+
+def _parsed(content: bytes) -> Any:
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError):
+        return None
+
+
+class _Record(BaseModel):
+    """What is read of a record; there may be more in it."""
+
+    model_config = ConfigDict(strict=True)
+
+    metrics: dict[str, float]
+    seconds: dict[str, float]
+    notes: list[str] = []
+    parameters: int = 0
+    environment: dict[str, Any] = {}
+
+    @model_validator(mode="after")
+    def _complete(self) -> _Record:
+        if "top1" not in self.metrics or "seconds" not in self.seconds:
+            raise ValueError("metrics.top1 and seconds.seconds are missing")
+        return self
+
+
+class _Epoch(BaseModel):
+    """What is read of an epoch; there may be more in it."""
+
+    model_config = ConfigDict(strict=True)
+
+    epoch: int
+    seconds: float
+    top1: float
+
+
+_EPOCHS = TypeAdapter(list[_Epoch])

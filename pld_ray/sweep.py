@@ -11,6 +11,7 @@ itself goes on from its last checkpoint.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import signal
@@ -182,7 +183,9 @@ def connected(address: str | None = None) -> Iterator[None]:
     owned = not ray.is_initialized()
     if owned:
         before = signal.getsignal(signal.SIGTERM)
-        ray.init(address=address, log_to_driver=False)
+        # the workers of a cluster run this code, whatever version is installed there
+        code = {"py_modules": [_package("pld_ray"), _package("analysis")]} if address else None
+        ray.init(address=address, runtime_env=code, log_to_driver=False)
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, before)  # Ray would end the process on the spot
     try:
@@ -190,6 +193,12 @@ def connected(address: str | None = None) -> Iterator[None]:
     finally:
         if owned:
             ray.shutdown()
+
+
+def _package(name: str) -> str:
+    spec = importlib.util.find_spec(name)
+    assert spec is not None and spec.origin is not None
+    return str(Path(spec.origin).parent)
 
 
 def _reach(address: str) -> None:

@@ -2,8 +2,10 @@ import os
 
 import pytest
 import torch
+from hypothesis import settings
 
 os.environ.pop("RAY_ADDRESS", None)
+settings.register_profile("thorough", max_examples=10_000)  # --hypothesis-profile=thorough
 torch.set_num_threads(1)  # as in a trial's process: results then agree to the bit
 
 

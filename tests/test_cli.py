@@ -53,7 +53,9 @@ def test_plan_prints_trials_and_json(tmp_path):
     made = plan(load_experiment("demo"))
     assert [t["id"] for t in planned["trials"]] == list(made.trials)
     store, first = Store(tmp_path / "results"), next(iter(made.trials.values()))
-    store.finish(first, {"seconds": {"seconds": 5.0}}, {"w": torch.zeros(1)})
+    store.finish(
+        first, {"metrics": {"top1": 5.0}, "seconds": {"seconds": 5.0}}, {"w": torch.zeros(1)}
+    )
     text = cli("plan", "demo", cwd=tmp_path).stdout
     assert "21 unique trials" in text and "1 done, 20 to run (1,200 epochs)" in text
     assert text.splitlines()[1].split() == [

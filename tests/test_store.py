@@ -15,6 +15,9 @@ from pld_ray.store import Store
 TRIAL = Trial.model_validate({"data": "digits", "student": "resnet8", "loss": "ce", "epochs": 3})
 
 
+RECORD = {"metrics": {"top1": 50.0}, "seconds": {"seconds": 1.25}}
+
+
 @pytest.fixture(params=["local", "memory", "s3"])
 def store(request, tmp_path):
     if request.param == "local":
@@ -30,7 +33,10 @@ def test_round_trip(store):
     store.start(TRIAL)
     spec = store.files.read(f"trials/{TRIAL.id}/trial.json")
     assert Trial.model_validate_json(spec) == TRIAL
-    state = {"history": [{"epoch": 1, "top1": 3.0}], "student": {"w": torch.arange(3.0)}}
+    state = {
+        "history": [{"epoch": 1, "seconds": 2.0, "top1": 3.0}],
+        "student": {"w": torch.arange(3.0)},
+    }
     store.checkpoint(TRIAL, state)
     store.log(TRIAL, state["history"])
     loaded = store.load_checkpoint(TRIAL)
@@ -40,11 +46,12 @@ def test_round_trip(store):
     assert store.failure(TRIAL.id) == {
         "reason": "loss is nan",
         "traceback": ["Traceback", "  line"],
+        "final": False,
     }
     assert store.finished([TRIAL.id, "other"]) == set()
-    store.finish(TRIAL, {"id": TRIAL.id}, {"w": torch.arange(3.0)})
+    store.finish(TRIAL, RECORD, {"w": torch.arange(3.0)})
     assert store.finished([TRIAL.id, "other"]) == store.all_finished() == {TRIAL.id}
-    assert store.record(TRIAL.id)["id"] == TRIAL.id
+    assert store.record(TRIAL.id)["metrics"] == RECORD["metrics"]
     assert store.failure(TRIAL.id) is None and store.load_checkpoint(TRIAL) is None
     assert torch.equal(store.load_weights(TRIAL)["w"], torch.arange(3.0))
     names = set(store.files.listed(f"trials/{TRIAL.id}"))
@@ -131,7 +138,7 @@ DAMAGES = [
 @pytest.mark.parametrize("name", ["checkpoint.pt", "record.json", "failure.json", "landscape.json"])
 def test_what_is_damaged_is_not_there(tmp_path, damage, name):
     store = Store(tmp_path)
-    store.finish(TRIAL, {"id": TRIAL.id, "seconds": 1.25}, {"w": torch.zeros(1)})
+    store.finish(TRIAL, RECORD, {"w": torch.zeros(1)})
     store.checkpoint(TRIAL, {"history": [], "student": {"w": torch.zeros(1000)}})
     store.fail(TRIAL.id, "loss is nan", "Traceback")
     store.keep_landscape(TRIAL, {"trace": 3.5, "points": [1, 2, 3]})
@@ -149,9 +156,10 @@ def test_what_is_damaged_is_not_there(tmp_path, damage, name):
 
 
 @pytest.mark.parametrize("damage", [*DAMAGES, None])
-def test_damaged_weights_take_their_record_with_them(tmp_path, damage):
+@pytest.mark.parametrize("by", ["load_weights", "intact"])
+def test_damaged_weights_take_their_record_with_them(tmp_path, damage, by):
     store = Store(tmp_path)
-    store.finish(TRIAL, {"id": TRIAL.id}, {"w": torch.zeros(1000)})
+    store.finish(TRIAL, RECORD, {"w": torch.zeros(1000)})
     path = tmp_path / "trials" / TRIAL.id / "student.safetensors"
     assert hashlib.sha256(path.read_bytes()).hexdigest() == store.weights_digest(TRIAL)
     assert store.intact(TRIAL)
@@ -159,19 +167,22 @@ def test_damaged_weights_take_their_record_with_them(tmp_path, damage):
         path.write_bytes(damage(path.read_bytes()))
     else:
         path.unlink()
-    assert not store.intact(TRIAL)
-    with pytest.raises(InputError, match=r"student.safetensors: not what its record says"):
-        store.load_weights(TRIAL)
+    if by == "intact":
+        assert not store.intact(TRIAL)
+    else:
+        with pytest.raises(InputError, match=r"student.safetensors: not what its record says"):
+            store.load_weights(TRIAL)
     assert store.finished([TRIAL.id]) == set()
 
 
 def test_records_without_a_checksum_are_read(tmp_path):
     path = tmp_path / "trials" / TRIAL.id / "record.json"
     path.parent.mkdir(parents=True)
-    path.write_text(json.dumps({"id": TRIAL.id}))
-    assert Store(tmp_path).record(TRIAL.id) == {"id": TRIAL.id}
-    path.write_text("[1, 2]")
-    assert Store(tmp_path).record(TRIAL.id) is None
+    path.write_text(json.dumps(RECORD))
+    assert Store(tmp_path).record(TRIAL.id) == RECORD
+    for broken in ("[1, 2]", "{}", '{"metrics": {"top1": "high"}, "seconds": {"seconds": 1.5}}'):
+        path.write_text(broken)
+        assert Store(tmp_path).record(TRIAL.id) is None
 
 
 def test_a_checkpoint_cannot_run_code(tmp_path):
@@ -182,7 +193,7 @@ def test_a_checkpoint_cannot_run_code(tmp_path):
 
 def test_a_uri_is_a_store_too(tmp_path):
     store = Store(tmp_path.as_uri())
-    store.finish(TRIAL, {"id": TRIAL.id}, {"w": torch.zeros(1)})
+    store.finish(TRIAL, RECORD, {"w": torch.zeros(1)})
     assert Store(tmp_path).all_finished() == {TRIAL.id}
 
 

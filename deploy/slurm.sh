@@ -1,0 +1,52 @@
+#!/usr/bin/env bash
+# One experiment on a SLURM cluster: Ray on every node of the allocation, the command on the first.
+#
+#   sbatch deploy/slurm.sh cifar100_methods
+#   sbatch --nodes 8 deploy/slurm.sh homogeneous_pairs --set data.root=/data/imagenet
+#
+# Submitted again, after the time limit or a lost node say, it goes on from what is kept. Needs an
+# environment with pld-ray that all nodes see ($PLD_RAY_VENV) and a shared folder for the results
+# ($PLD_RAY_STORAGE; by default ./results).
+#SBATCH --job-name=pld-ray
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=1
+#SBATCH --cpus-per-task=16
+#SBATCH --gpus-per-task=4
+#SBATCH --time=24:00:00
+#SBATCH --signal=B:TERM@120
+#SBATCH --requeue
+set -euo pipefail
+
+bin=${PLD_RAY_VENV:-$PWD/.venv}/bin
+export PLD_RAY_STORAGE=${PLD_RAY_STORAGE:-$PWD/results}
+cpus=${SLURM_CPUS_PER_TASK:-1}
+gpus=${SLURM_GPUS_PER_TASK:-0}
+gpus=${gpus##*:}  # "a100:4" too
+port=$((20000 + SLURM_JOB_ID % 20000))
+
+mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+head=${nodes[0]}
+address=$(srun --nodes=1 --ntasks=1 --nodelist="$head" hostname --ip-address | awk '{print $1}')
+
+# The tasks end with the job; --block keeps each until then.
+srun --nodes=1 --ntasks=1 --nodelist="$head" --overlap "$bin/ray" start --head --block \
+  --node-ip-address="$address" --port="$port" --dashboard-host=127.0.0.1 \
+  --num-cpus="$cpus" --num-gpus="$gpus" --disable-usage-stats &
+for node in "${nodes[@]:1}"; do
+  srun --nodes=1 --ntasks=1 --nodelist="$node" --overlap "$bin/ray" start --block \
+    --address="$address:$port" --num-cpus="$cpus" --num-gpus="$gpus" --disable-usage-stats &
+done
+
+for _ in $(seq 120); do  # until all nodes have joined
+  joined=$("$bin/ray" status --address="$address:$port" 2>/dev/null | grep -c ' node_' || true)
+  [ "$joined" -eq "${#nodes[@]}" ] && break
+  sleep 1
+done
+
+# srun would not pass the signal on; the driver stops within seconds and says how to go on
+"$bin/pld-ray" run "$@" --address "$address:$port" &
+driver=$!
+trap 'kill -TERM $driver' TERM INT
+wait $driver && code=0 || code=$?
+kill $(jobs -p) 2>/dev/null || true
+exit $code

@@ -1,0 +1,132 @@
+"""Two nodes of one CPU each, on this machine; the real command joins them."""
+
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+
+from pld_ray import search
+from pld_ray.experiment import load_experiment, plan
+from pld_ray.store import Store
+
+TEXT = """
+base:
+  data: {name: digits, limit: 100}
+  student: resnet8
+  teacher: {name: resnet8, train: {epochs: 1, workers: 1}}
+  epochs: 3
+  batch_size: 50
+grid: {loss: [ce, kd]}
+"""
+# prints the address, then lists of what the cluster has free, one a line that it reads
+CLUSTER = """
+import sys, ray
+from ray.cluster_utils import Cluster
+import pld_ray.sweep
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": True})
+cluster.add_node(num_cpus=1)
+print(cluster.address, flush=True)
+ray.init(cluster.address, log_to_driver=False)
+for line in sys.stdin:
+    if line == "nodes\\n":
+        print(sum(node["Alive"] for node in ray.nodes()), flush=True)
+    else:
+        print(ray.available_resources().get("CPU", 0), flush=True)
+"""
+
+
+class Cluster(subprocess.Popen):
+    def __init__(self):
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        super().__init__([sys.executable, "-c", CLUSTER], stderr=subprocess.DEVNULL, **pipes)
+        self.address = self.stdout.readline().strip()
+
+    def ask(self, what):
+        self.stdin.write(f"{what}\n")
+        self.stdin.flush()
+        return float(self.stdout.readline())
+
+    def all_back(self, cpus=2.0):
+        deadline = time.monotonic() + 60
+        while self.ask("free") != cpus:
+            assert time.monotonic() < deadline, "the cluster's resources did not come back"
+            time.sleep(1)
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    with Cluster() as cluster:
+        yield cluster
+        for child in psutil.Process(cluster.pid).children(recursive=True):
+            child.kill()
+        cluster.kill()
+
+
+def run(cluster, folder, *sets, text=TEXT):
+    path = folder / "small.yaml"
+    path.write_text(text)
+    command = [sys.executable, "-m", "pld_ray.cli", "run", path, "--address", cluster.address]
+    command += ["--storage", folder / "results", *(x for s in sets for x in ("--set", s))]
+    driver = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=folder
+    )
+    return driver, load_experiment(path, sets), Store(folder / "results")
+
+
+@pytest.mark.timeout(600)
+def test_a_group_across_nodes_and_the_bank_they_share(cluster, tmp_path):
+    driver, made, store = run(cluster, tmp_path, "workers=2")
+    output = driver.communicate()[0]
+    assert driver.returncode == 0, output
+    trials = plan(made).trials
+    assert store.finished(trials) == trials.keys()
+    kd = store.record(plan(made).cells[1].trial.id)
+    assert kd["trial"]["workers"] == 2 and len(store.banks()) == 2
+    cluster.all_back()
+
+
+@pytest.mark.timeout(600)
+def test_groups_that_are_stopped_early_give_all_back(cluster, tmp_path):
+    text = (
+        TEXT.replace("[ce, kd]", "[ce]")
+        + """
+search:
+  space: {optimizer.lr: {choice: [1e-2, 1e-6, 1e-7]}}
+  algorithm: grid
+  scheduler: median
+"""
+    )
+    driver, made, store = run(cluster, tmp_path, "workers=2", "epochs=30", text=text)
+    output = driver.communicate()[0]
+    assert driver.returncode == 0, output
+    states = [drawn.state for drawn in search.look(made, store)[0].drawn]
+    assert "stopped" in states and "done" in states
+    assert "stopped by median" in output
+    cluster.all_back()
+
+
+@pytest.mark.timeout(600)
+def test_a_node_that_dies_takes_nothing_with_it(cluster, tmp_path):
+    driver, made, store = run(cluster, tmp_path, "epochs=60", "seeds=[0,1,2]")
+    deadline = time.monotonic() + 200
+    while len(store.all_finished()) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    raylets = [
+        process
+        for process in psutil.Process(cluster.pid).children(recursive=True)
+        if process.name() == "raylet" and "--head" not in process.cmdline()
+    ]
+    raylets[-1].kill()
+    output = driver.communicate()[0]
+    assert driver.returncode == 0, output
+    trials = plan(made).trials
+    assert store.finished(trials) == trials.keys()
+    assert cluster.ask("nodes") == 1
+    cluster.all_back(1.0)
+    # what needs both nodes is refused now, in a sentence
+    driver, _, _ = run(cluster, tmp_path, "workers=2", "seeds=[9]")
+    output = driver.communicate()[0]
+    assert driver.returncode == 2 and "needs 1 CPUs for each of its 2 workers" in output
