@@ -143,7 +143,7 @@ def build_banks(
 
 def check(pending: dict[str, Trial], address: str | None = None) -> dict[str, data.Images]:
     """Load the datasets and make every network, so that bad input is known before Ray starts."""
-    if address and address != "auto":
+    if address is not None and address != "auto":
         _reach(address)
     from timm.optim import list_optimizers
 
@@ -205,6 +205,8 @@ def _reach(address: str) -> None:
     """Raise InputError if nothing listens there; Ray itself would try for minutes."""
     try:
         place = urlsplit(address if "//" in address else f"//{address}")
+        if not place.hostname or not place.port:
+            raise ValueError("expected HOST:PORT")
         socket.create_connection((place.hostname, place.port), timeout=10).close()
     except (OSError, ValueError) as error:
         raise InputError(
