@@ -282,6 +282,34 @@ def report(
     _say("report", pages.write([plan for plan, _ in opened], store, folder))
 
 
+@app.command()
+def export(
+    experiments: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[EXPERIMENT...]", help="As for run; none: all trials there are."),
+    ] = None,
+    overrides: Overrides = None,
+    smoke: Smoke = False,
+    storage: Storage = "results",
+    to: Annotated[Path, typer.Option(help="File to write: .csv or .parquet.")] = Path("trials.csv"),
+) -> None:
+    """Write one table of trials, their specs, metrics and seconds, for other programs."""
+    from analysis import export as tables
+    from pld_ray.store import Store
+
+    store = Store(storage)
+    if experiments:
+        plans = [_open(name, overrides, smoke, storage)[0] for name in experiments]
+        trials = {key: trial for plan in plans for key, trial in plan.trials.items()}
+    else:
+        trials = store.trials()
+    if not trials:
+        raise InputError(f"there are no trials in {store.uri}")
+    table = tables.frame(trials, store)
+    tables.write(table, to)
+    _say(f"{len(table)} trials", [to])
+
+
 bank_app = typer.Typer(
     help="The teacher bank: logits of teachers, kept so that no trial computes them again.",
     no_args_is_help=True,

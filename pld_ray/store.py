@@ -22,6 +22,7 @@ import hashlib
 import io
 import json
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -119,6 +120,17 @@ class Store:
         """Ids of all trials that have a record, of whatever experiment."""
         names = (path.split("/") for path in self.files.listed("trials"))
         return self.finished(parts[0] for parts in names if parts[1:] == ["record.json"])
+
+    def trials(self) -> dict[str, Trial]:
+        """All trials that have begun, of whatever experiment."""
+        names = (path.split("/") for path in self.files.listed("trials"))
+        paths = [f"trials/{parts[0]}/trial.json" for parts in names if parts[1:] == ["trial.json"]]
+        found: dict[str, Trial] = {}
+        for content in self.files.read_many(paths).values():
+            with suppress(ValidationError):
+                trial = Trial.model_validate_json(content)
+                found[trial.id] = trial
+        return found
 
     def failure(self, trial_id: str) -> dict[str, Any] | None:
         """reason and traceback of the last attempt if it failed."""

@@ -1,0 +1,60 @@
+"""Trials as one table for other programs: CSV or Parquet, one row a trial, dotted columns."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from pld_ray.errors import InputError
+from pld_ray.spec import Trial
+from pld_ray.store import Store
+
+FORMATS = (".csv", ".parquet")
+
+
+def frame(trials: dict[str, Trial], store: Store) -> pd.DataFrame:
+    """One row a trial.
+
+    Columns: id, label, state (done, failed, stopped, begun, not begun), why, epoch, then trial.*
+    (its spec), metrics.*, seconds.* and environment.* as the record has them; of a trial that is
+    not done the metrics are those of its last epoch. Lists are JSON.
+    """
+    rows = [_row(key, trial, store) for key, trial in trials.items()]
+    table = pd.json_normalize(rows)
+    for name in table:
+        if table[name].dtype == "object":
+            table[name] = table[name].map(_plain)
+    return table
+
+
+def _plain(value: Any) -> Any:
+    return json.dumps(value) if isinstance(value, list | dict) else value
+
+
+def _row(key: str, trial: Trial, store: Store) -> dict[str, Any]:
+    spec = trial.model_dump(mode="json")
+    record, history = store.record(key), store.epochs(key)
+    row: dict[str, Any] = {"id": key, "label": trial.label, "epoch": len(history), "trial": spec}
+    if record is not None:
+        kept = ("metrics", "seconds", "environment", "weights_sha256", "finished", "parameters")
+        return row | {"state": "done", **{name: record.get(name) for name in kept}}
+    row |= {"state": "begun" if history else "not begun"}
+    if (stopped := store.stopped(key)) is not None:
+        row |= {"state": "stopped", "why": stopped["by"]}
+    if (failure := store.failure(key)) is not None:
+        row |= {"state": "failed", "why": failure["reason"]}
+    return row | ({"metrics": history[-1]} if history else {})
+
+
+def write(table: pd.DataFrame, path: Path) -> None:
+    """Write the table as its path says; InputError for another ending."""
+    if path.suffix not in FORMATS:
+        raise InputError(f"--to is {str(path)!r}: expected a name that ends in .csv or .parquet")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".csv":
+        table.to_csv(path, index=False)
+    else:
+        table.to_parquet(path, index=False)
