@@ -104,7 +104,7 @@ class Group:
             score, seconds = record["metrics"].get(self.search.metric), record["seconds"]["seconds"]
             return Drawn(point, trial, "done", trial.epochs, score, seconds)
         history = store.epochs(trial.id)
-        seconds = sum(epoch["seconds"] for epoch in history)
+        seconds = sum(epoch.get("seconds", 0.0) for epoch in history)
         score = history[-1].get(self.search.metric) if history else None
         failure = store.failure(trial.id) or {}
         by = (store.stopped(trial.id) or {}).get("by")

@@ -329,8 +329,8 @@ class _Epoch(BaseModel):
     model_config = ConfigDict(strict=True)
 
     epoch: int
-    seconds: float
-    top1: float
+    seconds: float = 0.0
+    top1: float = 0.0
 
 
 _EPOCHS = TypeAdapter(list[_Epoch])

@@ -185,7 +185,8 @@ def connected(address: str | None = None) -> Iterator[None]:
         before = signal.getsignal(signal.SIGTERM)
         # the workers of a cluster run this code, whatever version is installed there
         code = {"py_modules": [_package("pld_ray"), _package("analysis")]} if address else None
-        ray.init(address=address, runtime_env=code, log_to_driver=False)
+        where = "local" if address is None and not _runs_here() else address
+        ray.init(address=where, runtime_env=code, log_to_driver=False)
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, before)  # Ray would end the process on the spot
     try:
@@ -193,6 +194,18 @@ def connected(address: str | None = None) -> Iterator[None]:
     finally:
         if owned:
             ray.shutdown()
+
+
+def _runs_here() -> bool:
+    """Whether a cluster runs on this machine; Ray itself would wait for one that has died."""
+    if os.environ.get("RAY_ADDRESS"):
+        return True
+    note = Path(os.environ.get("RAY_TMPDIR", "/tmp"), "ray", "ray_current_cluster")
+    try:
+        _reach(note.read_text())
+    except (OSError, InputError):
+        return False
+    return True
 
 
 def _package(name: str) -> str:

@@ -1,7 +1,10 @@
 """Two nodes of one CPU each, on this machine; the real command joins them."""
 
+import os
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 
 import psutil
@@ -44,7 +47,12 @@ for line in sys.stdin:
 class Cluster(subprocess.Popen):
     def __init__(self):
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        super().__init__([sys.executable, "-c", CLUSTER], stderr=subprocess.DEVNULL, **pipes)
+        self.folder = tempfile.mkdtemp(prefix="r", dir="/tmp")  # short, for Ray's sockets
+        # apart from the place where others look for a cluster to join
+        environment = os.environ | {"RAY_TMPDIR": self.folder}
+        super().__init__(
+            [sys.executable, "-c", CLUSTER], stderr=subprocess.DEVNULL, env=environment, **pipes
+        )
         self.address = self.stdout.readline().strip()
 
     def ask(self, what):
@@ -68,6 +76,7 @@ def cluster():
         for child in psutil.Process(cluster.pid).children(recursive=True):
             child.kill()
         cluster.kill()
+    shutil.rmtree(cluster.folder, ignore_errors=True)
 
 
 def run(cluster, folder, *sets, text=TEXT):
