@@ -310,26 +310,6 @@ def export(
     _say(f"{len(table)} trials", [to])
 
 
-@app.command()
-def student(
-    trial: Annotated[str, typer.Argument(metavar="TRIAL", help="The id of a finished trial.")],
-    to: Annotated[Path, typer.Option(help="Folder to write to [default: TRIAL].")] = Path(),
-    onnx: Annotated[bool, typer.Option("--onnx", help="As ONNX instead.")] = False,
-    storage: Storage = "results",
-) -> None:
-    """Write a trained student as the folder that timm loads (local-dir:FOLDER), or as ONNX."""
-    from pld_ray import publish
-    from pld_ray.store import Store
-
-    store = Store(storage)
-    trials = store.trials()
-    if trial not in trials:
-        hint = nearest(trial, trials) if trials else "there is none"
-        raise InputError(f"student {trial}: no such trial in {store.uri}; {hint}")
-    folder = to if to != Path() else Path(trial)
-    _say("student", publish.write(trials[trial], store, folder, onnx))
-
-
 bank_app = typer.Typer(
     help="The teacher bank: logits of teachers, kept so that no trial computes them again.",
     no_args_is_help=True,
