@@ -5,21 +5,17 @@ from __future__ import annotations
 import json
 import signal
 import sys
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from pld_ray import session
 from pld_ray.errors import InputError, nearest
 
 if TYPE_CHECKING:
-    from pld_ray.bank import Planned
-    from pld_ray.experiment import Experiment, Plan
-    from pld_ray.search import Progress
-    from pld_ray.spec import Trial
-    from pld_ray.store import Store
+    pass
 
 app = typer.Typer(
     help="Knowledge-distillation experiments on Ray: run grids, make tables, plot landscapes.",
@@ -65,19 +61,19 @@ def run(
 ) -> None:
     """Run the trials that have no record yet, then write the tables and the figures."""
     failed = False
-    for plan, store in [_open(name, overrides, smoke, storage) for name in experiments]:
+    for plan, store in [session.opened(name, overrides, smoke, storage) for name in experiments]:
         if plan.experiment.search is not None:
-            failed |= _search(plan.experiment, store, address)
-            plan = _plan(plan.experiment, store)
+            failed |= session.run_search(plan.experiment, store, address)
+            plan = session.planned(plan.experiment, store)
         needed = replace(plan, searched=())
-        if pending := _pending(needed, store):
-            _banks(pending, store)
-            failed |= bool(_train(needed, pending, store, address))
+        if pending := session.pending_trials(needed, store):
+            session.planned_banks(pending, store)
+            failed |= bool(session.train(needed, pending, store, address))
         else:
             typer.echo(f"{plan.experiment.name}: all {len(plan.trials)} trials are done")
-        folder = _tables(plan, store, out)
+        folder = session.write_tables(plan, store, out)
         if plan.cells:
-            _say("figures", _figures(plan, store, folder))
+            session.say("figures", session.draw_figures(plan, store, folder))
     if failed:
         raise typer.Exit(1)
 
@@ -98,7 +94,7 @@ def plan(
     from pld_ray.store import Store
 
     store = Store(storage)
-    plans = [_open(name, overrides, smoke, storage)[0] for name in experiments]
+    plans = [session.opened(name, overrides, smoke, storage)[0] for name in experiments]
     trials = {key: trial for planned in plans for key, trial in planned.trials.items()}
     done = store.finished(trials)
     try:
@@ -130,7 +126,7 @@ def status(
     storage: Storage = "results",
 ) -> None:
     """List what is done, begun, failed (and why) and missing; exit code 1 if anything failed."""
-    planned, store = _open(experiment, overrides, smoke, storage)
+    planned, store = session.opened(experiment, overrides, smoke, storage)
     done, failed = store.finished(planned.trials), 0
     width = max(map(len, planned.labels.values()), default=0)
     for key, trial in planned.trials.items():
@@ -166,7 +162,7 @@ def tables(
     from analysis import paper
 
     for name in experiments or dict.fromkeys(table.experiment for table in paper.TABLES):
-        _tables(*_open(name, overrides, smoke, storage), out)
+        session.write_tables(*session.opened(name, overrides, smoke, storage), out)
 
 
 @app.command()
@@ -182,7 +178,7 @@ def best(
     from analysis import records
     from pld_ray import search
 
-    plan, store = _open(experiment, overrides, smoke, storage)
+    plan, store = session.opened(experiment, overrides, smoke, storage)
     sought = plan.experiment.search
     metric = "top1" if sought is None else sought.metric
     if sought is None:
@@ -203,10 +199,12 @@ def figures(
     out: Out = None,
 ) -> None:
     """Plot accuracies and learning curves: PNG and PDF."""
-    planned, store = _open(experiment, overrides, smoke, storage)
+    planned, store = session.opened(experiment, overrides, smoke, storage)
     if not planned.cells:
         raise InputError(f"{planned.experiment.name}: its search is not over: run it first")
-    _say("figures", _figures(planned, store, _folder(planned, store, out)))
+    session.say(
+        "figures", session.draw_figures(planned, store, session.reports(planned, store, out))
+    )
 
 
 @app.command()
@@ -233,9 +231,9 @@ def landscape(
     if experiment is None:
         from analysis import landscape as surfaces
 
-        _say("landscapes", surfaces.draw(out or Path("results/landscape"), classes, seed))
+        session.say("landscapes", surfaces.draw(out or Path("results/landscape"), classes, seed))
         return
-    plan, store = _open(experiment, overrides, smoke, storage)
+    plan, store = session.opened(experiment, overrides, smoke, storage)
     from rich.console import Console
 
     from analysis import weight_space
@@ -250,13 +248,13 @@ def landscape(
 
         shown = sweep.check({trial.id: trial for trial in trials.values()}, address)
     with (
-        screen_apart(_log(store)) as console,
+        screen_apart(session.ray_log(store)) as console,
         console.status(f"{points} x {points} points around {len(trials)} students"),
         sweep.connected(address),
     ):
         weight_space.compute(trials, shown, store, settings)
-    folder = _folder(plan, store, out)
-    _say("landscapes", weight_space.draw(trials, store, folder))
+    folder = session.reports(plan, store, out)
+    session.say("landscapes", weight_space.draw(trials, store, folder))
     typer.echo("\n" + (folder / "sharpness.md").read_text(encoding="utf-8"))
 
 
@@ -276,10 +274,10 @@ def report(
     from analysis import report as pages
 
     names = experiments or paper.experiments()
-    opened = [_open(name, overrides, smoke, storage) for name in names]
+    opened = [session.opened(name, overrides, smoke, storage) for name in names]
     store = opened[0][1]
     folder = out or Path(store.uri if store.local else "results") / "reports"
-    _say("report", pages.write([plan for plan, _ in opened], store, folder))
+    session.say("report", pages.write([plan for plan, _ in opened], store, folder))
 
 
 @app.command()
@@ -299,7 +297,7 @@ def export(
 
     store = Store(storage)
     if experiments:
-        plans = [_open(name, overrides, smoke, storage)[0] for name in experiments]
+        plans = [session.opened(name, overrides, smoke, storage)[0] for name in experiments]
         trials = {key: trial for plan in plans for key, trial in plan.trials.items()}
     else:
         trials = store.trials()
@@ -307,7 +305,7 @@ def export(
         raise InputError(f"there are no trials in {store.uri}")
     table = tables.frame(trials, store)
     tables.write(table, to)
-    _say(f"{len(table)} trials", [to])
+    session.say(f"{len(table)} trials", [to])
 
 
 bank_app = typer.Typer(
@@ -364,11 +362,13 @@ def bank_build(
     """Compute all teacher logits of an experiment on the whole cluster, before its trials run."""
     from pld_ray.experiment import Cell, Plan
 
-    plan, store = _open(experiment, overrides, smoke, storage)
-    banks = _banks(plan.trials, store)
+    plan, store = session.opened(experiment, overrides, smoke, storage)
+    banks = session.planned_banks(plan.trials, store)
     cells = tuple(Cell(plan.trials[key], None) for key in plan.teacher_ids)
     teachers = Plan(plan.experiment, cells)
-    if (untrained := _pending(teachers, store)) and _train(teachers, untrained, store, address):
+    if (untrained := session.pending_trials(teachers, store)) and session.train(
+        teachers, untrained, store, address
+    ):
         raise typer.Exit(1)
     from pld_ray import estimate, sweep
     from pld_ray.view import screen_apart
@@ -377,148 +377,12 @@ def bank_build(
     if not planned:
         raise InputError(f"{plan.experiment.name}: none of its trials reads a bank")
     images = sweep.check({bank.trial.id: bank.trial for bank in planned}, address)
-    with screen_apart(_log(store)) as console, console.status("computing teacher logits"):
+    with (
+        screen_apart(session.ray_log(store)) as console,
+        console.status("computing teacher logits"),
+    ):
         sweep.build_banks(planned, plan.experiment.resources, images, store, address)
     estimate.show_banks(store)
-
-
-def _pending(plan: Plan, store: Store) -> dict[str, Trial]:
-    """The trials that have no record yet, and the teachers of these whose weights are damaged."""
-    from pld_ray.spec import Trial
-
-    finished = store.finished(plan.trials)
-    pending = {key: trial for key, trial in plan.trials.items() if key not in finished}
-    taught_by = {t.teacher.id for t in pending.values() if isinstance(t.teacher, Trial)}
-    damaged = {key for key in taught_by & finished if not store.intact(plan.trials[key])}
-    if damaged:
-        typer.echo(f"{len(damaged)} teachers have damaged weights and are trained again", err=True)
-    return {key: trial for key, trial in plan.trials.items() if key in pending.keys() | damaged}
-
-
-def _banks(trials: dict[str, Trial], store: Store) -> dict[str, Planned]:
-    """The banks that trials need; says how large, and refuses what does not fit the disk."""
-    from pld_ray import bank, data, estimate
-
-    banks = bank.planned(trials.values(), data.size, store)
-    bank.check_room(banks.values(), store)
-    if banks:
-        typer.echo(estimate.bank_line(banks.values()))
-    return banks
-
-
-def _search(experiment: Experiment, store: Store, address: str | None) -> bool:
-    """Run what is left of a search; whether a trial failed that could succeed another time."""
-    from pld_ray import search
-    from pld_ray.experiment import Plan
-    from pld_ray.spec import Trial
-
-    progress = search.look(experiment, store)
-    if all(each.over for each in progress):
-        typer.echo(f"{experiment.name}: the search is over")
-        return False
-    cells = [each.group.cell.trial for each in progress]
-    teachers = [cell.teacher for cell in cells if isinstance(cell.teacher, Trial)]
-    drawn = [drawn for each in progress for drawn in each.drawn]
-    plan = Plan(experiment, (), (*teachers, *(each.trial for each in drawn)))
-    ended = {d.trial.id for d in drawn} - {d.trial.id for each in progress for d in each.open}
-    pending = {key: t for key, t in _pending(plan, store).items() if key not in ended}
-    _banks({trial.id: trial for trial in [*cells, *pending.values()]}, store)
-    failures = _train(plan, pending, store, address, progress)
-    return any(not (store.failure(key) or {}).get("final") for key in failures)
-
-
-def _train(
-    plan: Plan,
-    pending: dict[str, Trial],
-    store: Store,
-    address: str | None,
-    progress: Sequence[Progress] = (),
-) -> dict[str, str]:
-    """Run trials under the live view; returns, and prints, why some failed."""
-    from rich.console import Console
-
-    from pld_ray.view import View, screen_apart
-
-    with Console().status(f"{len(pending)} trials to run: checking them and starting Ray"):
-        from pld_ray import sweep
-
-        cells = {each.group.key: each.group.cell.trial for each in progress}
-        ready = sweep.check(pending | cells, address)
-    to_draw = sum({each.group.key: each.to_draw for each in progress}.values())
-    with screen_apart(_log(store)) as console, View(plan, pending, console, to_draw) as view:
-        failures = sweep.run(plan, ready, store, view, address, progress)
-    for key, reason in failures.items():
-        typer.echo(f"failed: {view.labels[key]}: {reason} ({store.folder(key)})", err=True)
-    return failures
-
-
-def _log(store: Store) -> Path:
-    return Path(store.uri if store.local else ".") / "ray.log"
-
-
-def _open(
-    experiment: str, overrides: list[str] | None, smoke: bool, storage: str
-) -> tuple[Plan, Store]:
-    from pld_ray.experiment import load_experiment
-    from pld_ray.store import Store
-
-    store = Store(storage)
-    return _plan(load_experiment(experiment, tuple(overrides or ()), smoke), store), store
-
-
-def _plan(experiment: Experiment, store: Store) -> Plan:
-    from pld_ray import search
-    from pld_ray.experiment import plan
-
-    return plan(experiment) if experiment.search is None else search.plan(experiment, store)
-
-
-def _folder(plan: Plan, store: Store, out: Path | None) -> Path:
-    root = Path(store.uri if store.local else "results")
-    return out or root / "reports" / plan.experiment.name
-
-
-def _tables(plan: Plan, store: Store, out: Path | None) -> Path:
-    from analysis import best, paper, records, tables
-    from pld_ray import search
-
-    folder = _folder(plan, store, out)
-    if (sought := plan.experiment.search) is not None:
-        rows = best.of_search(search.look(plan.experiment, store), sought.metric)
-        typer.echo("\nThe best of each cell\n\n" + best.text(rows, sought.metric))
-        if not plan.cells:
-            return folder
-    frame = records.frame(plan, store)
-    paths = []
-    if frame["finished"].any() or not paper.of_experiment(plan.experiment.name):
-        own = tables.comparison(frame), tables.against(frame)
-        paths += tables.write(*own, folder, plan.experiment)
-        typer.echo("\n" + tables.text(*own, plan.experiment) + "\n")
-    miniature = plan.experiment.miniature_of is not None
-    for declared in paper.of_experiment(plan.experiment.name):
-        found = paper.entries(declared, frame)
-        paths += paper.write(declared, found, miniature, folder)
-        typer.echo(paper.text(declared, found, miniature) + "\n")
-    for note in dict.fromkeys(note for notes in frame["notes"] for note in notes):
-        typer.echo(f"note: {note}\n")
-    _say("tables", paths)
-    return folder
-
-
-def _figures(plan: Plan, store: Store, folder: Path) -> list[Path]:
-    from analysis import figures, records
-
-    frame, name = records.frame(plan, store), plan.experiment.name
-    paths = figures.draw(frame, records.curves(plan, store), folder)
-    return paths + figures.draw_paper(frame, name, plan.experiment.miniature_of is not None, folder)
-
-
-def _say(kind: str, paths: list[Path]) -> None:
-    for path in paths:
-        shown: Any = path
-        if path.is_absolute() and path.is_relative_to(Path.cwd()):
-            shown = path.relative_to(Path.cwd())
-        typer.echo(f"{kind}: {shown}")
 
 
 class _Stopped(BaseException):

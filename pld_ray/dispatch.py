@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import cache
 from typing import Any
 
 import ray
@@ -113,6 +114,7 @@ class PlanSearch(Searcher):
         now = time.monotonic()
         if now - self.looked >= LOOK:
             self.nodes, self.looked = nodes(), now
+        fits = cache(self._fits_beside)  # thousands wait, and few needs differ
         taught = {trial.id for trial in self.running.values()} | self.waiting.keys()
         for key, trial in list(self.waiting.items()):
             teacher = trial.teacher.id if isinstance(trial.teacher, Trial) else None
@@ -120,7 +122,7 @@ class PlanSearch(Searcher):
                 self._fail(key, f"its teacher, trial {teacher}, failed")
             elif self.stopping and self.stopping.out_of_budget(key):
                 del self.waiting[key]
-            elif teacher not in taught and self._room(key) and self._take(key, now):
+            elif teacher not in taught and fits(self.needs[key]) and self._take(key, now):
                 self.running[trial_id] = self.waiting.pop(key)
                 needs = asdict(self.needs[key])
                 return {"id": key, "trial": trial.model_dump_json(), "needs": needs}
@@ -187,9 +189,6 @@ class PlanSearch(Searcher):
                 self.stopping.add(drawn.trial, key)
                 return True
         return False
-
-    def _room(self, key: str) -> bool:
-        return self._fits_beside(self.needs[key])
 
     def _fits_beside(self, more: Need) -> bool:
         """Whether the cluster has room for it beside what runs."""

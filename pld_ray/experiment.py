@@ -7,18 +7,18 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import yaml
 from pydantic import Field, model_validator
 
 from pld_ray.errors import InputError, nearest
 from pld_ray.losses import REGISTRY
+from pld_ray.merging import merge, named, nest
+from pld_ray.reading import parse_yaml, read_mapping
 from pld_ray.space import Search
 from pld_ray.spec import Model, Part, Resources, Trial, Weights, validated
 
@@ -161,71 +161,6 @@ class Plan:
 # ---------------------------------------------------------------- YAML to experiment
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML that reads 1e-3 as a number and refuses a key that stands twice."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.MarkedYAMLError(
-                    problem=f"the key {key!r} stands twice", problem_mark=node.start_mark
-                )
-        return super().construct_mapping(node, deep=deep)
-
-
-_Loader.add_implicit_resolver(  # YAML 1.1 asks for a dot in 1e-3
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
-    list("-+0123456789"),
-)
-
-
-MOST_VALUES = 100_000  # of a document, with all that its aliases stand for
-
-
-def _values(node: yaml.Node, known: dict[int, int]) -> int:
-    """How many values a node holds; a node that is its own part holds infinitely many."""
-    if id(node) not in known:
-        known[id(node)] = MOST_VALUES + 1  # met again before its parts are counted
-        parts: list[yaml.Node] = []
-        if isinstance(node, yaml.MappingNode):
-            parts = [part for pair in node.value for part in pair]
-        elif isinstance(node, yaml.SequenceNode):
-            parts = node.value
-        known[id(node)] = 1 + sum(_values(part, known) for part in parts)
-    return known[id(node)]
-
-
-def parse_yaml(text: str, where: str) -> Any:
-    """YAML text to plain values; InputError with the line if it does not parse."""
-    try:
-        loader = _Loader(text)
-        node = loader.get_single_node()
-        if node is None:
-            return None
-        if _values(node, {}) > MOST_VALUES:
-            raise ValueError(f"its aliases stand for more than {MOST_VALUES:,} values")
-        return loader.construct_document(node)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise InputError(f"{where}{line}: not valid YAML: {problem}") from None
-
-
-def read_mapping(path: Path) -> dict[str, Any]:
-    """A YAML file that holds a mapping."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read: {error}") from None
-    value = parse_yaml(text, str(path))
-    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
-        raise InputError(f"{path}: expected a mapping of fields, got {type(value).__name__}")
-    return value
-
-
 def experiments_folder() -> Path:
     """Where the shipped experiments lie: inside the wheel, or beside the package in a checkout."""
     package = Path(__file__).parent
@@ -269,7 +204,7 @@ def load_experiment(
         if first == "grid" and rest:
             changed["grid"] = changed["grid"] | {rest: value}
         elif first in Experiment.model_fields:
-            changed = merge(changed, _nest(field, value))
+            changed = merge(changed, nest(field, value))
         else:
             everywhere[field] = value
     if set(everywhere) & {"seed"}:
@@ -317,11 +252,11 @@ def miniature(experiment: Experiment) -> Experiment:
 
 def _smaller(field: str, value: Any, models: dict[str, Model]) -> Any:
     """What stands for a student or teacher in a miniature; other fields as they are."""
-    named = _named(field, value)
-    if field not in ("student", "teacher") or not isinstance(named, dict) or "name" not in named:
+    entry = named(field, value)
+    if field not in ("student", "teacher") or not isinstance(entry, dict) or "name" not in entry:
         return value
-    name = str(named["name"]).split(".")[0]
-    kept = {key: part for key, part in named.items() if key != "weights"} | {"name": name}
+    name = str(entry["name"]).split(".")[0]
+    kept = {key: part for key, part in entry.items() if key != "weights"} | {"name": name}
     if name in models:
         kept |= {"name": models[name].name, "args": models[name].args}
     return kept
@@ -336,38 +271,7 @@ def _find_recipe(name: str, experiment: Path) -> Path:
     raise InputError(f"{experiment}: recipe {name!r} does not exist; {nearest(name, names)}")
 
 
-# ---------------------------------------------------------------- merging and expanding
-
-_REPLACED = {"data", "student", "teacher", "loss"}  # another name there: another thing altogether
-_NAMED = _REPLACED | {"optimizer", "schedule"}
-
-
-def merge(low: dict[str, Any], high: Mapping[str, Any]) -> dict[str, Any]:
-    """`high` over `low`, field by field; neither is changed.
-
-    Another loss, network or dataset replaces the lower one with its parameters; another optimizer
-    or schedule keeps those that `high` does not name (the learning rate, say).
-    """
-    merged = dict(low)
-    for key, value in high.items():
-        value, below = _named(key, value), _named(key, low.get(key))
-        if isinstance(value, dict) and isinstance(below, dict):
-            other = "name" in below and value.get("name", below["name"]) != below["name"]
-            merged[key] = value if key in _REPLACED and other else merge(below, value)
-        else:
-            merged[key] = value
-    return merged
-
-
-def _named(key: str, value: Any) -> Any:
-    return {"name": value} if key in _NAMED and isinstance(value, str) else value
-
-
-def _nest(field: str, value: Any) -> dict[str, Any]:
-    for part in reversed(field.split(".")):
-        value = {part: value}
-    return value
-
+# ---------------------------------------------------------------- expanding
 
 Settings = list[tuple[str, Any]]  # fields and their values; the later ones win
 
@@ -425,8 +329,8 @@ def _loss_name(settings: Settings) -> str:
     name = ""
     for field, value in settings:
         if field in ("loss", "loss.name"):
-            named = _named("loss", value) if field == "loss" else {"name": value}
-            name = str(named.get("name", name)) if isinstance(named, dict) else name
+            loss = named("loss", value) if field == "loss" else {"name": value}
+            name = str(loss.get("name", name)) if isinstance(loss, dict) else name
     return name
 
 
@@ -438,10 +342,10 @@ def build(
     for field, value in [*settings, *experiment.overrides.items()]:
         first, _, parameter = field.partition(".")
         if first == "loss" and parameter and parameter != "name":
-            name = (_named("loss", raw.get("loss")) or {}).get("name")
+            name = (named("loss", raw.get("loss")) or {}).get("name")
             if name in REGISTRY and parameter not in REGISTRY[name].model_fields:
                 continue
-        raw = merge(raw, _nest(field, value))
+        raw = merge(raw, nest(field, value))
     taught = _teacher(raw.pop("teacher", None), raw, experiment)
     return [_cell(raw | {"seed": seed}, taught, experiment.name) for seed in seeds]
 
@@ -478,7 +382,7 @@ def _teacher(entry: Any, raw: dict[str, Any], experiment: Experiment) -> dict[st
     if entry is None:
         return {}
     where = f"{experiment.name}: teacher"
-    teacher = validated(TeacherEntry, _named("teacher", entry), where)
+    teacher = validated(TeacherEntry, named("teacher", entry), where)
     taught = {"teacher_logits": teacher.logits, "views": teacher.views}
     weights = teacher.weights or ("pretrained" if "." in teacher.name else "train")
     if weights == "pretrained":
@@ -494,7 +398,7 @@ def _teacher(entry: Any, raw: dict[str, Any], experiment: Experiment) -> dict[st
     base = {key: value for key, value in experiment.base.items() if key != "teacher"}
     for field, value in experiment.overrides.items():
         if field.partition(".")[0] not in ("loss", "student", "teacher"):
-            base = merge(base, _nest(field, value))
+            base = merge(base, nest(field, value))
     settings = {"student": {"name": teacher.name, "args": teacher.args}, "loss": "ce", "seed": 0}
     base |= settings | {"data": raw.get("data")}
     base = merge(base, teacher.train)

@@ -71,9 +71,9 @@ def test_how_teacher_logits_are_kept_sets_no_method_apart_that_has_no_teacher(ex
 
 
 def test_notes_are_told_once_below_the_table(results, capsys):
-    from pld_ray import cli
+    from pld_ray import session
 
-    cli._tables(*results, out=None)
+    session.write_tables(*results, out=None)
     printed = capsys.readouterr().out
     assert printed.count("note: look here") == 1
     assert printed.index("| PLD") < printed.index("note:") < printed.index("tables: ")

@@ -1,0 +1,165 @@
+"""What the commands share: an experiment opened with its store, trained, and printed.
+
+Heavy imports wait until they are needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from pld_ray.bank import Planned
+    from pld_ray.experiment import Experiment, Plan
+    from pld_ray.search import Progress
+    from pld_ray.spec import Trial
+    from pld_ray.store import Store
+
+
+def pending_trials(plan: Plan, store: Store) -> dict[str, Trial]:
+    """The trials that have no record yet, and the teachers of these whose weights are damaged."""
+    from pld_ray.spec import Trial
+
+    finished = store.finished(plan.trials)
+    pending = {key: trial for key, trial in plan.trials.items() if key not in finished}
+    taught_by = {t.teacher.id for t in pending.values() if isinstance(t.teacher, Trial)}
+    damaged = {key for key in taught_by & finished if not store.intact(plan.trials[key])}
+    if damaged:
+        typer.echo(f"{len(damaged)} teachers have damaged weights and are trained again", err=True)
+    return {key: trial for key, trial in plan.trials.items() if key in pending.keys() | damaged}
+
+
+def planned_banks(trials: dict[str, Trial], store: Store) -> dict[str, Planned]:
+    """The banks that trials need; says how large, and refuses what does not fit the disk."""
+    from pld_ray import bank, data, estimate
+
+    banks = bank.planned(trials.values(), data.size, store)
+    bank.check_room(banks.values(), store)
+    if banks:
+        typer.echo(estimate.bank_line(banks.values()))
+    return banks
+
+
+def run_search(experiment: Experiment, store: Store, address: str | None) -> bool:
+    """Run what is left of a search; whether a trial failed that could succeed another time."""
+    from pld_ray import search
+    from pld_ray.experiment import Plan
+    from pld_ray.spec import Trial
+
+    progress = search.look(experiment, store)
+    if all(each.over for each in progress):
+        typer.echo(f"{experiment.name}: the search is over")
+        return False
+    cells = [each.group.cell.trial for each in progress]
+    teachers = [cell.teacher for cell in cells if isinstance(cell.teacher, Trial)]
+    drawn = [drawn for each in progress for drawn in each.drawn]
+    plan = Plan(experiment, (), (*teachers, *(each.trial for each in drawn)))
+    ended = {d.trial.id for d in drawn} - {d.trial.id for each in progress for d in each.open}
+    pending = {key: t for key, t in pending_trials(plan, store).items() if key not in ended}
+    planned_banks({trial.id: trial for trial in [*cells, *pending.values()]}, store)
+    failures = train(plan, pending, store, address, progress)
+    return any(not (store.failure(key) or {}).get("final") for key in failures)
+
+
+def train(
+    plan: Plan,
+    pending: dict[str, Trial],
+    store: Store,
+    address: str | None,
+    progress: Sequence[Progress] = (),
+) -> dict[str, str]:
+    """Run trials under the live view; returns, and prints, why some failed."""
+    from rich.console import Console
+
+    from pld_ray.view import View, screen_apart
+
+    with Console().status(f"{len(pending)} trials to run: checking them and starting Ray"):
+        from pld_ray import sweep
+
+        cells = {each.group.key: each.group.cell.trial for each in progress}
+        ready = sweep.check(pending | cells, address)
+    to_draw = sum({each.group.key: each.to_draw for each in progress}.values())
+    with screen_apart(ray_log(store)) as console, View(plan, pending, console, to_draw) as view:
+        failures = sweep.run(plan, ready, store, view, address, progress)
+    for key, reason in failures.items():
+        typer.echo(f"failed: {view.labels[key]}: {reason} ({store.folder(key)})", err=True)
+    return failures
+
+
+def ray_log(store: Store) -> Path:
+    """Where what is not ours to print goes."""
+    return Path(store.uri if store.local else ".") / "ray.log"
+
+
+def opened(
+    experiment: str, overrides: list[str] | None, smoke: bool, storage: str
+) -> tuple[Plan, Store]:
+    """An experiment with overrides, as a plan, and the store of its results."""
+    from pld_ray.experiment import load_experiment
+    from pld_ray.store import Store
+
+    store = Store(storage)
+    return planned(load_experiment(experiment, tuple(overrides or ()), smoke), store), store
+
+
+def planned(experiment: Experiment, store: Store) -> Plan:
+    """The trials of an experiment; of a search as far as it has come."""
+    from pld_ray import search
+    from pld_ray.experiment import plan
+
+    return plan(experiment) if experiment.search is None else search.plan(experiment, store)
+
+
+def reports(plan: Plan, store: Store, out: Path | None) -> Path:
+    """The folder for tables and figures."""
+    root = Path(store.uri if store.local else "results")
+    return out or root / "reports" / plan.experiment.name
+
+
+def write_tables(plan: Plan, store: Store, out: Path | None) -> Path:
+    """Print and write the tables; returns their folder."""
+    from analysis import best, paper, records, tables
+    from pld_ray import search
+
+    folder = reports(plan, store, out)
+    if (sought := plan.experiment.search) is not None:
+        rows = best.of_search(search.look(plan.experiment, store), sought.metric)
+        typer.echo("\nThe best of each cell\n\n" + best.text(rows, sought.metric))
+        if not plan.cells:
+            return folder
+    frame = records.frame(plan, store)
+    paths = []
+    if frame["finished"].any() or not paper.of_experiment(plan.experiment.name):
+        own = tables.comparison(frame), tables.against(frame)
+        paths += tables.write(*own, folder, plan.experiment)
+        typer.echo("\n" + tables.text(*own, plan.experiment) + "\n")
+    miniature = plan.experiment.miniature_of is not None
+    for declared in paper.of_experiment(plan.experiment.name):
+        found = paper.entries(declared, frame)
+        paths += paper.write(declared, found, miniature, folder)
+        typer.echo(paper.text(declared, found, miniature) + "\n")
+    for note in dict.fromkeys(note for notes in frame["notes"] for note in notes):
+        typer.echo(f"note: {note}\n")
+    say("tables", paths)
+    return folder
+
+
+def draw_figures(plan: Plan, store: Store, folder: Path) -> list[Path]:
+    """Draw the figures; returns their paths."""
+    from analysis import figures, records
+
+    frame, name = records.frame(plan, store), plan.experiment.name
+    paths = figures.draw(frame, records.curves(plan, store), folder)
+    return paths + figures.draw_paper(frame, name, plan.experiment.miniature_of is not None, folder)
+
+
+def say(kind: str, paths: list[Path]) -> None:
+    """Print what was written, a line each."""
+    for path in paths:
+        shown: Any = path
+        if path.is_absolute() and path.is_relative_to(Path.cwd()):
+            shown = path.relative_to(Path.cwd())
+        typer.echo(f"{kind}: {shown}")
