@@ -65,12 +65,17 @@ class Need:
         return f"{each} for each of its {self.workers} workers" if self.workers > 1 else each
 
 
+def resolved(resources: Resources) -> Resources:
+    """With a GPU for each worker where the cluster has any, unless it is said."""
+    if resources.gpus_per_worker is not None:
+        return resources
+    gpus = 1.0 if ray.cluster_resources().get("GPU") else 0.0
+    return resources.model_copy(update={"gpus_per_worker": gpus})
+
+
 def need(trial: Trial, resources: Resources) -> Need:
-    """What a trial takes; a GPU for each worker where the cluster has any, unless it is said."""
-    gpus = resources.gpus_per_worker
-    if gpus is None:
-        gpus = 1.0 if ray.cluster_resources().get("GPU") else 0.0
-    return Need(resources.cpus_per_worker, gpus, trial.workers)
+    """What a trial takes of `resolved` resources."""
+    return Need(resources.cpus_per_worker, resources.gpus_per_worker or 0.0, trial.workers)
 
 
 def nodes() -> list[dict[str, float]]:
@@ -94,8 +99,8 @@ class PlanSearch(Searcher):
         self.to_draw = dict(stopping.groups) if stopping else {}
         self.drawn: list[Drawn] = []  # trials that were not pending at first
         self.waiting = dict(pending)
-        self.resources, self.store, self.claims = resources, store, claims
-        self.needs = {key: need(trial, resources) for key, trial in pending.items()}
+        self.resources, self.store, self.claims = resolved(resources), store, claims
+        self.needs = {key: need(trial, self.resources) for key, trial in pending.items()}
         self.running: dict[str, Trial] = {}  # by Tune's own id
         self.failures: dict[str, str] = {}
         self.notes: dict[str, str] = {}  # how trials ended that did not finish here

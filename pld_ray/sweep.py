@@ -36,7 +36,7 @@ from ray.tune.callback import Callback
 
 from pld_ray import bank, data, models
 from pld_ray.claims import Claims
-from pld_ray.dispatch import RETRIES, Need, PlanSearch, need, nodes
+from pld_ray.dispatch import RETRIES, Need, PlanSearch, need, nodes, resolved
 from pld_ray.errors import InputError, nearest
 from pld_ray.experiment import Plan
 from pld_ray.search import Progress
@@ -67,7 +67,7 @@ def run(
     stopping = Stopping(progress, store) if progress else None
     with connected(address), Claims(store.files) as claims:
         search = PlanSearch(pending, resources, store, claims, stopping)
-        for key in pending:
+        for key in {needed: key for key, needed in search.needs.items()}.values():
             if why := search.too_large(key):
                 raise InputError(why)
         trials = [*pending.values(), *(each.group.cell.trial for each in progress)]
@@ -120,7 +120,8 @@ def build_banks(
     Each bank in turn is shared out over as many tasks as the cluster has room for.
     """
     with connected(address):
-        one = need(planned[0].trial.model_copy(update={"workers": 1}), resources)
+        alone = planned[0].trial.model_copy(update={"workers": 1})
+        one = need(alone, resolved(resources))
         if why := one.too_large("the teacher bank", nodes()):
             raise InputError(why)
         room = sum(one.workers_on(node) for node in nodes())
