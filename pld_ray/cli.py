@@ -7,15 +7,12 @@ import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from pld_ray import session
 from pld_ray.errors import InputError, nearest
-
-if TYPE_CHECKING:
-    pass
 
 app = typer.Typer(
     help="Knowledge-distillation experiments on Ray: run grids, make tables, plot landscapes.",
@@ -306,6 +303,26 @@ def export(
     table = tables.frame(trials, store)
     tables.write(table, to)
     session.say(f"{len(table)} trials", [to])
+
+
+@app.command()
+def student(
+    trial: Annotated[str, typer.Argument(metavar="TRIAL", help="The id of a finished trial.")],
+    to: Annotated[Path | None, typer.Option(help="Folder to write to [default: TRIAL].")] = None,
+    onnx: Annotated[bool, typer.Option("--onnx", help="As ONNX instead.")] = False,
+    storage: Storage = "results",
+) -> None:
+    """Write a trained student as the folder that timm loads (local-dir:FOLDER), or as ONNX."""
+    from pld_ray.store import Store
+
+    store = Store(storage)
+    trials = store.trials()
+    if trial not in trials:
+        hint = nearest(trial, trials) if trials else "there is none"
+        raise InputError(f"student {trial}: no such trial in {store.uri}; {hint}")
+    from pld_ray import publish
+
+    session.say("student", publish.write(trials[trial], store, to or Path(trial), onnx))
 
 
 bank_app = typer.Typer(

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import timm
 import torch
 from safetensors.torch import load_file
-from timm.models import register_model
+from timm.models import PretrainedCfg, build_model_with_cfg, register_model
 from torch import Tensor, nn
 
 from pld_ray.errors import InputError, nearest
@@ -152,9 +153,7 @@ def _stages(block: Any, inputs: int, widths: list[int], depths: list[int]) -> li
     return stages
 
 
-def _resnet(
-    depth: int, wide: int = 1, num_classes: int = 100, in_chans: int = 3, **_: Any
-) -> CifarNet:
+def _resnet(depth: int, wide: int, num_classes: int, in_chans: int) -> CifarNet:
     """ResNet-(6n + 2) for 32x32 (He et al. 2016); `wide` 4 is the x4 of CRD."""
     stem = 16 if wide == 1 else 32
     widths = [16 * wide, 32 * wide, 64 * wide]
@@ -163,7 +162,7 @@ def _resnet(
     return CifarNet(first, stages, nn.Identity(), widths[-1], num_classes)
 
 
-def _wrn(depth: int, wide: int, num_classes: int = 100, in_chans: int = 3, **_: Any) -> CifarNet:
+def _wrn(depth: int, wide: int, num_classes: int, in_chans: int) -> CifarNet:
     """Wide ResNet-(6n + 4) (Zagoruyko and Komodakis 2016)."""
     widths = [16 * wide, 32 * wide, 64 * wide]
     stages = _stages(PreActivation, 16, widths, [(depth - 4) // 6] * 3)
@@ -171,84 +170,13 @@ def _wrn(depth: int, wide: int, num_classes: int = 100, in_chans: int = 3, **_: 
     return CifarNet(_conv(in_chans, 16, 3), stages, head, widths[-1], num_classes)
 
 
-@register_model
-def resnet8(pretrained: bool = False, **kwargs: Any) -> CifarNet:
-    """ResNet-8 for 32x32 images."""
-    return _resnet(8, **kwargs)
-
-
-@register_model
-def resnet20(pretrained: bool = False, **kwargs: Any) -> CifarNet:
-    """ResNet-20 for 32x32 images."""
-    return _resnet(20, **kwargs)
-
-
-@register_model
-def resnet32(pretrained: bool = False, **kwargs: Any) -> CifarNet:
-    """ResNet-32 for 32x32 images."""
-    return _resnet(32, **kwargs)
-
-
-@register_model
-def resnet56(pretrained: bool = False, **kwargs: Any) -> CifarNet:
-    """ResNet-56 for 32x32 images."""
-    return _resnet(56, **kwargs)
-
-
-@register_model
-def resnet110(pretrained: bool = False, **kwargs: Any) -> CifarNet:
-    """ResNet-110 for 32x32 images."""
-    return _resnet(110, **kwargs)
-
-
-@register_model
-def resnet8x4(pretrained: bool = False, **kwargs: Any) -> CifarNet:
-    """ResNet-8 with four times the channels."""
-    return _resnet(8, 4, **kwargs)
-
-
-@register_model
-def resnet32x4(pretrained: bool = False, **kwargs: Any) -> CifarNet:
-    """ResNet-32 with four times the channels."""
-    return _resnet(32, 4, **kwargs)
-
-
-@register_model
-def wrn_16_2(pretrained: bool = False, **kwargs: Any) -> CifarNet:
-    """Wide ResNet of depth 16, width 2."""
-    return _wrn(16, 2, **kwargs)
-
-
-@register_model
-def wrn_40_1(pretrained: bool = False, **kwargs: Any) -> CifarNet:
-    """Wide ResNet of depth 40, width 1."""
-    return _wrn(40, 1, **kwargs)
-
-
-@register_model
-def wrn_40_2(pretrained: bool = False, **kwargs: Any) -> CifarNet:
-    """Wide ResNet of depth 40, width 2."""
-    return _wrn(40, 2, **kwargs)
-
-
-@register_model
-def resnet50_cifar(
-    pretrained: bool = False, num_classes: int = 100, in_chans: int = 3, **_: Any
-) -> CifarNet:
-    """ResNet-50 with a 3x3 stem of stride 1 and no max-pooling, for 32x32 images."""
+def _resnet50(num_classes: int, in_chans: int) -> CifarNet:
     stages = _stages(_bottleneck, 64, [256, 512, 1024, 2048], [3, 4, 6, 3])
     stem = nn.Sequential(*_conv_bn(in_chans, 64, 3), nn.ReLU())
     return CifarNet(stem, stages, nn.Identity(), 2048, num_classes)
 
 
-@register_model
-def mobilenetv2_cifar(
-    pretrained: bool = False, num_classes: int = 100, in_chans: int = 3, **_: Any
-) -> CifarNet:
-    """MobileNetV2 of half width (Sandler et al. 2018), expansion 6, for 32x32 images.
-
-    The stem halves the image and the third stage does not, as in the CRD repository.
-    """
+def _mobilenetv2(num_classes: int, in_chans: int) -> CifarNet:
     stages: list[nn.Module] = []
     inputs = 16
     table = [(1, 16, 1, 1), (6, 24, 2, 1), (6, 32, 3, 2), (6, 64, 4, 2)]
@@ -263,6 +191,44 @@ def mobilenetv2_cifar(
     head = nn.Sequential(*_conv_bn(inputs, 1280, 1), nn.ReLU())
     # the last stage of each size, as in the CRD repository: so that it has four, like ResNet-50
     return CifarNet(stem, stages, head, 1280, num_classes, taps=[1, 2, 4, 6])
+
+
+def _register(name: str, doc: str, make: Any, *shape: int) -> None:
+    """Make `make(*shape)` a network of timm's, which then loads its weights as any other's."""
+
+    def entry(pretrained: bool = False, **kwargs: Any) -> CifarNet:
+        kwargs["pretrained_cfg"] = kwargs.get("pretrained_cfg") or PretrainedCfg(
+            num_classes=100, input_size=(3, 32, 32), classifier="fc"
+        )
+        return build_model_with_cfg(partial(make, *shape), name, pretrained, **kwargs)
+
+    entry.__name__, entry.__doc__, entry.__module__ = name, doc, __name__
+    register_model(entry)
+
+
+_register("resnet8", "ResNet-8 for 32x32 images.", _resnet, 8, 1)
+_register("resnet20", "ResNet-20 for 32x32 images.", _resnet, 20, 1)
+_register("resnet32", "ResNet-32 for 32x32 images.", _resnet, 32, 1)
+_register("resnet56", "ResNet-56 for 32x32 images.", _resnet, 56, 1)
+_register("resnet110", "ResNet-110 for 32x32 images.", _resnet, 110, 1)
+_register("resnet8x4", "ResNet-8 with four times the channels.", _resnet, 8, 4)
+_register("resnet32x4", "ResNet-32 with four times the channels.", _resnet, 32, 4)
+_register("wrn_16_2", "Wide ResNet of depth 16, width 2.", _wrn, 16, 2)
+_register("wrn_40_1", "Wide ResNet of depth 40, width 1.", _wrn, 40, 1)
+_register("wrn_40_2", "Wide ResNet of depth 40, width 2.", _wrn, 40, 2)
+_register(
+    "resnet50_cifar",
+    "ResNet-50 with a 3x3 stem of stride 1 and no max-pooling, for 32x32 images.",
+    _resnet50,
+)
+_register(
+    "mobilenetv2_cifar",
+    """MobileNetV2 of half width (Sandler et al. 2018), expansion 6, for 32x32 images.
+
+    The stem halves the image and the third stage does not, as in the CRD repository.
+    """,
+    _mobilenetv2,
+)
 
 
 # ---------------------------------------------------------------- features

@@ -310,6 +310,7 @@ class _Record(BaseModel):
 
     model_config = ConfigDict(strict=True)
 
+    weights_sha256: str
     metrics: dict[str, float]
     seconds: dict[str, float]
     notes: list[str] = []

@@ -178,10 +178,11 @@ def test_damaged_weights_take_their_record_with_them(tmp_path, damage, by):
 def test_records_without_a_checksum_are_read(tmp_path):
     path = tmp_path / "trials" / TRIAL.id / "record.json"
     path.parent.mkdir(parents=True)
-    path.write_text(json.dumps(RECORD))
-    assert Store(tmp_path).record(TRIAL.id) == RECORD
-    for broken in ("[1, 2]", "{}", '{"metrics": {"top1": "high"}, "seconds": {"seconds": 1.5}}'):
-        path.write_text(broken)
+    old = RECORD | {"weights_sha256": "0" * 64}
+    path.write_text(json.dumps(old))
+    assert Store(tmp_path).record(TRIAL.id) == old
+    for broken in ([1, 2], {}, RECORD, old | {"metrics": {"top1": "high"}}):
+        path.write_text(json.dumps(broken))
         assert Store(tmp_path).record(TRIAL.id) is None
 
 

@@ -1,0 +1,57 @@
+import pytest
+import timm
+import torch
+
+from pld_ray import publish
+from pld_ray.experiment import plan
+from pld_ray.store import Store
+from pld_ray.stream import Stream
+from pld_ray.train import train
+
+TEXT = """
+base: {data: {name: digits, limit: 200}, epochs: 3, batch_size: 50, loss: ce}
+grid:
+  student:
+    - resnet8
+    - name: vit_tiny_patch16_224
+      args: {img_size: 8, patch_size: 4, embed_dim: 32, depth: 2, num_heads: 2}
+"""
+CPU = torch.device("cpu")
+
+
+def top1(model, trial, images):
+    stream = Stream(images, trial.data, trial.seed, CPU)
+    with torch.no_grad():
+        logits = torch.cat([model(x) for x in stream.val([torch.arange(len(images.val)).numpy()])])
+    labels = torch.from_numpy(images.val_labels)
+    return 100 * (logits.argmax(1) == labels).double().mean().item(), logits
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_student_comes_back_with_the_same_accuracy(experiment, tmp_path, number):
+    trial, store = plan(experiment(TEXT)).cells[number].trial, Store(tmp_path / "results")
+    train(trial, publish.data.load(trial.data), store, lambda metrics: None)
+    model, images = publish.load(trial, store)
+    expected = store.record(trial.id)["metrics"]["top1"]
+    assert top1(model, trial, images)[0] == pytest.approx(expected)
+    publish.write(trial, store, tmp_path / "student")
+    again = timm.create_model(f"local-dir:{tmp_path / 'student'}", pretrained=True).eval()
+    assert torch.equal(top1(again, trial, images)[1], top1(model, trial, images)[1])
+    assert again.pretrained_cfg["mean"] == pytest.approx(images.mean)
+
+
+def test_onnx_gives_the_same_logits(experiment, tmp_path):
+    pytest.importorskip("onnxscript")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    trial, store = plan(experiment(TEXT)).cells[0].trial, Store(tmp_path / "results")
+    train(trial, publish.data.load(trial.data), store, lambda metrics: None)
+    model, images = publish.load(trial, store)
+    path, _ = publish.write(trial, store, tmp_path / "student", onnx=True)
+    session = onnxruntime.InferenceSession(str(path))
+
+    def run(x):
+        return torch.from_numpy(session.run(None, {"images": x.numpy()})[0])
+
+    found, expected = (top1(m, trial, images) for m in (run, model))
+    torch.testing.assert_close(found[1], expected[1], rtol=1e-3, atol=1e-4)
+    assert found[0] == pytest.approx(store.record(trial.id)["metrics"]["top1"])
