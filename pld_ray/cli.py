@@ -6,6 +6,7 @@ import json
 import signal
 import sys
 from dataclasses import replace
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -47,6 +48,14 @@ Out = Annotated[
 ]
 
 
+class Logger(StrEnum):
+    """What can follow a run."""
+
+    tensorboard = "tensorboard"
+    mlflow = "mlflow"
+    wandb = "wandb"
+
+
 @app.command()
 def run(
     experiments: Experiments,
@@ -55,17 +64,20 @@ def run(
     storage: Storage = "results",
     address: Address = None,
     out: Out = None,
+    log: Annotated[
+        list[Logger] | None, typer.Option(help="Send every epoch there too; may be repeated.")
+    ] = None,
 ) -> None:
     """Run the trials that have no record yet, then write the tables and the figures."""
     failed = False
     for plan, store in [session.opened(name, overrides, smoke, storage) for name in experiments]:
         if plan.experiment.search is not None:
-            failed |= session.run_search(plan.experiment, store, address)
+            failed |= session.run_search(plan.experiment, store, address, log or ())
             plan = session.planned(plan.experiment, store)
         needed = replace(plan, searched=())
         if pending := session.pending_trials(needed, store):
             session.planned_banks(pending, store)
-            failed |= bool(session.train(needed, pending, store, address))
+            failed |= bool(session.train(needed, pending, store, address, log=log or ()))
         else:
             typer.echo(f"{plan.experiment.name}: all {len(plan.trials)} trials are done")
         folder = session.write_tables(plan, store, out)

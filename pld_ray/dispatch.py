@@ -130,7 +130,8 @@ class PlanSearch(Searcher):
             elif teacher not in taught and fits(self.needs[key]) and self._take(key, now):
                 self.running[trial_id] = self.waiting.pop(key)
                 needs = asdict(self.needs[key])
-                return {"id": key, "trial": trial.model_dump_json(), "needs": needs}
+                spec = trial.model_dump(mode="json")  # as loggers show it
+                return {"id": key, "trial": spec, "needs": needs}
         if self._draw():
             return self.suggest(trial_id)
         if self.running or self.asked:

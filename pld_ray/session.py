@@ -43,7 +43,9 @@ def planned_banks(trials: dict[str, Trial], store: Store) -> dict[str, Planned]:
     return banks
 
 
-def run_search(experiment: Experiment, store: Store, address: str | None) -> bool:
+def run_search(
+    experiment: Experiment, store: Store, address: str | None, log: Sequence[str] = ()
+) -> bool:
     """Run what is left of a search; whether a trial failed that could succeed another time."""
     from pld_ray import search
     from pld_ray.experiment import Plan
@@ -60,7 +62,7 @@ def run_search(experiment: Experiment, store: Store, address: str | None) -> boo
     ended = {d.trial.id for d in drawn} - {d.trial.id for each in progress for d in each.open}
     pending = {key: t for key, t in pending_trials(plan, store).items() if key not in ended}
     planned_banks({trial.id: trial for trial in [*cells, *pending.values()]}, store)
-    failures = train(plan, pending, store, address, progress)
+    failures = train(plan, pending, store, address, progress, log)
     return any(not (store.failure(key) or {}).get("final") for key in failures)
 
 
@@ -70,20 +72,28 @@ def train(
     store: Store,
     address: str | None,
     progress: Sequence[Progress] = (),
+    log: Sequence[str] = (),
 ) -> dict[str, str]:
-    """Run trials under the live view; returns, and prints, why some failed."""
+    """Run trials under the live view; returns, and prints, why some failed.
+
+    log: names of loggers that are to follow them.
+    """
     from rich.console import Console
 
     from pld_ray.view import View, screen_apart
 
     with Console().status(f"{len(pending)} trials to run: checking them and starting Ray"):
-        from pld_ray import sweep
+        from pld_ray import loggers, sweep
 
+        followed = loggers.create(log, plan.experiment.name, store)
         cells = {each.group.key: each.group.cell.trial for each in progress}
         ready = sweep.check(pending | cells, address)
     to_draw = sum({each.group.key: each.to_draw for each in progress}.values())
     with screen_apart(ray_log(store)) as console, View(plan, pending, console, to_draw) as view:
-        failures = sweep.run(plan, ready, store, view, address, progress)
+        failures = sweep.run(plan, ready, store, view, address, progress, followed)
+    for logger in followed:
+        if logger.problem:
+            typer.echo(f"--log {logger.name} ended early: {logger.problem}", err=True)
     for key, reason in failures.items():
         typer.echo(f"failed: {view.labels[key]}: {reason} ({store.folder(key)})", err=True)
     return failures

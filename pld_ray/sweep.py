@@ -56,12 +56,13 @@ def run(
     view: View,
     address: str | None = None,
     progress: Sequence[Progress] = (),
+    loggers: Sequence[Callback] = (),
 ) -> dict[str, str]:
     """Run what `view.pending` holds; returns why trials failed, by trial id.
 
     images: from `check`. address: of a running cluster; without one, join what runs on this
-    machine or start Ray here. progress: of the search whose trials these are. Raises InputError for
-    a trial that the cluster has no room for.
+    machine or start Ray here. progress: of the search whose trials these are. loggers: told of
+    every epoch. Raises InputError for a trial that the cluster has no room for.
     """
     pending, resources = dict(view.pending), plan.experiment.resources
     stopping = Stopping(progress, store) if progress else None
@@ -86,6 +87,7 @@ def run(
             tune_config=tune.TuneConfig(
                 search_alg=search,
                 trial_dirname_creator=lambda trial: trial.trial_id,  # else the whole config
+                trial_name_creator=_name,
                 scheduler=stopping,
                 num_samples=-1,
                 # a kept actor holds its CPUs, which a group of workers may be waiting for
@@ -95,7 +97,7 @@ def run(
                 name=plan.experiment.name,
                 storage_path=scratch,
                 verbose=0,
-                callbacks=[_Follow(view, search)],
+                callbacks=[_Follow(view, search), *loggers],
                 failure_config=tune.FailureConfig(max_failures=RETRIES),
             ),
         )
@@ -228,6 +230,11 @@ def _reach(address: str) -> None:
         ) from None
 
 
+def _name(trial: Any) -> str:
+    """A trial's name in loggers."""
+    return f"{Trial.model_validate(trial.config['trial']).label} {trial.config['id']}"
+
+
 def _placement(config: dict[str, Any]) -> tune.PlacementGroupFactory:
     need = Need(**config["needs"])
     if need.workers > 1:  # this actor only waits for its workers, which bring their own
@@ -333,7 +340,7 @@ def _trial(
     watch: Any,
 ) -> None:
     """Run one trial in its Tune actor; what is raised here makes Tune try again."""
-    trial = Trial.model_validate_json(config["trial"])
+    trial = Trial.model_validate(config["trial"])
     store, reference = Store(store_uri), images[data_key(trial)]
     store.forget_failure(trial)
     try:
