@@ -193,7 +193,7 @@ def disturb(scene: Scene, faults: int, console: Console) -> Counter[str]:
     while struck.total() < faults and time.monotonic() < deadline:
         if not scene.drivers:
             scene.start()
-        time.sleep(scene.dice.uniform(1, 6))
+        time.sleep(scene.dice.uniform(2, 15))
         scene.look()
         if not names:  # each in turn, in a new order every round
             names = scene.dice.sample(list(FAULTS), len(FAULTS))

@@ -185,12 +185,19 @@ class Planned:
     split: Split
     views: int
     view_bytes: int
+    order_bytes: int  # of a view, too
+    ranked_views: int = 0  # views of which the order is kept
     kept: int = 0  # bytes that are there already
 
     @property
     def bytes(self) -> int:
         """Of all its views."""
-        return self.views * self.view_bytes
+        return self.takes(self.views)
+
+    def takes(self, most: int) -> int:
+        """Bytes, of so many views at most."""
+        ordered = min(self.ranked_views, most) * self.order_bytes
+        return min(self.views, most) * self.view_bytes + ordered
 
 
 def planned_key(trial: Trial, split: Split) -> str:
@@ -218,9 +225,13 @@ def planned(
                 logits = trial.teacher_logits if split == "train" else "float32"
                 row = row_type(samples.classes, logits).itemsize
                 images = samples.train if split == "train" else samples.val
-                found[key] = Planned(trial, split, count, row * images)
+                order = order_type(samples.classes).itemsize * images
+                found[key] = Planned(trial, split, count, row * images, order)
             if count > found[key].views:
                 found[key].trial, found[key].views = trial, count
+            many = split == "train" and size(trial.data).classes >= ORDER_FROM
+            if many and trial.loss.needs_order:
+                found[key].ranked_views = max(count, found[key].ranked_views)
     for key, files in store.banks().items() if found else ():
         about = store.bank(key)
         if about and about["planned"] in found:
@@ -239,7 +250,7 @@ def check_room(banks: Iterable[Planned], store: Store) -> None:
         return
 
     def takes(most: int) -> int:
-        return sum(min(bank.views, most) * bank.view_bytes for bank in banks)
+        return sum(bank.takes(most) for bank in banks)
 
     fitting = 0
     while takes(fitting + 1) <= room:

@@ -253,13 +253,13 @@ def landscape(
         raise InputError(f"{plan.experiment.name}: no trial has finished: run it first")
     settings = weight_space.Settings(points, reach, images, seed)
     with Console().status(f"{len(trials)} students: starting Ray"):
-        from pld_ray import sweep
+        from pld_ray import cluster, sweep
 
         shown = sweep.check({trial.id: trial for trial in trials.values()}, address)
     with (
         screen_apart(session.ray_log(store)) as console,
         console.status(f"{points} x {points} points around {len(trials)} students"),
-        sweep.connected(address),
+        cluster.connected(address),
     ):
         weight_space.compute(trials, shown, store, settings)
     folder = session.reports(plan, store, out)

@@ -14,6 +14,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import pld_ray.cluster  # noqa: F401 - before Ray
+
+# isort: split
 from ray.tune.callback import Callback
 from ray.tune.logger import LoggerCallback, TBXLoggerCallback
 from ray.tune.result import AUTO_RESULT_KEYS

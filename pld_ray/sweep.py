@@ -11,11 +11,8 @@ itself goes on from its last checkpoint.
 
 from __future__ import annotations
 
-import importlib.util
-import os
 import shutil
 import signal
-import socket
 import tempfile
 import threading
 import traceback
@@ -23,13 +20,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
-os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
-os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # our store keeps the records
-os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # nothing of Tune's has to be saved
-os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")  # 6 s less a TorchTrainer
+from pld_ray.cluster import connected, reach
 
+# isort: split
 import ray
 from ray import tune
 from ray.tune.callback import Callback
@@ -147,7 +141,7 @@ def build_banks(
 def check(pending: dict[str, Trial], address: str | None = None) -> dict[str, data.Images]:
     """Load the datasets and make every network, so that bad input is known before Ray starts."""
     if address is not None and address != "auto":
-        _reach(address)
+        reach(address)
     from timm.optim import list_optimizers
 
     optimizers = set(list_optimizers())
@@ -178,56 +172,6 @@ def check(pending: dict[str, Trial], address: str | None = None) -> dict[str, da
 def data_key(trial: Trial) -> str:
     """Trials with one key share one copy of the images; augmentation is not in them."""
     return trial.data.model_copy(update={"pad": 0, "flip": False}).model_dump_json()
-
-
-@contextmanager
-def connected(address: str | None = None) -> Iterator[None]:
-    """Join a cluster or start Ray for the `with` block; what was started is shut down after."""
-    owned = not ray.is_initialized()
-    if owned:
-        before = signal.getsignal(signal.SIGTERM)
-        # the workers of a cluster run this code, whatever version is installed there
-        code = {"py_modules": [_package("pld_ray"), _package("analysis")]} if address else None
-        where = "local" if address is None and not _runs_here() else address
-        ray.init(address=where, runtime_env=code, log_to_driver=False)
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, before)  # Ray would end the process on the spot
-    try:
-        yield
-    finally:
-        if owned:
-            ray.shutdown()
-
-
-def _runs_here() -> bool:
-    """Whether a cluster runs on this machine; Ray itself would wait for one that has died."""
-    if os.environ.get("RAY_ADDRESS"):
-        return True
-    note = Path(os.environ.get("RAY_TMPDIR", "/tmp"), "ray", "ray_current_cluster")
-    try:
-        _reach(note.read_text())
-    except (OSError, InputError):
-        return False
-    return True
-
-
-def _package(name: str) -> str:
-    spec = importlib.util.find_spec(name)
-    assert spec is not None and spec.origin is not None
-    return str(Path(spec.origin).parent)
-
-
-def _reach(address: str) -> None:
-    """Raise InputError if nothing listens there; Ray itself would try for minutes."""
-    try:
-        place = urlsplit(address if "//" in address else f"//{address}")
-        if not place.hostname or not place.port:
-            raise ValueError("expected HOST:PORT")
-        socket.create_connection((place.hostname, place.port), timeout=10).close()
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"--address is {address!r}: no Ray cluster answers there: {error}"
-        ) from None
 
 
 def _name(trial: Any) -> str:

@@ -31,7 +31,6 @@ from pld_ray.bank import VAL_BATCH, banked
 from pld_ray.data import Images, batches, hashes, order
 from pld_ray.device import Clock, memory_format, pick_device, uses_bfloat16
 from pld_ray.losses import DKDLoss, create_loss
-from pld_ray.losses.plackett_luce import RankingLoss
 from pld_ray.models import Tapped, create_model, probe
 from pld_ray.spec import Schedule, Trial
 from pld_ray.store import Store
@@ -84,8 +83,6 @@ def train(
         shapes = [probe(model, *images.shape[1:]) for model in (student, teacher.network)]
         loss_function.connect(*shapes)
         loss_function.to(device)
-    # a loss that ranks the first classes alone takes the label beside them: no kept order for it
-    ranks = isinstance(loss_function, RankingLoss) and getattr(loss_function, "top_k", None) is None
     optimizer = create_optimizer_v2(student, **_optimizer_arguments(trial))
     learnt = list(loss_function.parameters())  # by the loss itself; no part of the student
     if learnt:
@@ -168,7 +165,7 @@ def train(
             target: Any = None  # what the teacher says: logits, or features
             ranking = {}
             if bank is not None:
-                target, kept_order = bank.read(share, view, ranks)
+                target, kept_order = bank.read(share, view, trial.loss.needs_order)
                 target = target.to(device, non_blocking=True)
                 if kept_order is not None:
                     ranking["order"] = kept_order.to(device, non_blocking=True)

@@ -3,13 +3,14 @@
 import asyncio
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
-from small import cells, chunks, run
+from small import cells, chunks, run, train
 
 from pld_ray import bank
-from pld_ray.data import size
+from pld_ray.data import Size, load, size
 from pld_ray.errors import InputError
 from pld_ray.store import Store
 
@@ -51,6 +52,22 @@ def test_planned_sizes_are_those_on_the_disk(experiment, tmp_path):
     assert sorted(on_disk.values()) == sorted(p.bytes for p in planned.values())
     again = bank.planned(trials, size, store)
     assert all(p.kept >= p.bytes for p in again.values())
+
+
+def test_of_many_classes_the_order_is_kept_and_counted_too(experiment, tmp_path):
+    store = Store(tmp_path)
+    pld, kd = cells(experiment, "teacher.logits=float16", "epochs=2", "data.limit=100")
+    images = replace(load(pld.data), classes=600)
+    train(pld.teacher, images, store, lambda metrics: None)
+    for trials, ordered in (([kd], 0), ([kd, pld], 2 * 100 * 600 * 2)):
+        planned = bank.planned(trials, lambda data: Size(100, 360, 600), store)
+        assert sum(p.bytes for p in planned.values() if p.split == "train") == (
+            2 * 100 * (600 * 2 + 4) + ordered
+        )
+        for trial in trials:
+            train(trial, images, store, lambda metrics: None)
+        kept = [p.stat().st_size - 12 for kind in ("logits", "order") for p in chunks(store, kind)]
+        assert sum(kept) == sum(p.bytes for p in planned.values())
 
 
 def test_a_bank_that_does_not_fit_is_refused_with_what_would(experiment, tmp_path, monkeypatch):

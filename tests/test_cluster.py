@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 
 import psutil
 import pytest
@@ -90,16 +91,59 @@ def run(cluster, folder, *sets, text=TEXT):
     return driver, load_experiment(path, sets), Store(folder / "results")
 
 
+def wait(condition):
+    deadline = time.monotonic() + 200
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+
+
+def children(cluster, wanted):
+    found = []
+    for process in psutil.Process(cluster.pid).children(recursive=True):
+        with suppress(psutil.Error, IndexError):
+            if wanted(process):
+                found.append(process)
+    return found
+
+
 @pytest.mark.timeout(600)
-def test_a_group_across_nodes_and_the_bank_they_share(cluster, tmp_path):
-    driver, made, store = run(cluster, tmp_path, "workers=2", "grid.loss=[kd]")
+def test_a_group_across_nodes_a_death_in_it_and_the_bank_they_share(cluster, tmp_path):
+    driver, made, store = run(cluster, tmp_path, "workers=2", "epochs=60", "grid.loss=[kd]")
+    trial = plan(made).cells[0].trial
+    wait(lambda: store.load_checkpoint(trial))
+    workers = children(cluster, lambda process: "RayTrainWorker" in process.cmdline()[0])
+    assert len(workers) == 2
+    workers[-1].kill()
     output = driver.communicate()[0]
     assert driver.returncode == 0, output
     trials = plan(made).trials
     assert store.finished(trials) == trials.keys()
-    kd = store.record(plan(made).cells[0].trial.id)
-    assert kd["trial"]["workers"] == 2 and len(store.banks()) == 2
+    assert store.record(trial.id)["trial"]["workers"] == 2 and len(store.banks()) == 2
+    assert [epoch["epoch"] for epoch in store.epochs(trial.id)] == list(range(1, 61))
     cluster.all_back()
+
+
+SHIPPED = """
+import sys
+from pld_ray.cluster import connected
+import ray
+
+def where():
+    import analysis, pld_ray
+    return pld_ray.__file__, analysis.__file__
+
+with connected(sys.argv[1]):
+    print(*ray.get(ray.remote(where).remote()))
+"""
+
+
+def test_workers_run_the_code_of_whoever_joins(cluster, tmp_path):
+    command = [sys.executable, "-c", SHIPPED, cluster.address]
+    found = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
+    places = found.stdout.split()
+    assert len(places) == 2
+    assert all("runtime_resources/py_modules_files" in place for place in places), places
 
 
 @pytest.mark.timeout(600)
@@ -125,16 +169,9 @@ search:
 @pytest.mark.timeout(600)
 def test_a_node_that_dies_takes_nothing_with_it(cluster, tmp_path):
     driver, made, store = run(cluster, tmp_path, "epochs=60", "seeds=[0,1,2]")
-    deadline = time.monotonic() + 200
-    while len(store.all_finished()) < 2:
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
-    raylets = [
-        process
-        for process in psutil.Process(cluster.pid).children(recursive=True)
-        if process.name() == "raylet" and "--head" not in process.cmdline()
-    ]
-    raylets[-1].kill()
+    wait(lambda: len(store.all_finished()) >= 2)
+    raylets = children(cluster, lambda process: process.name() == "raylet")
+    [raylet for raylet in raylets if "--head" not in raylet.cmdline()][-1].kill()
     output = driver.communicate()[0]
     assert driver.returncode == 0, output
     trials = plan(made).trials

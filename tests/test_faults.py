@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -97,6 +98,7 @@ def test_kills_hangs_stops_and_damage_change_no_bit(whole, tmp_path):
     teacher, ce, *_, pld = made.trials
     with Driver(path, store.uri) as driver:
         wait(lambda: under_way(store, made))
+        assert listening(driver) == {"127.0.0.1"}
         killed = wait(driver.trains)
         killed.kill()
         hung = wait(lambda: (p := driver.trains()) and p.pid != killed.pid and p)
@@ -120,6 +122,17 @@ def test_kills_hangs_stops_and_damage_change_no_bit(whole, tmp_path):
     assert "1 teachers have damaged weights and are trained again" in output
     assert store.record(ce) == kept  # nothing of it was damaged
     assert not list(tmp_path.rglob("claim-*")) and not list(tmp_path.rglob("drivers/*"))
+
+
+def listening(driver):
+    """The addresses on which a driver and what it has started listen."""
+    here = psutil.Process(driver.pid)
+    found = set()
+    for process in (here, *here.children(recursive=True)):
+        with suppress(psutil.Error):
+            sockets = process.net_connections("inet")
+            found |= {s.laddr.ip for s in sockets if s.status == psutil.CONN_LISTEN}
+    return {ip.removeprefix("::ffff:") for ip in found}
 
 
 def told_to_stop(driver, number):

@@ -59,9 +59,15 @@ class LossParams(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
     needs_teacher: ClassVar[bool] = True
     needs_features: ClassVar[bool] = False  # compares feature maps instead of logits
+    ranks: ClassVar[bool] = False  # takes the teacher's order of the classes
     module: ClassVar[str]  # "file:class" in this folder
     label: ClassVar[str]  # as the paper's tables print it
     name: str
+
+    @property
+    def needs_order(self) -> bool:
+        """Whether a kept order helps: one that ranks the first classes alone finds them itself."""
+        return self.ranks and getattr(self, "top_k", None) is None
 
 
 class CE(LossParams):
@@ -126,6 +132,7 @@ class DKD(LossParams):
 class PLD(LossParams):
     """Plackett-Luce distillation: the ranking weighted by the teacher's softmax."""
 
+    ranks = True
     module = "plackett_luce:PLDLoss"
     label = "PLD"
     name: Literal["pld"]
@@ -139,6 +146,7 @@ class PLD(LossParams):
 class ListMLE(LossParams):
     """The same ranking with equal weights 1/C (Xia et al. 2008)."""
 
+    ranks = True
     module = "plackett_luce:ListMLELoss"
     label = "ListMLE"
     name: Literal["listmle"]
@@ -148,6 +156,7 @@ class ListMLE(LossParams):
 class PListMLE(LossParams):
     """The same ranking with fixed decreasing weights (Lan et al. 2014)."""
 
+    ranks = True
     module = "plackett_luce:PListMLELoss"
     label = "P-ListMLE"
     name: Literal["plistmle"]

@@ -1,0 +1,246 @@
+"""The paper's ImageNet grid on 8, 64 and 512 GPUs, worked out: the numbers of docs/scale.md.
+
+    .venv/bin/python benchmarks/scale.py    # a minute on 2 cores, no GPU, no dataset
+
+Measured here: the operations of each network, the random resized crops that a core decodes from
+JPEG files as large as ImageNet's, the rows of the teacher bank that it reads and writes. Taken from
+the paper: 100 epochs take 6 hours on 8 A100s (8 for a vision transformer) with a live teacher.
+Assumed: where it is the GPUs that these hours are spent on, they are spent in proportion to the
+operations, 1 for the teacher's forward pass and 3 for the student's step. Trials are put on groups
+of 8 GPUs, the longest first; who is first to need a bank pays for the teacher.
+"""
+
+from __future__ import annotations
+
+import heapq
+import io
+import os
+import tempfile
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+os.environ["OMP_NUM_THREADS"] = "1"  # what one core does
+
+import numpy as np
+import torch
+from PIL import Image
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from torch.utils.flop_counter import FlopCounterMode
+
+from analysis.paper import experiments
+from pld_ray import bank, data
+from pld_ray.encoded import Encoded
+from pld_ray.experiment import load_experiment, plan
+from pld_ray.models import create_model
+from pld_ray.spec import Model, Trial, Weights
+from pld_ray.store import Store
+
+IMAGES = data.Size(1_281_167, 50_000, 1000)
+IMAGE_BYTES = 110_000  # of a training image, on average
+GROUP = 8  # GPUs of a trial
+HOURS = 48.0, 64.0  # GPU-hours of 100 epochs as reported: any student, a vision transformer
+
+
+def measured_operations(models: Iterable[Model]) -> dict[str, tuple[float, int]]:
+    """Floating-point operations of one image's forward pass at 224 pixels, and parameters."""
+    found = {}
+    for model in models:
+        with torch.device("meta"):
+            network = create_model(model, 1000, 3, 224).eval()
+            with FlopCounterMode(display=False) as counter, torch.no_grad():
+                network(torch.zeros(1, 3, 224, 224))
+        parameters = sum(p.numel() for p in network.parameters())
+        found[model.name] = float(counter.get_total_flops()), parameters
+    return found
+
+
+def measured_decoding(count: int = 300) -> float:
+    """Random resized crops of 224 pixels a second and core."""
+    rng = np.random.default_rng(0)
+    contents = []
+    for _ in range(20):
+        rough = Image.fromarray(rng.integers(0, 256, (94, 125, 3), np.uint8))
+        buffer = io.BytesIO()
+        rough.resize((500, 375), Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=93)
+        contents.append(buffer.getvalue())
+    average = sum(map(len, contents)) / len(contents)
+    assert 0.8 < average / IMAGE_BYTES < 1.2, average
+    joined = np.frombuffer(b"".join(contents), np.uint8)
+    ends = np.cumsum([len(content) for content in contents])
+    images = Encoded(None, joined, ends, np.array([b""] * 20), 224, 236)
+    index = np.arange(count) % 20
+    started = time.perf_counter()
+    images.decode(index, data.crop_draws(0, 0, np.arange(count)))
+    return count / (time.perf_counter() - started)
+
+
+def measured_bank(chunks: int = 20) -> tuple[float, float]:
+    """Rows of 1000 float16 logits a second and core: written, and read and unpacked again."""
+    logits = np.random.default_rng(0).normal(size=(bank.ROWS, 1000)).astype(np.float32)
+    row = bank.row_type(1000, "float16")
+    with tempfile.TemporaryDirectory() as folder:
+        store = Store(folder)
+        started = time.perf_counter()
+        for number in range(chunks):
+            store.write_chunk(f"key/0/{number}.logits", bank.encode(bank.pack(logits, row), 1.0))
+        written = time.perf_counter()
+        for number in range(chunks):
+            content = store.read_chunk(f"key/0/{number}.logits")
+            assert content is not None
+            found = bank.decode(content, row, bank.ROWS)
+            assert found is not None
+            bank.unpack(found[0])
+        ended = time.perf_counter()
+    rows = chunks * bank.ROWS
+    return rows / (written - started), rows / (ended - written)
+
+
+@dataclass
+class Job:
+    """A trial of the grid."""
+
+    trial: Trial
+    hours: float  # GPU-hours with a live teacher
+    share: float  # of them that is the teacher's
+
+    @property
+    def student(self) -> float:
+        """GPU-hours without the teacher."""
+        return self.hours * (1 - self.share)
+
+
+def imagenet() -> list[Trial]:
+    """The trials of all ImageNet experiments, one after the other."""
+    made = [plan(load_experiment(name)) for name in experiments()]
+    trials = [trial for each in made for trial in each.trials.values()]
+    return [trial for trial in trials if trial.data.name == "imagenet"]
+
+
+def jobs(trials: Iterable[Trial], operations: dict[str, tuple[float, int]]) -> list[Job]:
+    """What each trial costs."""
+    found = []
+    for trial in trials:
+        hours = HOURS["vit" in trial.student.name] * trial.epochs / 100
+        step = 3 * operations[trial.student.name][0]
+        teacher = 0.0
+        if isinstance(trial.teacher, Weights):
+            teacher = operations[trial.teacher.name][0]
+        found.append(Job(trial, hours, teacher / (teacher + step)))
+    return found
+
+
+def with_bank(found: list[Job]) -> list[float]:
+    """GPU-hours of each trial where teachers are kept: the longest of a bank computes it."""
+    first: dict[str, Job] = {}
+    for job in found:
+        if bank.banked(job.trial):
+            key = bank.planned_key(job.trial, "train")
+            if key not in first or job.hours > first[key].hours:
+                first[key] = job
+    return [
+        job.hours if job in first.values() or not bank.banked(job.trial) else job.student
+        for job in found
+    ]
+
+
+def days(hours: list[float], gpus: int) -> float:
+    """Wall days until all are done on groups of GPUs, the longest first."""
+    groups = [0.0] * (gpus // GROUP)
+    for each in sorted(hours, reverse=True):
+        heapq.heappush(groups, heapq.heappop(groups) + each / GROUP)
+    return max(groups) / 24
+
+
+def table(*heads: str) -> Table:
+    """An empty table, numbers to the right."""
+    made = Table(box=box.MARKDOWN)
+    for i, head in enumerate(heads):
+        made.add_column(head, justify="right" if i else "left", no_wrap=True)
+    return made
+
+
+def show(console: Console) -> None:
+    """Measure, work out and print."""
+    every = imagenet()
+    trials = {trial.id: trial for trial in every}
+    models = {t.student.name: t.student for t in trials.values()}
+    models |= {
+        t.teacher.name: Model(name=t.teacher.name)
+        for t in trials.values()
+        if isinstance(t.teacher, Weights)
+    }
+    operations = measured_operations(models.values())
+    found = jobs(trials.values(), operations)
+    decoded, (written, read) = measured_decoding(), measured_bank()
+    epochs = sum(job.trial.epochs for job in found)
+    console.print(
+        f"{len(found)} unique trials, {epochs:,} epochs, {len(models)} networks\n"
+        f"a core decodes {decoded:.0f} crops a second; it writes {written:,.0f} rows of the bank "
+        f"a second and reads {read:,.0f}\n",
+        highlight=False,
+    )
+    pairs = table("Teacher → student", "Trials", "Teacher GFLOP", "Student x3", "Teacher %")
+    by_pair: dict[tuple[str, str], list[Job]] = {}
+    for job in found:
+        teacher = job.trial.teacher
+        name = teacher.name.split(".")[0] if isinstance(teacher, Weights) else "–"
+        by_pair.setdefault((name, job.trial.student.name), []).append(job)
+    for (teacher, student), some in sorted(by_pair.items()):
+        step = 3 * operations[student][0]
+        forward = step * some[0].share / (1 - some[0].share)
+        pairs.add_row(
+            f"{teacher} → {student}",
+            str(len(some)),
+            f"{forward / 1e9:.1f}",
+            f"{step / 1e9:.1f}",
+            f"{100 * some[0].share:.0f}",
+        )
+    console.print(pairs)
+
+    banks = list(bank.planned(trials.values(), lambda _: IMAGES, Store(".")).values())
+    views = table("Views", "Teachers", "Logits", "With orders")
+    for most in (1, 8, 32, 100, 300):
+        train = [b for b in banks if b.split == "train"]
+        logits = sum(min(b.views, most) * b.view_bytes for b in train)
+        total = sum(b.takes(most) for b in banks)
+        views.add_row(str(most), str(len(train)), bank.in_bytes(logits), bank.in_bytes(total))
+    console.print(views)
+
+    apart = sum(job.hours for job in jobs(every, operations))
+    live, kept = [job.hours for job in found], with_bank(found)
+    sizes = table("GPUs", "Trials at once", "Days, live", "Days, bank", "Longest trial, days")
+    for gpus in (8, 64, 512):
+        sizes.add_row(
+            str(gpus),
+            str(gpus // GROUP),
+            f"{days(live, gpus):.1f}",
+            f"{days(kept, gpus):.1f}",
+            f"{max(live) / GROUP / 24:.1f}",
+        )
+    console.print(
+        f"\nGPU-hours: {apart:,.0f} if every experiment ran its own trials, {sum(live):,.0f} with "
+        f"each trial once, {sum(kept):,.0f} with each teacher once",
+        highlight=False,
+    )
+    console.print(sizes)
+
+    rate = IMAGES.train * 100 / (6 * 3600)  # images a second of a trial as reported
+    fast = rate / (1 - max(job.share for job in found))
+    state = max(operations[job.trial.student.name][1] for job in found) * 3 * 4
+    traffic = table("A second, of one trial", "As reported", "With the bank, at most")
+    for what, of in (
+        ("images", lambda r: f"{r:,.0f}"),
+        ("cores that decode", lambda r: f"{r / decoded:,.0f}"),
+        ("encoded images read", lambda r: bank.in_bytes(r * IMAGE_BYTES)),
+        ("bank read", lambda r: bank.in_bytes(r * 2004)),
+        ("checkpoints written", lambda r: bank.in_bytes(state * r / IMAGES.train)),
+    ):
+        traffic.add_row(what, of(rate), of(fast))
+    console.print(traffic)
+
+
+if __name__ == "__main__":
+    show(Console(width=130))
