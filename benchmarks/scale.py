@@ -201,12 +201,10 @@ def show(console: Console) -> None:
     console.print(pairs)
 
     banks = list(bank.planned(trials.values(), lambda _: IMAGES, Store(".")).values())
-    views = table("Views", "Teachers", "Logits", "With orders")
+    views = table("Views", "Teachers", "Bank")
     for most in (1, 8, 32, 100, 300):
-        train = [b for b in banks if b.split == "train"]
-        logits = sum(min(b.views, most) * b.view_bytes for b in train)
-        total = sum(b.takes(most) for b in banks)
-        views.add_row(str(most), str(len(train)), bank.in_bytes(logits), bank.in_bytes(total))
+        teachers = sum(b.split == "train" for b in banks)
+        views.add_row(str(most), str(teachers), bank.in_bytes(sum(b.takes(most) for b in banks)))
     console.print(views)
 
     apart = sum(job.hours for job in jobs(every, operations))

@@ -57,12 +57,12 @@ def test_planned_sizes_are_those_on_the_disk(experiment, tmp_path):
 def test_of_many_classes_the_order_is_kept_and_counted_too(experiment, tmp_path):
     store = Store(tmp_path)
     pld, kd = cells(experiment, "teacher.logits=float16", "epochs=2", "data.limit=100")
-    images = replace(load(pld.data), classes=600)
+    images = replace(load(pld.data), classes=5000)
     train(pld.teacher, images, store, lambda metrics: None)
-    for trials, ordered in (([kd], 0), ([kd, pld], 2 * 100 * 600 * 2)):
-        planned = bank.planned(trials, lambda data: Size(100, 360, 600), store)
+    for trials, ordered in (([kd], 0), ([kd, pld], 2 * 100 * 5000 * 2)):
+        planned = bank.planned(trials, lambda data: Size(100, 360, 5000), store)
         assert sum(p.bytes for p in planned.values() if p.split == "train") == (
-            2 * 100 * (600 * 2 + 4) + ordered
+            2 * 100 * (5000 * 2 + 4) + ordered
         )
         for trial in trials:
             train(trial, images, store, lambda metrics: None)

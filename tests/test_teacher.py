@@ -109,8 +109,8 @@ def test_images_that_do_not_change_have_one_view_for_all_seeds(experiment, tmp_p
 
 def test_the_order_is_kept_where_there_are_many_classes(experiment, tmp_path):
     rng = np.random.default_rng(0)
-    pixels, labels = rng.integers(0, 256, (90, 8, 8, 3), np.uint8), rng.integers(0, 600, 90)
-    images = Images(pixels, labels, pixels[:20], labels[:20], 600, (0.5,) * 3, (0.2,) * 3)
+    pixels, labels = rng.integers(0, 256, (90, 8, 8, 3), np.uint8), rng.integers(0, 5000, 90)
+    images = Images(pixels, labels, pixels[:20], labels[:20], 5000, (0.5,) * 3, (0.2,) * 3)
     trial, other = cells(experiment, "student=resnet8", "teacher=resnet8", "epochs=2")
     store = Store(tmp_path)
     train(trial.teacher, images, store, lambda metrics: None)
