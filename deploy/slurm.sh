@@ -26,7 +26,11 @@ port=$((20000 + SLURM_JOB_ID % 20000))
 
 mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 head=${nodes[0]}
-address=$(srun --nodes=1 --ntasks=1 --nodelist="$head" hostname --ip-address | awk '{print $1}')
+address=$(srun --nodes=1 --ntasks=1 --nodelist="$head" hostname -I | awk '{print $1}')
+
+# Other users of these machines cannot reach this cluster.
+RAY_AUTH_TOKEN=$(od -An -N16 -tx1 /dev/urandom | tr -d ' \n')
+export RAY_AUTH_MODE=token RAY_AUTH_TOKEN
 
 # The tasks end with the job; --block keeps each until then.
 srun --nodes=1 --ntasks=1 --nodelist="$head" --overlap "$bin/ray" start --head --block \
@@ -37,16 +41,26 @@ for node in "${nodes[@]:1}"; do
     --address="$address:$port" --num-cpus="$cpus" --num-gpus="$gpus" --disable-usage-stats &
 done
 
-for _ in $(seq 120); do  # until all nodes have joined
+joined=0
+for _ in $(seq 120); do
   joined=$("$bin/ray" status --address="$address:$port" 2>/dev/null | grep -c ' node_' || true)
   [ "$joined" -eq "${#nodes[@]}" ] && break
   sleep 1
 done
+if [ "$joined" -ne "${#nodes[@]}" ]; then
+  echo "$joined of ${#nodes[@]} nodes have joined the Ray cluster: see above" >&2
+  exit 1
+fi
 
 # srun would not pass the signal on; the driver stops within seconds and says how to go on
 "$bin/pld-ray" run "$@" --address "$address:$port" &
 driver=$!
 trap 'kill -TERM $driver' TERM INT
-wait $driver && code=0 || code=$?
-kill $(jobs -p) 2>/dev/null || true
+code=0
+wait $driver || code=$?
+while kill -0 $driver 2>/dev/null; do  # it was the wait that the signal ended
+  code=0
+  wait $driver || code=$?
+done
+jobs -p | xargs --no-run-if-empty kill 2>/dev/null || true
 exit $code
