@@ -10,7 +10,7 @@ import pandas as pd
 
 from pld_ray.errors import InputError
 from pld_ray.spec import Trial
-from pld_ray.store import Store
+from pld_ray.store import Outcome, Store
 
 FORMATS = (".csv", ".parquet")
 
@@ -22,7 +22,7 @@ def frame(trials: dict[str, Trial], store: Store) -> pd.DataFrame:
     (its spec), metrics.*, seconds.* and environment.* as the record has them; of a trial that is
     not done the metrics are those of its last epoch. Lists are JSON.
     """
-    rows = [_row(key, trial, store) for key, trial in trials.items()]
+    rows = [_row(key, trials[key], outcome) for key, outcome in store.outcomes(trials).items()]
     table = pd.json_normalize(rows)
     for name in table:
         if table[name].dtype == "object":
@@ -34,18 +34,18 @@ def _plain(value: Any) -> Any:
     return json.dumps(value) if isinstance(value, list | dict) else value
 
 
-def _row(key: str, trial: Trial, store: Store) -> dict[str, Any]:
+def _row(key: str, trial: Trial, outcome: Outcome) -> dict[str, Any]:
     spec = trial.model_dump(mode="json")
-    record, history = store.record(key), store.epochs(key)
+    record, history = outcome.record, outcome.epochs
     row: dict[str, Any] = {"id": key, "label": trial.label, "epoch": len(history), "trial": spec}
     if record is not None:
         kept = ("metrics", "seconds", "environment", "weights_sha256", "finished", "parameters")
         return row | {"state": "done", **{name: record.get(name) for name in kept}}
     row |= {"state": "begun" if history else "not begun"}
-    if (stopped := store.stopped(key)) is not None:
-        row |= {"state": "stopped", "why": stopped["by"]}
-    if (failure := store.failure(key)) is not None:
-        row |= {"state": "failed", "why": failure["reason"]}
+    if outcome.stopped is not None:
+        row |= {"state": "stopped", "why": outcome.stopped["by"]}
+    if outcome.failure is not None:
+        row |= {"state": "failed", "why": outcome.failure["reason"]}
     return row | ({"metrics": history[-1]} if history else {})
 
 

@@ -25,11 +25,11 @@ def frame(plan: Plan, store: Store) -> pd.DataFrame:
     seconds is the trial's training time, teacher_seconds what of it the teacher's forward passes
     took, and teacher_avoided_seconds what the teacher bank spared.
     """
-    teachers = {key: record for key in plan.teacher_ids if (record := store.record(key))}
+    records = store.records([*(cell.trial.id for cell in plan.cells), *plan.teacher_ids])
     rows: list[dict[Any, Any]] = []
     named: list[dict[Any, Any]] = places(plan).to_dict("records")
     for cell, original, place in zip(plan.cells, plan.originals, named, strict=True):
-        record = store.record(cell.trial.id)
+        record = records.get(cell.trial.id)
         row: dict[Any, Any] = {
             "id": cell.trial.id,
             **place,
@@ -47,8 +47,8 @@ def frame(plan: Plan, store: Store) -> pd.DataFrame:
             for part in ("teacher_seconds", "teacher_avoided_seconds"):
                 row[part] = record["seconds"].get(part, 0.0)
             row["parameters"] = record.get("parameters")
-        if isinstance(cell.trial.teacher, Trial) and cell.trial.teacher.id in teachers:
-            row["teacher_top1"] = teachers[cell.trial.teacher.id]["metrics"]["top1"]
+        if isinstance(cell.trial.teacher, Trial) and cell.trial.teacher.id in records:
+            row["teacher_top1"] = records[cell.trial.teacher.id]["metrics"]["top1"]
         rows.append(row)
     empty = ["id", *GROUP, "seed", "loss", "finished", "notes", "top1"] if not rows else None
     frame = pd.DataFrame(rows, columns=empty).astype({"finished": bool})
@@ -68,10 +68,11 @@ def places(plan: Plan) -> pd.DataFrame:
 def curves(plan: Plan, store: Store) -> pd.DataFrame:
     """One row an epoch of each cell, finished or not: the columns of GROUP, seed and metrics."""
     labels = frame(plan, store)[[*GROUP, "seed", "id"]]
+    outcomes = store.outcomes(labels["id"])
     rows = [
         {**cell, **epoch}
         for cell in labels.to_dict("records")
-        for epoch in store.epochs(cell["id"])
+        for epoch in outcomes[cell["id"]].epochs
     ]
     return pd.DataFrame(rows)
 

@@ -82,7 +82,7 @@ def _section(
 ) -> Section:
     experiment = plan.experiment
     miniature = experiment.miniature_of is not None
-    found = {key: store.record(key) for key in plan.trials}
+    found = dict.fromkeys(plan.trials) | store.records(plan.trials)
     finished = sum(record is not None for record in found.values())
     name = experiment.name.removesuffix("-smoke") if miniature else experiment.name
     section = Section(

@@ -74,7 +74,8 @@ def grid(base: dict[str, Any], losses: list[Any], rates: list[float], logits: st
 
 def run(made: Plan, images: data.Images, store: Store) -> tuple[float, list[dict[str, Any]]]:
     """Wall seconds of a grid, and the records of its cells."""
-    pending = {key: t for key, t in made.trials.items() if key not in store.all_finished()}
+    done = store.finished(made.trials)
+    pending = {key: trial for key, trial in made.trials.items() if key not in done}
     held = {sweep.data_key(trial): images for trial in pending.values()}
     console = Console(quiet=True)
     started = time.perf_counter()

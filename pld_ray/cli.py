@@ -136,19 +136,18 @@ def status(
 ) -> None:
     """List what is done, begun, failed (and why) and missing; exit code 1 if anything failed."""
     planned, store = session.opened(experiment, overrides, smoke, storage)
-    done, failed = store.finished(planned.trials), 0
+    failed = 0
     width = max(map(len, planned.labels.values()), default=0)
-    for key, trial in planned.trials.items():
-        state = "done"
-        if key not in done:
-            failure, epochs = store.failure(key), len(store.epochs(key))
-            failed += failure is not None
-            state = f"{epochs}/{trial.epochs} epochs" if epochs else "not begun"
-            if failure:
-                state = f"FAILED: {failure['reason']} ({store.folder(key)})"
-            elif (stopped := store.stopped(key)) is not None:
-                by = stopped["by"].replace("_", " ")
-                state = f"stopped by {by} after {stopped['epoch']}/{trial.epochs} epochs"
+    for key, outcome in store.outcomes(planned.trials).items():
+        state, epochs = "done", planned.trials[key].epochs
+        if outcome.record is None:
+            failed += outcome.failure is not None
+            state = f"{len(outcome.epochs)}/{epochs} epochs" if outcome.epochs else "not begun"
+            if outcome.failure is not None:
+                state = f"FAILED: {outcome.failure['reason']} ({store.folder(key)})"
+            elif outcome.stopped is not None:
+                by = outcome.stopped["by"].replace("_", " ")
+                state = f"stopped by {by} after {outcome.stopped['epoch']}/{epochs} epochs"
         typer.echo(f"{key}  {planned.labels[key]:{width}}  {state}")
     if failed:
         raise typer.Exit(1)

@@ -21,7 +21,7 @@ from pld_ray.experiment import Cell, Experiment, Plan, Settings, build, combinat
 from pld_ray.losses import REGISTRY
 from pld_ray.space import Point, Range, Search, Tried, points, suggest
 from pld_ray.spec import Trial
-from pld_ray.store import Store
+from pld_ray.store import Outcome, Store
 
 FREE = ("pad", "flip")  # of data: they change no dataset
 
@@ -95,21 +95,24 @@ class Group:
         else:  # they need not be kept
             known = points(self.search, self.space, self.key)
             rows = [[]] * len(known)
-        drawn = [self._drawn(point, self.trial(point), store) for point in known]
+        trials = [self.trial(point) for point in known]
+        outcomes = store.outcomes(trial.id for trial in trials)
+        drawn = [
+            self._drawn(point, trial, outcomes[trial.id])
+            for point, trial in zip(known, trials, strict=True)
+        ]
         return Progress(self, drawn, len(rows))
 
-    def _drawn(self, point: Point, trial: Trial, store: Store) -> Drawn:
-        record = store.record(trial.id)
-        if record is not None:
+    def _drawn(self, point: Point, trial: Trial, outcome: Outcome) -> Drawn:
+        if (record := outcome.record) is not None:
             score, seconds = record["metrics"].get(self.search.metric), record["seconds"]["seconds"]
             return Drawn(point, trial, "done", trial.epochs, score, seconds)
-        history = store.epochs(trial.id)
+        history = outcome.epochs
         seconds = sum(epoch.get("seconds", 0.0) for epoch in history)
         score = history[-1].get(self.search.metric) if history else None
-        failure = store.failure(trial.id) or {}
-        by = (store.stopped(trial.id) or {}).get("by")
+        by = (outcome.stopped or {}).get("by")
         state = "open"
-        if failure.get("final"):
+        if (outcome.failure or {}).get("final"):
             state = "failed"
         elif by == self.search.scheduler:  # another one may let it go on
             state = "stopped"

@@ -23,6 +23,7 @@ import io
 import json
 from collections.abc import Iterable
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +37,16 @@ from pld_ray.spec import Trial
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What there is of a trial; see the methods of the same names."""
+
+    record: dict[str, Any] | None
+    epochs: list[dict[str, Any]]
+    failure: dict[str, Any] | None
+    stopped: dict[str, Any] | None
 
 
 class Store:
@@ -110,16 +121,37 @@ class Store:
         """The record of a finished trial, or None."""
         return _record(self.files.read(f"trials/{trial_id}/record.json"))
 
+    def records(self, trial_ids: Iterable[str]) -> dict[str, dict[str, Any]]:
+        """The records of those of the trials that have one."""
+        found = self._read_all(trial_ids, "record.json")
+        records = {key: _record(contents.get("record.json")) for key, contents in found.items()}
+        return {key: record for key, record in records.items() if record is not None}
+
     def finished(self, trial_ids: Iterable[str]) -> set[str]:
         """Those of the trials that have a record."""
-        paths = {f"trials/{trial_id}/record.json": trial_id for trial_id in trial_ids}
-        contents = self.files.read_many(paths)
-        return {paths[path] for path, content in contents.items() if _record(content) is not None}
+        return set(self.records(trial_ids))
 
-    def all_finished(self) -> set[str]:
-        """Ids of all trials that have a record, of whatever experiment."""
-        names = (path.split("/") for path in self.files.listed("trials"))
-        return self.finished(parts[0] for parts in names if parts[1:] == ["record.json"])
+    def outcomes(self, trial_ids: Iterable[str]) -> dict[str, Outcome]:
+        """What there is of each of the trials."""
+        names = ("record.json", "epochs.jsonl", "failure.json", "stopped.json")
+        return {
+            key: Outcome(
+                _record(contents.get("record.json")),
+                _epochs(contents.get("epochs.jsonl", b"")),
+                _opened(contents.get("failure.json", b"")),
+                _opened(contents.get("stopped.json", b"")),
+            )
+            for key, contents in self._read_all(trial_ids, *names).items()
+        }
+
+    def _read_all(self, trial_ids: Iterable[str], *names: str) -> dict[str, dict[str, bytes]]:
+        """Some files of many trials; from an object store many at a time."""
+        ids = list(dict.fromkeys(trial_ids))
+        found = self.files.read_many(f"trials/{key}/{name}" for key in ids for name in names)
+        return {
+            key: {name: found[path] for name in names if (path := f"trials/{key}/{name}") in found}
+            for key in ids
+        }
 
     def trials(self) -> dict[str, Trial]:
         """All trials that have begun, of whatever experiment."""
@@ -146,13 +178,7 @@ class Store:
 
     def epochs(self, trial_id: str) -> list[dict[str, Any]]:
         """The metrics of every epoch so far; none where the file is damaged."""
-        content = self.files.read(f"trials/{trial_id}/epochs.jsonl") or b""
-        found = [_parsed(line) for line in content.splitlines()]
-        try:
-            _EPOCHS.validate_python(found)
-        except ValidationError:
-            return []
-        return found
+        return _epochs(self.files.read(f"trials/{trial_id}/epochs.jsonl") or b"")
 
     def load_checkpoint(self, trial: Trial) -> dict[str, Any] | None:
         """The state last kept by `checkpoint`, or None: also where the file is damaged."""
@@ -296,6 +322,15 @@ def _record(content: bytes | None) -> dict[str, Any] | None:
     except ValidationError:
         return None
     return value
+
+
+def _epochs(content: bytes) -> list[dict[str, Any]]:
+    found = [_parsed(line) for line in content.splitlines()]
+    try:
+        _EPOCHS.validate_python(found)
+    except ValidationError:
+        return []
+    return found
 
 
 def _parsed(content: bytes) -> Any:

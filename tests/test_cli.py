@@ -108,7 +108,7 @@ def test_help_needs_no_heavy_import(tmp_path):
 def test_plan_needs_no_torch(tmp_path):
     code = (
         "import sys\nfrom pld_ray import load_experiment, plan, Store\n"
-        "plan(load_experiment('demo')); Store('x').all_finished()\n"
+        "plan(load_experiment('demo')); Store('x').trials()\n"
         "print([m for m in ('torch', 'timm', 'ray') if m in sys.modules])"
     )
     done = subprocess.run(

@@ -169,7 +169,7 @@ search:
 @pytest.mark.timeout(600)
 def test_a_node_that_dies_takes_nothing_with_it(cluster, tmp_path):
     driver, made, store = run(cluster, tmp_path, "epochs=60", "seeds=[0,1,2]")
-    wait(lambda: len(store.all_finished()) >= 2)
+    wait(lambda: len(store.finished(store.trials())) >= 2)
     raylets = children(cluster, lambda process: process.name() == "raylet")
     [raylet for raylet in raylets if "--head" not in raylet.cmdline()][-1].kill()
     output = driver.communicate()[0]

@@ -112,8 +112,14 @@ def test_kills_hangs_stops_and_damage_change_no_bit(whole, tmp_path):
     with Driver(path, store.uri) as driver:
         wait(driver.trains)
         told_to_stop(driver, signal.SIGTERM)
-    assert len(results(made, store)) < len(expected)
+    with Driver(path, store.uri) as driver:
+        wait(driver.trains)
+        driver.kill()
+        driver.communicate()
+    before = store.records(made.trials)
+    assert len(before) < len(expected)
     finish(path, made, store, expected)
+    assert before.items() <= store.records(made.trials).items()  # not run again
     kept = store.record(ce)
     damage(Path(store.folder(pld), "record.json"))
     damage(Path(store.folder(teacher), "student.safetensors"))
@@ -163,7 +169,7 @@ def test_two_drivers_share_the_work_and_a_killed_one_leaves_it_to_the_other(whol
     store = Store(tmp_path / "results")
     with Driver(path, store.uri) as one, Driver(path, store.uri) as two:
         wait(lambda: list(tmp_path.rglob("record.json")))
-        before = {key: store.record(key) for key in store.all_finished()}
+        before = store.records(store.trials())
         one.kill()
         one.communicate()
         code, output = two.end()
@@ -203,7 +209,7 @@ def test_one_trial_runs_out_of_memory_and_the_others_go_on(whole, tmp_path):
     assert code == 1 and "1 of 1" not in output
     assert "vit_tiny_patch16_224 seed 0: FAILED: RuntimeError: " in output
     store = Store(tmp_path)
-    done = [store.record(key) for key in store.all_finished()]
+    done = store.records(store.trials()).values()
     assert [record["trial"]["student"]["name"] for record in done] == ["resnet8"]
     command = [sys.executable, "-m", "pld_ray.cli", "status", path, *sets, "--storage", tmp_path]
     status = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -22,7 +22,7 @@ def run(name, store):
 def test_a_miniature_fills_its_table(name, local_ray, tmp_path):
     store = Store(tmp_path / "results")
     made, _ = run(name, store)
-    assert store.all_finished() == set(made.trials)
+    assert store.finished(store.trials()) == set(made.trials)
     frame = records.frame(made, store)
     (table,) = paper.of_experiment(f"{name}-smoke")
     found = paper.entries(table, frame)

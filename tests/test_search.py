@@ -263,10 +263,10 @@ def test_a_search_with_asha_and_then_the_comparison(local_ray, tmp_path, capfd):
     assert store.finished(c.trial.id for c in plan.cells) == {c.trial.id for c in plan.cells}
     printed = capfd.readouterr().out
     assert "| resnet8 → resnet8 | KD " in printed and "stopped by asha" in printed
-    finished = {trial: store.record(trial) for trial in store.all_finished()}
+    finished = store.records(store.trials())
     # the same command has nothing to do; without a scheduler the stopped ones go on where they were
     run(tmp_path, *sets)
-    assert {trial: store.record(trial) for trial in store.all_finished()} == finished
+    assert store.records(store.trials()) == finished
     run(tmp_path, "search.num_trials=4", "grid.loss=[ce,kd]")
     for drawn in stopped:
         record = store.record(drawn.trial.id)

@@ -1,16 +1,22 @@
 import hashlib
 import json
 import multiprocessing
+import subprocess
+import sys
 from pathlib import Path
 from uuid import uuid4
 
 import pytest
 import torch
+from small import SMALL
 
+from pld_ray.data import load
 from pld_ray.errors import InputError
+from pld_ray.experiment import plan
 from pld_ray.files import Files
 from pld_ray.spec import Trial
 from pld_ray.store import Store
+from pld_ray.train import train
 
 TRIAL = Trial.model_validate({"data": "digits", "student": "resnet8", "loss": "ce", "epochs": 3})
 
@@ -28,7 +34,7 @@ def store(request, tmp_path):
 
 
 def test_round_trip(store):
-    assert store.all_finished() == set() and store.record(TRIAL.id) is None
+    assert store.trials() == {} and store.record(TRIAL.id) is None
     assert store.load_checkpoint(TRIAL) is None and store.epochs(TRIAL.id) == []
     store.start(TRIAL)
     spec = store.files.read(f"trials/{TRIAL.id}/trial.json")
@@ -50,7 +56,7 @@ def test_round_trip(store):
     }
     assert store.finished([TRIAL.id, "other"]) == set()
     store.finish(TRIAL, RECORD, {"w": torch.arange(3.0)})
-    assert store.finished([TRIAL.id, "other"]) == store.all_finished() == {TRIAL.id}
+    assert store.finished([TRIAL.id, "other"]) == store.finished(store.trials()) == {TRIAL.id}
     assert store.record(TRIAL.id)["metrics"] == RECORD["metrics"]
     assert store.failure(TRIAL.id) is None and store.load_checkpoint(TRIAL) is None
     assert torch.equal(store.load_weights(TRIAL)["w"], torch.arange(3.0))
@@ -195,7 +201,7 @@ def test_a_checkpoint_cannot_run_code(tmp_path):
 def test_a_uri_is_a_store_too(tmp_path):
     store = Store(tmp_path.as_uri())
     store.finish(TRIAL, RECORD, {"w": torch.zeros(1)})
-    assert Store(tmp_path).all_finished() == {TRIAL.id}
+    assert Store(tmp_path).record(TRIAL.id) is not None
 
 
 @pytest.mark.parametrize("root", ["nosuch://bucket/x", "", "a\0b"])
@@ -208,3 +214,18 @@ def test_an_object_store_that_is_not_there_is_told(s3):
     store = Store("s3://no-such-bucket/results")
     with pytest.raises(OSError, match="no-such-bucket"):
         store.start(TRIAL)
+
+
+def test_an_experiment_on_an_object_store_is_the_same_to_the_bit(s3, experiment, tmp_path):
+    made, local = plan(experiment(SMALL)), Store(tmp_path)
+    for trial in made.trials.values():
+        train(trial, load(trial.data), local, lambda metrics: None)
+    command = [sys.executable, "-m", "pld_ray.cli", "run", experiment.folder / "small.yaml"]
+    command += ["--storage", f"{s3}/whole"]
+    for said in ("3 trials to run", "all 3 trials are done"):
+        found = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+        assert said in found.stdout
+    remote = Store(f"{s3}/whole")
+    for key in made.trials:
+        assert remote.record(key)["weights_sha256"] == local.record(key)["weights_sha256"]
+    assert remote.banks().keys() == local.banks().keys() != set()

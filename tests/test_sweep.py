@@ -1,10 +1,3 @@
-import os
-import re
-import signal
-import subprocess
-import sys
-import time
-
 import pytest
 import torch
 from rich.console import Console
@@ -26,7 +19,7 @@ grid: {loss: [ce, pld]}
 
 
 def run(made, store):
-    pending = {k: t for k, t in made.trials.items() if k not in store.all_finished()}
+    pending = {k: t for k, t in made.trials.items() if k not in store.finished(store.trials())}
     images = sweep.check(pending)
     with View(made, pending, Console(quiet=True)) as view:
         failures = sweep.run(made, images, store, view)
@@ -42,7 +35,7 @@ def test_teachers_first_everything_once_failures_told(local_ray, experiment, tmp
     diverged = {t.id for t in made.trials.values() if t.optimizer.name == "sgd"}
     assert set(failures) == diverged and len(diverged) == 3
     assert all("training loss is" in reason for reason in failures.values())
-    assert store.all_finished() == made.trials.keys() - diverged
+    assert store.finished(store.trials()) == made.trials.keys() - diverged
     for trial in made.trials.values():
         if trial.id not in diverged and trial.teacher:
             student, teacher = (store.record(t.id) for t in (trial, trial.teacher))
@@ -106,49 +99,15 @@ def test_a_trial_that_never_fits_is_told(local_ray, experiment, tmp_path):
         run(plan(experiment(SMALL, "workers=4")), Store(tmp_path / "results"))
 
 
-def cli(*arguments, cwd):
-    return subprocess.Popen(
-        [sys.executable, "-m", "pld_ray.cli", *arguments],
-        cwd=cwd,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+def test_concurrent_bounds_what_runs_at_once(local_ray, experiment, tmp_path):
+    bounded = ["resources.concurrent=1", "grid.loss=[ce]", "seeds=[0,1,2]", "epochs=1"]
+    made, store, most = plan(experiment(SMALL, *bounded)), Store(tmp_path / "results"), []
 
+    class Counting(View):
+        def start(self, trial_id):
+            super().start(trial_id)
+            most.append(len(self.running))
 
-def test_a_killed_driver_loses_nothing(experiment, tmp_path):
-    overrides = ["--set", "epochs=20", "--set", "data.limit=300", "--set", "seeds=[0,1]"]
-    experiment(SMALL)
-    made = plan(load_experiment(tmp_path / "small.yaml", tuple(overrides[1::2])))
-    stores = {name: Store(tmp_path / name) for name in ("whole", "killed")}
-    path = str(tmp_path / "small.yaml")
-
-    def start(name):
-        return cli("run", path, *overrides, "--storage", str(tmp_path / name), cwd=tmp_path)
-
-    driver = start("killed")
-    deadline = time.monotonic() + 120
-    while len(stores["killed"].all_finished()) < 2 and time.monotonic() < deadline:
-        time.sleep(0.05)
-    os.kill(driver.pid, signal.SIGKILL)
-    driver.communicate()
-    time.sleep(2)  # Ray's processes end with their driver
-    before = {key: stores["killed"].record(key) for key in stores["killed"].all_finished()}
-    assert 2 <= len(before) < len(made.trials)
-    again = start("killed")
-    output, _ = again.communicate(timeout=200)
-    assert again.returncode == 0, output
-    assert f"{len(made.trials) - len(before)} trials to run, {len(before)} done before" in output
-    whole = start("whole")
-    assert whole.wait(timeout=200) == 0
-    for key in made.trials:
-        records = [stores[name].record(key) for name in ("killed", "whole")]
-        for record in records:
-            record["metrics"].pop("images_per_second")
-        assert records[0]["metrics"] == records[1]["metrics"]
-        if key in before:
-            assert before[key]["finished"] == records[0]["finished"]
-    assert re.search(r"^\| PLD +\| +\d\d\.\d\d ± ", output, re.MULTILINE)
-    third = start("killed")
-    output, _ = third.communicate(timeout=60)
-    assert f"all {len(made.trials)} trials are done" in output
+    with Counting(made, made.trials, Console(quiet=True)) as view:
+        assert sweep.run(made, sweep.check(made.trials), store, view) == {}
+    assert most == [1, 1, 1] and len(store.finished(made.trials)) == 3
