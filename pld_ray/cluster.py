@@ -81,7 +81,7 @@ def _reason(error: BaseException) -> str:
     """The first sentence of what Ray raised first; some errors of its hold a traceback as text."""
     while error.__cause__ is not None:
         error = error.__cause__
-    said = re.split(r"\nray\.exceptions\.\w+: ", str(error))[-1]
+    said = re.split(r"\nray\.exceptions\.\w+: ", str(error) or type(error).__name__)[-1]
     return said.splitlines()[0].partition(". ")[0]
 
 

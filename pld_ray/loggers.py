@@ -41,9 +41,14 @@ def create(names: Iterable[str], experiment: str, store: Store) -> list[Logger]:
             inner = _MAKE[name](experiment, root)
             inner.setup()
         except Exception as error:
-            raise InputError(f"--log {name}: {str(error).splitlines()[0]}") from None
+            raise InputError(f"--log {name}: {_said(error)}") from None
         loggers.append(Logger(name, inner, store))
     return loggers
+
+
+def _said(error: Exception) -> str:
+    """Its kind and its first line."""
+    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 class Logger(Callback):
@@ -99,8 +104,7 @@ class Logger(Callback):
             try:
                 what()
             except Exception as error:
-                said = str(error).splitlines()
-                self.problem = f"{type(error).__name__}: {said[0]}" if said else repr(error)
+                self.problem = _said(error)
 
 
 class _TensorBoard(TBXLoggerCallback):
