@@ -1,8 +1,6 @@
 """What a bank keeps, how large it is, who computes what, and its commands."""
 
 import asyncio
-import subprocess
-import sys
 from dataclasses import replace
 
 import numpy as np
@@ -10,6 +8,7 @@ import pytest
 from small import cells, chunks, run, train
 
 from pld_ray import bank
+from pld_ray.cli import app
 from pld_ray.data import Size, load, size
 from pld_ray.errors import InputError
 from pld_ray.store import Store
@@ -140,14 +139,13 @@ def test_the_ledger_gives_a_chunk_to_one_at_a_time(monkeypatch):
 # ---------------------------------------------------------------- the commands
 
 
-def test_bank_build_ls_and_rm(experiment, tmp_path):
+def test_bank_build_ls_and_rm(local_ray, experiment, tmp_path, capfd):
     cells(experiment)
     path, storage = str(tmp_path / "small.yaml"), ["--storage", str(tmp_path / "results")]
 
     def cli(*arguments):
-        command = [sys.executable, "-m", "pld_ray.cli", *arguments, *storage]
-        done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
-        return done.stdout
+        app([*arguments, *storage], standalone_mode=False)
+        return capfd.readouterr().out
 
     # 3 views of 150 and one of 360, 10 float32 each
     said = "teacher bank: 32 kB in 2 banks of up to 3 views, {} of it computed so far"
@@ -164,17 +162,8 @@ def test_bank_build_ls_and_rm(experiment, tmp_path):
     store = Store(tmp_path / "results")
     for trial in cells(experiment):
         assert "teacher_seconds" not in store.record(trial.id)["seconds"]
-    command = [sys.executable, "-m", "pld_ray.cli", "bank", "build", path, *storage]
-    refused = subprocess.run(
-        [*command, "--set", "resources.cpus_per_worker=4096"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert (
-        refused.returncode == 2
-        and "needs 4096 CPUs, and the nodes of the cluster have" in refused.stderr
-    )
+    with pytest.raises(InputError, match="needs 4096 CPUs, and the nodes of the cluster have"):
+        cli("bank", "build", path, "--set", "resources.cpus_per_worker=4096")
     assert "deleted: 1 banks, 15 kB" in cli("bank", "rm", rows["val"][0])
     assert rows["train"][0] in cli("bank", "ls") and len(store.banks()) == 1
     assert "deleted: 1 banks" in cli("bank", "rm", "--all") and store.banks() == {}
