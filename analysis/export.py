@@ -9,6 +9,7 @@ from typing import Any
 import pandas as pd
 
 from pld_ray.errors import InputError
+from pld_ray.files import Files
 from pld_ray.spec import Trial
 from pld_ray.store import Outcome, Store
 
@@ -49,12 +50,14 @@ def _row(key: str, trial: Trial, outcome: Outcome) -> dict[str, Any]:
     return row | ({"metrics": history[-1]} if history else {})
 
 
-def write(table: pd.DataFrame, path: Path) -> None:
-    """Write the table as its path says; InputError for another ending."""
+def check(path: Path) -> None:
+    """InputError for an ending that `write` does not know."""
     if path.suffix not in FORMATS:
         raise InputError(f"--to is {str(path)!r}: expected a name that ends in .csv or .parquet")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == ".csv":
-        table.to_csv(path, index=False)
-    else:
-        table.to_parquet(path, index=False)
+
+
+def write(table: pd.DataFrame, path: Path) -> None:
+    """Write the table as the ending of its path says."""
+    csv = path.suffix == ".csv"
+    content = table.to_csv(index=False).encode() if csv else table.to_parquet(index=False)
+    Files(path.parent).write(path.name, content)

@@ -185,8 +185,8 @@ class Planned:
     split: Split
     views: int
     view_bytes: int
-    order_bytes: int  # of a view, too
-    ranked_views: int = 0  # views of which the order is kept
+    order_bytes: int  # of a view, too; 0: none is kept
+    ranked_views: int = 0  # views that a loss ranks
     kept: int = 0  # bytes that are there already
 
     @property
@@ -225,12 +225,12 @@ def planned(
                 logits = trial.teacher_logits if split == "train" else "float32"
                 row = row_type(samples.classes, logits).itemsize
                 images = samples.train if split == "train" else samples.val
-                order = order_type(samples.classes).itemsize * images
+                ordered = split == "train" and samples.classes >= ORDER_FROM
+                order = order_type(samples.classes).itemsize * images if ordered else 0
                 found[key] = Planned(trial, split, count, row * images, order)
             if count > found[key].views:
                 found[key].trial, found[key].views = trial, count
-            many = split == "train" and size(trial.data).classes >= ORDER_FROM
-            if many and trial.loss.needs_order:
+            if trial.loss.needs_order:
                 found[key].ranked_views = max(count, found[key].ranked_views)
     for key, files in store.banks().items() if found else ():
         about = store.bank(key)

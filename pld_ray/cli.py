@@ -303,6 +303,7 @@ def export(
     from analysis import export as tables
     from pld_ray.store import Store
 
+    tables.check(to)
     store = Store(storage)
     if experiments:
         plans = [session.opened(name, overrides, smoke, storage)[0] for name in experiments]

@@ -24,8 +24,6 @@ from ray.tune.result import AUTO_RESULT_KEYS
 from pld_ray.errors import InputError
 from pld_ray.store import Store
 
-NAMES = ("tensorboard", "mlflow", "wandb")
-
 
 def create(names: Iterable[str], experiment: str, store: Store) -> list[Logger]:
     """The loggers of these names, ready; InputError for one that cannot begin.

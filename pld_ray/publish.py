@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save
+from safetensors.torch import load
 from torch import nn
 
 from pld_ray import data
@@ -19,11 +19,11 @@ from pld_ray.spec import Trial
 from pld_ray.store import Store
 
 
-def load(trial: Trial, store: Store) -> tuple[nn.Module, data.Images]:
+def student(trial: Trial, weights: bytes) -> tuple[nn.Module, data.Images]:
     """A finished trial's student in evaluation mode, and its dataset."""
     images = data.load(trial.data)
     model = create_model(trial.student, *images.shape)
-    model.load_state_dict(store.load_weights(trial))
+    model.load_state_dict(load(weights))
     return model.eval(), images
 
 
@@ -35,8 +35,9 @@ def write(trial: Trial, store: Store, folder: Path, onnx: bool = False) -> list[
     [B, channels, H, W], normalised by mean and std of config.json's pretrained_cfg, to logits
     [B, C]. Raises InputError for a trial that has not finished, and without the package for ONNX.
     """
-    model, images = load(trial, store)
-    files = {"model.onnx": _onnx(model, images)} if onnx else {"model.safetensors": _weights(model)}
+    weights = store.weights(trial)
+    model, images = student(trial, weights)
+    files = {"model.onnx": _onnx(model, images)} if onnx else {"model.safetensors": weights}
     files["config.json"] = (json.dumps(_config(trial, model, images), indent=1) + "\n").encode()
     for name, content in files.items():
         Files(folder).write(name, content)
@@ -54,25 +55,20 @@ def _config(trial: Trial, model: nn.Module, images: data.Images) -> dict[str, An
         "input_size": [channels, size, size],
         "fixed_input_size": bool(known.get("fixed_input_size")),
         "num_classes": classes,
-        "classifier": known["classifier"],
+        "classifier": known.get("classifier"),
         "mean": list(images.mean),
         "std": list(images.std),
         "interpolation": "bicubic",
         "crop_pct": trial.data.crop_pct,
     }
     return {
-        "architecture": trial.student.name,
+        "architecture": trial.student.name.split(".")[0],  # no tag: these are other weights
         "num_classes": classes,
         "num_features": model.num_features,
         "model_args": args,
         "pretrained_cfg": config,
         "pld_ray": {"trial": trial.id, **trial.model_dump(mode="json", exclude_defaults=True)},
     }
-
-
-def _weights(model: nn.Module) -> bytes:
-    state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-    return save(state, metadata={"format": "pt"})
 
 
 def _onnx(model: nn.Module, images: data.Images) -> bytes:

@@ -204,13 +204,17 @@ class Store:
         """The trained weights of a finished trial; InputError if they are missing or damaged."""
         from safetensors.torch import load
 
+        return load(self.weights(trial))
+
+    def weights(self, trial: Trial) -> bytes:
+        """The same as the safetensors file that they are kept as."""
         content = self._weights(trial)
         if content is None:
             raise InputError(
                 f"{self.folder(trial.id)}/student.safetensors: not what its record says (damaged "
                 f"or missing): run the experiment again to train {trial.label} anew"
             )
-        return load(content)
+        return content
 
     def _weights(self, trial: Trial) -> bytes | None:
         content = self.files.read(f"trials/{trial.id}/student.safetensors") or b""

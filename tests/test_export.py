@@ -3,7 +3,6 @@ import json
 import pandas as pd
 import pytest
 
-from analysis import export
 from pld_ray import cli
 from pld_ray.errors import InputError
 from pld_ray.experiment import plan
@@ -46,6 +45,6 @@ def test_every_trial_is_a_row_with_its_spec_and_state(experiment, tmp_path, endi
 
 def test_another_ending_is_refused(tmp_path):
     with pytest.raises(InputError, match="expected a name that ends in .csv or .parquet"):
-        export.write(pd.DataFrame(), tmp_path / "x.xls")
+        cli.export(None, to=tmp_path / "x.xls", storage=str(tmp_path))
     with pytest.raises(InputError, match="there are no trials"):
         cli.export(None, None, False, str(tmp_path), tmp_path / "x.csv")

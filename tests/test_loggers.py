@@ -5,6 +5,7 @@ from rich.console import Console
 from tensorboardX.proto.event_pb2 import Event
 
 from pld_ray import loggers, sweep
+from pld_ray.cli import Logger
 from pld_ray.errors import InputError
 from pld_ray.experiment import plan
 from pld_ray.store import Store
@@ -88,7 +89,7 @@ def test_every_logger_has_every_epoch(local_ray, experiment, tmp_path, monkeypat
     (trial,) = made.trials.values()
     interrupted(trial, store, monkeypatch)
     assert len(store.epochs(trial.id)) == 2
-    assert run(made, store, loggers.NAMES) == ({}, [None] * 3)
+    assert run(made, store, Logger) == ({}, [None] * 3)
     expected = {epoch["epoch"]: epoch["top1"] for epoch in store.epochs(trial.id)}
     assert expected.keys() == {1, 2, 3, 4}
     root = tmp_path / "results"

@@ -31,7 +31,7 @@ def top1(model, trial, images):
 def test_a_student_comes_back_with_the_same_accuracy(experiment, tmp_path, number):
     trial, store = plan(experiment(TEXT)).cells[number].trial, Store(tmp_path / "results")
     train(trial, publish.data.load(trial.data), store, lambda metrics: None)
-    model, images = publish.load(trial, store)
+    model, images = publish.student(trial, store.weights(trial))
     expected = store.record(trial.id)["metrics"]["top1"]
     assert top1(model, trial, images)[0] == pytest.approx(expected)
     publish.write(trial, store, tmp_path / "student")
@@ -45,7 +45,7 @@ def test_onnx_gives_the_same_logits(experiment, tmp_path):
 
     trial, store = plan(experiment(TEXT)).cells[0].trial, Store(tmp_path / "results")
     train(trial, publish.data.load(trial.data), store, lambda metrics: None)
-    model, images = publish.load(trial, store)
+    model, images = publish.student(trial, store.weights(trial))
     path, _ = publish.write(trial, store, tmp_path / "student", onnx=True)
     session = onnxruntime.InferenceSession(str(path))
 
