@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -113,12 +114,16 @@ def test_kills_hangs_stops_and_damage_change_no_bit(whole, tmp_path):
         wait(driver.trains)
         told_to_stop(driver, signal.SIGTERM)
     with Driver(path, store.uri) as driver:
-        wait(driver.trains)
+        wait(lambda: len(store.records(made.trials)) >= 2)
         driver.kill()
         driver.communicate()
     before = store.records(made.trials)
-    assert len(before) < len(expected)
-    finish(path, made, store, expected)
+    assert 2 <= len(before) < len(expected)
+    output = finish(path, made, store, expected)
+    assert f"{len(made.trials) - len(before)} trials to run, {len(before)} done before" in output
+    assert re.search(r"^\| PLD +\| +\d\d\.\d\d ± ", output, re.MULTILINE)
+    with Driver(path, store.uri) as driver:
+        assert f"all {len(made.trials)} trials are done" in driver.end()[1]
     assert before.items() <= store.records(made.trials).items()  # not run again
     kept = store.record(ce)
     damage(Path(store.folder(pld), "record.json"))
@@ -183,7 +188,7 @@ def test_a_full_disk(whole, tmp_path):
     mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(tmp_path)]
     if subprocess.run(mount, capture_output=True, check=False).returncode:
         pytest.skip("a small file system can only be mounted as root")
-    sets = ("--set", "seeds=[0]", "--set", "grid.loss=[pld]")
+    sets = ("--set", "seeds=[0]")
     try:
         with Driver(path, tmp_path / "results", *sets) as driver:
             code, output = driver.end()
@@ -194,7 +199,7 @@ def test_a_full_disk(whole, tmp_path):
             code, output = driver.end()
         assert code == 0, output
         found = results(made, Store(tmp_path / "results"))
-        assert len(found) == 2 and found.items() <= expected.items()
+        assert len(found) == 3 and found.items() <= expected.items()
     finally:
         subprocess.run(["umount", "-l", str(tmp_path)], check=False)
 
