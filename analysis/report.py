@@ -82,13 +82,15 @@ def _section(
 ) -> Section:
     experiment = plan.experiment
     miniature = experiment.miniature_of is not None
-    found = dict.fromkeys(plan.trials) | store.records(plan.trials)
-    finished = sum(record is not None for record in found.values())
+    found = store.outcomes(plan.trials)
+    finished = sum(outcome.record is not None for outcome in found.values())
+    stopped = sum(o.record is None and o.stopped is not None for o in found.values())
     name = experiment.name.removesuffix("-smoke") if miniature else experiment.name
     section = Section(
         name=experiment.name,
         title=experiment.title or experiment.name,
-        state=f"{finished} of {len(found)} trials finished",
+        state=f"{finished} of {len(found)} trials finished"
+        + (f", {stopped} stopped early by the search" if stopped else ""),
         command=f"pld-ray run {name}" + (" --smoke" if miniature else ""),
         note=experiment.note,
         elsewhere=[key for key in found if key in shown],
@@ -116,11 +118,12 @@ def _section(
         section.blocks.append(Block("The best of each cell", best.printed(rows, metric), 3))
     if frame["finished"].any():
         section.blocks += _ours(plan, store, frame, folder)
-    for key, record in found.items():
+    for key, outcome in found.items():
         if key not in shown:
-            trial = plan.trials[key]
+            trial, record = plan.trials[key], outcome.record
             shown[key] = record
-            state, spec = "not finished", trial.model_dump(mode="json", exclude_defaults=True)
+            state = outcome.state(trial.epochs)
+            spec = trial.model_dump(mode="json", exclude_defaults=True)
             if record is not None:
                 state = f"top-1 {record['metrics']['top1']:.2f}"
                 spec = {"trial": spec, "metrics": record["metrics"], "ran": record["environment"]}

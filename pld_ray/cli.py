@@ -139,15 +139,10 @@ def status(
     failed = 0
     width = max(map(len, planned.labels.values()), default=0)
     for key, outcome in store.outcomes(planned.trials).items():
-        state, epochs = "done", planned.trials[key].epochs
-        if outcome.record is None:
-            failed += outcome.failure is not None
-            state = f"{len(outcome.epochs)}/{epochs} epochs" if outcome.epochs else "not begun"
-            if outcome.failure is not None:
-                state = f"FAILED: {outcome.failure['reason']} ({store.folder(key)})"
-            elif outcome.stopped is not None:
-                by = outcome.stopped["by"].replace("_", " ")
-                state = f"stopped by {by} after {outcome.stopped['epoch']}/{epochs} epochs"
+        state = outcome.state(planned.trials[key].epochs)
+        if outcome.record is None and outcome.failure is not None:
+            failed += 1
+            state += f" ({store.folder(key)})"
         typer.echo(f"{key}  {planned.labels[key]:{width}}  {state}")
     if failed:
         raise typer.Exit(1)

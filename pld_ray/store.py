@@ -48,6 +48,17 @@ class Outcome:
     failure: dict[str, Any] | None
     stopped: dict[str, Any] | None
 
+    def state(self, epochs: int) -> str:
+        """For people: how far it is, of so many epochs."""
+        if self.record is not None:
+            return "done"
+        if self.failure is not None:
+            return f"FAILED: {self.failure['reason']}"
+        if self.stopped is not None:
+            by = self.stopped["by"].replace("_", " ")
+            return f"stopped by {by} after {self.stopped['epoch']}/{epochs} epochs"
+        return f"{len(self.epochs)}/{epochs} epochs" if self.epochs else "not begun"
+
 
 class Store:
     """Trial folders and teacher banks under a local folder or a URI (s3://, gs://, abfs://)."""

@@ -15,7 +15,7 @@ from pld_ray.errors import InputError
 from pld_ray.experiment import plan
 from pld_ray.files import Files
 from pld_ray.spec import Trial
-from pld_ray.store import Store
+from pld_ray.store import Outcome, Store
 from pld_ray.train import train
 
 TRIAL = Trial.model_validate({"data": "digits", "student": "resnet8", "loss": "ce", "epochs": 3})
@@ -229,3 +229,20 @@ def test_an_experiment_on_an_object_store_is_the_same_to_the_bit(s3, experiment,
     for key in made.trials:
         assert remote.record(key)["weights_sha256"] == local.record(key)["weights_sha256"]
     assert remote.banks().keys() == local.banks().keys() != set()
+
+
+@pytest.mark.parametrize(
+    ("outcome", "state"),
+    [
+        (Outcome(RECORD, [{}], {"reason": "old"}, None), "done"),
+        (Outcome(None, [{}], {"reason": "loss is nan"}, None), "FAILED: loss is nan"),
+        (
+            Outcome(None, [{}], None, {"by": "time_budget", "epoch": 1}),
+            "stopped by time budget after 1/9 epochs",
+        ),
+        (Outcome(None, [{}, {}], None, None), "2/9 epochs"),
+        (Outcome(None, [], None, None), "not begun"),
+    ],
+)
+def test_states_for_people(outcome, state):
+    assert outcome.state(9) == state
