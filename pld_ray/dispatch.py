@@ -45,7 +45,10 @@ class Need:
 
     def workers_on(self, node: dict[str, float]) -> int:
         """How many workers a node has room for."""
-        rooms = [node.get(k, 0.0) / n for k, n in self.worker.items() if n]
+        rooms = [node.get("CPU", 0.0) / self.cpus] if self.cpus else []
+        if self.gpus:  # a fraction is of one GPU, what is left of it is nothing to a larger one
+            each = int(1 / self.gpus + 1e-6) if self.gpus < 1 else 1 / self.gpus
+            rooms.append(node.get("GPU", 0.0) * each)
         return int(min(rooms) + 1e-6)
 
     def too_large(self, what: str, nodes: list[dict[str, float]]) -> str | None:

@@ -20,6 +20,7 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from pydantic_core import PydanticCustomError
 
 from pld_ray.errors import InputError, nearest
 from pld_ray.losses import REGISTRY, Loss
@@ -149,6 +150,14 @@ class Resources(Part):
     gpus_per_worker: float | None = Field(None, ge=0)
     concurrent: int | None = Field(None, ge=1)
     patience: float = Field(1800, gt=0)
+
+    @field_validator("gpus_per_worker")
+    @classmethod
+    def _whole_gpus(cls, gpus: float | None) -> float | None:
+        if gpus is not None and gpus > 1 and gpus != int(gpus):
+            said = "expected a whole number of GPUs, or a part of one"
+            raise PydanticCustomError("gpus", said)
+        return gpus
 
 
 class Trial(Part):

@@ -32,6 +32,7 @@ BAD = {
     "landscape demo": "demo: no trial has finished: run it first",
     "run demo landscape --smoke": "no experiment 'landscape' (neither a file nor shipped)",
     "run demo --set data.random_resized_crop=true": "random_resized_crop needs image_size",
+    "run demo --set resources.gpus_per_worker=1.5": "gpus_per_worker is 1.5: expected a whole",
     "status demo --storage nosuch://x": "storage 'nosuch://x': expected a folder or a URI",
 }
 

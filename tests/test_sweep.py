@@ -3,6 +3,7 @@ import torch
 from rich.console import Console
 
 from pld_ray import sweep
+from pld_ray.dispatch import Need
 from pld_ray.experiment import load_experiment, plan
 from pld_ray.store import Store
 from pld_ray.view import View
@@ -111,3 +112,23 @@ def test_concurrent_bounds_what_runs_at_once(local_ray, experiment, tmp_path):
     with Counting(made, made.trials, Console(quiet=True)) as view:
         assert sweep.run(made, sweep.check(made.trials), store, view) == {}
     assert most == [1, 1, 1] and len(store.finished(made.trials)) == 3
+
+
+@pytest.mark.parametrize(
+    ("cpus", "gpus", "node", "workers"),
+    [
+        (1, 0, {"CPU": 3.0}, 3),
+        (2, 0, {"CPU": 3.0, "GPU": 8.0}, 1),
+        (1, 1, {"CPU": 8.0, "GPU": 2.0}, 2),
+        (1, 2, {"CPU": 8.0, "GPU": 3.0}, 1),
+        (1, 0.5, {"CPU": 8.0, "GPU": 2.0}, 4),
+        (1, 0.1, {"CPU": 64.0, "GPU": 1.0}, 10),
+        (1, 0.6, {"CPU": 8.0, "GPU": 2.0}, 2),  # not three: none has its GPU in two places
+        (1, 0.3, {"CPU": 8.0, "GPU": 2.0}, 6),
+        (1, 0.5, {"CPU": 8.0}, 0),
+    ],
+)
+def test_workers_that_a_node_has_room_for(cpus, gpus, node, workers):
+    assert Need(cpus, gpus, 1).workers_on(node) == workers
+    assert Need(cpus, gpus, workers + 1).fits([node]) is False
+    assert Need(cpus, gpus, max(workers, 1)).fits([node, node]) is (workers > 0)
