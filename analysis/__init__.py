@@ -1,1 +1,1 @@
-"""From records to tables, figures and loss landscapes. Knows nothing of how they were made."""
+"""From records to tables, figures, landscapes and a report. Knows nothing of how trials ran."""

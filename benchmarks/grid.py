@@ -35,12 +35,14 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.torch import save_file
 
-from pld_ray import data, sweep
-from pld_ray.experiment import Experiment, Plan, load_experiment, plan
-from pld_ray.models import create_model
-from pld_ray.spec import Model
-from pld_ray.store import Store
-from pld_ray.view import View, screen_apart
+from pld_ray.config.experiment import Experiment, load_experiment
+from pld_ray.config.planning import Plan, plan
+from pld_ray.config.trial import Model
+from pld_ray.data import datasets, images
+from pld_ray.models.factory import create_model
+from pld_ray.store.store import Store
+from pld_ray.sweep import runner
+from pld_ray.sweep.progress import View, screen_apart
 
 PAIRS = {
     "wrn": ("wrn_40_2", "wrn_40_1"),
@@ -52,7 +54,7 @@ PAIRS = {
 WARM = ["ce", "kd", "dist", "pld"]
 
 
-def random_images(size: int) -> data.Images:
+def random_images(size: int) -> images.Images:
     """Noise, as large as CIFAR-100's: what a step costs does not depend on what it shows."""
     rng = np.random.default_rng(0)
     splits = [
@@ -60,7 +62,7 @@ def random_images(size: int) -> data.Images:
         for count in (size, 256)
     ]
     (train, train_labels), (val, val_labels) = splits
-    return data.Images(train, train_labels, val, val_labels, 100, (0.5,) * 3, (0.3,) * 3)
+    return images.Images(train, train_labels, val, val_labels, 100, (0.5,) * 3, (0.3,) * 3)
 
 
 def grid(base: dict[str, Any], losses: list[Any], rates: list[float], logits: str) -> Plan:
@@ -72,14 +74,14 @@ def grid(base: dict[str, Any], losses: list[Any], rates: list[float], logits: st
     return Plan(made.experiment, tuple(cells))
 
 
-def run(made: Plan, images: data.Images, store: Store) -> tuple[float, list[dict[str, Any]]]:
+def run(made: Plan, images: images.Images, store: Store) -> tuple[float, list[dict[str, Any]]]:
     """Wall seconds of a grid, and the records of its cells."""
     done = store.finished(made.trials)
     pending = {key: trial for key, trial in made.trials.items() if key not in done}
-    held = {sweep.data_key(trial): images for trial in pending.values()}
+    held = {datasets.sharing_key(trial.data): images for trial in pending.values()}
     console = Console(quiet=True)
     started = time.perf_counter()
-    failures = sweep.run(made, held, store, View(made, pending, console))
+    failures = runner.run(made, held, store, View(made, pending, console))
     wall = time.perf_counter() - started
     if failures:
         sys.exit(f"grid.py: a trial failed: {next(iter(failures.values()))}")
@@ -99,7 +101,7 @@ def measure(pair: str, folder: Path, arguments: argparse.Namespace) -> dict[str,
     teacher, student = PAIRS[pair]
     if pair == "demo":
         base = load_experiment("demo").base
-        images = data.load(plan(load_experiment("demo")).cells[0].trial.data)
+        images = datasets.load(plan(load_experiment("demo")).cells[0].trial.data)
         base = base | {"epochs": 10 * arguments.epochs}
     else:
         images = random_images(arguments.images)

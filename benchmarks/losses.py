@@ -31,7 +31,7 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn import functional as F
 
-from analysis.figures import STYLE, save
+from analysis.figures.style import STYLE, save
 from pld_ray import losses
 
 SIZES = [(128, 10), (128, 100), (256, 1000), (64, 21841), (16, 100000)]

@@ -24,10 +24,11 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from pld_ray import sweep
-from pld_ray.experiment import load_experiment, plan
-from pld_ray.store import Store
-from pld_ray.view import View, screen_apart
+from pld_ray.config.experiment import load_experiment
+from pld_ray.config.planning import plan
+from pld_ray.store.store import Store
+from pld_ray.sweep import checks, runner
+from pld_ray.sweep.progress import View, screen_apart
 
 import ray  # isort: skip  after sweep, which sets its environment
 
@@ -60,9 +61,9 @@ def overhead(epochs: int, folder: Path) -> tuple[float, float]:
     made = plan(load_experiment("demo", (*sets, "teacher.train.epochs=1")))
     store = Store(folder / str(epochs))
     pending = made.trials
-    images = sweep.check(pending)
+    images = checks.check(pending)
     view = Watch(made, pending, Console(quiet=True))
-    sweep.run(made, images, store, view)
+    runner.run(made, images, store, view)
     students = [key for key in view.ends if key not in made.teacher_ids]
     own = {key: store.record(key)["seconds"]["seconds"] for key in students}  # type: ignore[index]
     ends = sorted((view.ends[key], key) for key in students)

@@ -30,15 +30,18 @@ from rich.console import Console
 from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode
 
-from analysis.paper import experiments
-from pld_ray import bank, data
-from pld_ray.encoded import Encoded
-from pld_ray.experiment import load_experiment, plan
-from pld_ray.models import create_model
-from pld_ray.spec import Model, Trial, Weights
-from pld_ray.store import Store
+from analysis.tables.paper_tables import experiments
+from pld_ray import units
+from pld_ray.config.experiment import load_experiment
+from pld_ray.config.planning import plan
+from pld_ray.config.trial import Model, Trial, Weights
+from pld_ray.data import augmentation, images
+from pld_ray.data.encoded import Encoded
+from pld_ray.distill import bank_format, bank_plan
+from pld_ray.models.factory import create_model
+from pld_ray.store.store import Store
 
-IMAGES = data.Size(1_281_167, 50_000, 1000)
+IMAGES = images.Size(1_281_167, 50_000, 1000)
 IMAGE_BYTES = 110_000  # of a training image, on average
 GROUP = 8  # GPUs of a trial
 HOURS = 48.0, 64.0  # GPU-hours of 100 epochs as reported: any student, a vision transformer
@@ -73,28 +76,30 @@ def measured_decoding(count: int = 300) -> float:
     images = Encoded(None, joined, ends, np.array([b""] * 20), 224, 236)
     index = np.arange(count) % 20
     started = time.perf_counter()
-    images.decode(index, data.crop_draws(0, 0, np.arange(count)))
+    images.decode(index, augmentation.crop_draws(0, 0, np.arange(count)))
     return count / (time.perf_counter() - started)
 
 
 def measured_bank(chunks: int = 20) -> tuple[float, float]:
     """Rows of 1000 float16 logits a second and core: written, and read and unpacked again."""
-    logits = np.random.default_rng(0).normal(size=(bank.ROWS, 1000)).astype(np.float32)
-    row = bank.row_type(1000, "float16")
+    logits = np.random.default_rng(0).normal(size=(bank_format.ROWS, 1000)).astype(np.float32)
+    row = bank_format.row_type(1000, "float16")
     with tempfile.TemporaryDirectory() as folder:
         store = Store(folder)
         started = time.perf_counter()
         for number in range(chunks):
-            store.write_chunk(f"key/0/{number}.logits", bank.encode(bank.pack(logits, row), 1.0))
+            store.write_chunk(
+                f"key/0/{number}.logits", bank_format.encode(bank_format.pack(logits, row), 1.0)
+            )
         written = time.perf_counter()
         for number in range(chunks):
             content = store.read_chunk(f"key/0/{number}.logits")
             assert content is not None
-            found = bank.decode(content, row, bank.ROWS)
+            found = bank_format.decode(content, row, bank_format.ROWS)
             assert found is not None
-            bank.unpack(found[0])
+            bank_format.unpack(found[0])
         ended = time.perf_counter()
-    rows = chunks * bank.ROWS
+    rows = chunks * bank_format.ROWS
     return rows / (written - started), rows / (ended - written)
 
 
@@ -136,12 +141,12 @@ def with_bank(found: list[Job]) -> list[float]:
     """GPU-hours of each trial where teachers are kept: the longest of a bank computes it."""
     first: dict[str, Job] = {}
     for job in found:
-        if bank.banked(job.trial):
-            key = bank.planned_key(job.trial, "train")
+        if bank_format.banked(job.trial):
+            key = bank_plan.planned_key(job.trial, "train")
             if key not in first or job.hours > first[key].hours:
                 first[key] = job
     return [
-        job.hours if job in first.values() or not bank.banked(job.trial) else job.student
+        job.hours if job in first.values() or not bank_format.banked(job.trial) else job.student
         for job in found
     ]
 
@@ -200,11 +205,11 @@ def show(console: Console) -> None:
         )
     console.print(pairs)
 
-    banks = list(bank.planned(trials.values(), lambda _: IMAGES, Store(".")).values())
+    banks = list(bank_plan.planned(trials.values(), lambda _: IMAGES, Store(".")).values())
     views = table("Views", "Teachers", "Bank")
     for most in (1, 8, 32, 100, 300):
         teachers = sum(b.split == "train" for b in banks)
-        views.add_row(str(most), str(teachers), bank.in_bytes(sum(b.takes(most) for b in banks)))
+        views.add_row(str(most), str(teachers), units.in_bytes(sum(b.takes(most) for b in banks)))
     console.print(views)
 
     apart = sum(job.hours for job in jobs(every, operations))
@@ -232,9 +237,9 @@ def show(console: Console) -> None:
     for what, of in (
         ("images", lambda r: f"{r:,.0f}"),
         ("cores that decode", lambda r: f"{r / decoded:,.0f}"),
-        ("encoded images read", lambda r: bank.in_bytes(r * IMAGE_BYTES)),
-        ("bank read", lambda r: bank.in_bytes(r * 2004)),
-        ("checkpoints written", lambda r: bank.in_bytes(state * r / IMAGES.train)),
+        ("encoded images read", lambda r: units.in_bytes(r * IMAGE_BYTES)),
+        ("bank read", lambda r: units.in_bytes(r * 2004)),
+        ("checkpoints written", lambda r: units.in_bytes(state * r / IMAGES.train)),
     ):
         traffic.add_row(what, of(rate), of(fast))
     console.print(traffic)

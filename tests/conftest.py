@@ -23,7 +23,7 @@ def local_ray():
 @pytest.fixture
 def experiment(tmp_path):
     """Write an experiment file and load it."""
-    from pld_ray.experiment import load_experiment
+    from pld_ray.config.experiment import load_experiment
 
     def write(text, *overrides, name="small"):
         path = tmp_path / f"{name}.yaml"

@@ -5,13 +5,14 @@ from pathlib import Path
 
 import torch
 
-from pld_ray.data import load
-from pld_ray.device import Clock
-from pld_ray.experiment import plan
-from pld_ray.spec import Trial
-from pld_ray.stream import Stream
-from pld_ray.teacher import Teacher, open_banks
-from pld_ray.train import train
+from pld_ray.config.planning import plan
+from pld_ray.config.trial import Trial
+from pld_ray.data.datasets import load
+from pld_ray.data.stream import Stream
+from pld_ray.distill.bank import open_banks
+from pld_ray.distill.device import Clock
+from pld_ray.distill.loop import train
+from pld_ray.distill.teacher import Teacher
 
 CPU = torch.device("cpu")
 SMALL = """

@@ -5,10 +5,13 @@ import numpy as np
 import pytest
 import torch
 
-from analysis import figures, landscape, records, tables
-from pld_ray.experiment import plan
+from analysis.figures import methods, style
+from analysis.landscapes import logits
+from analysis.records import frames
+from analysis.tables import comparison
+from pld_ray.config.planning import plan
 from pld_ray.losses import PLDLoss
-from pld_ray.store import Store
+from pld_ray.store.store import Store
 
 TEXT = """
 title: A test
@@ -24,7 +27,7 @@ TOP1 = {"CE": [80, 82, 84], "KD (τ = 1)": [85, 86, 87], "PLD": [88, 90, 92]}
 def results(experiment, tmp_path):
     """A plan and a store with made-up records: CE, one KD and PLD; KD at 4 has none."""
     made, store = plan(experiment(TEXT)), Store(tmp_path / "results")
-    frame = records.frame(made, store)
+    frame = frames.frame(made, store)
     for cell, method in zip(made.cells, frame["method"], strict=True):
         if method not in TOP1:
             continue
@@ -43,7 +46,7 @@ def results(experiment, tmp_path):
 
 
 def test_comparison_by_hand(results):
-    table = tables.comparison(records.frame(*results)).set_index("method")
+    table = comparison.comparison(frames.frame(*results)).set_index("method")
     assert list(table.index) == ["Teacher", "CE", "KD (τ = 1)", "KD (τ = 4)", "PLD"]
     assert table.loc["Teacher", "top1"] == 97.5
     assert table.loc["CE", "top1"] == 82 and table.loc["CE", "top1_std"] == pytest.approx(2)
@@ -55,15 +58,15 @@ def test_comparison_by_hand(results):
 
 
 def test_what_the_bank_spared_is_a_column(results):
-    spared = records.frame(*results).groupby("method", sort=False)["teacher_avoided_seconds"].sum()
+    spared = frames.frame(*results).groupby("method", sort=False)["teacher_avoided_seconds"].sum()
     assert spared.to_dict() == {"CE": 0, "KD (τ = 1)": 0, "KD (τ = 4)": 0, "PLD": 6}
 
 
 def test_how_teacher_logits_are_kept_sets_no_method_apart_that_has_no_teacher(experiment, tmp_path):
     live = plan(experiment(TEXT, "teacher.logits=live", "epochs=3"))
-    assert set(records.frame(live, Store(tmp_path / "x"))["setting"]) == {""}
+    assert set(frames.frame(live, Store(tmp_path / "x"))["setting"]) == {""}
     both = plan(experiment(TEXT, "grid.teacher.logits=[live, float32]"))
-    frame = records.frame(both, Store(tmp_path / "x"))
+    frame = frames.frame(both, Store(tmp_path / "x"))
     assert len(both.cells) == 24 and (frame["method"] == "CE").sum() == 3  # the same for both
     settings = frame.groupby("method")["setting"].unique()
     assert list(settings["CE"]) == [""]
@@ -71,7 +74,7 @@ def test_how_teacher_logits_are_kept_sets_no_method_apart_that_has_no_teacher(ex
 
 
 def test_notes_are_told_once_below_the_table(results, capsys):
-    from pld_ray import session
+    from pld_ray.cli import session
 
     session.write_tables(*results, out=None)
     printed = capsys.readouterr().out
@@ -80,18 +83,21 @@ def test_notes_are_told_once_below_the_table(results, capsys):
 
 
 def test_gains_are_paired_by_seed(results):
-    frame = records.frame(*results)
+    frame = frames.frame(*results)
     lost = (frame["method"] == "CE") & (frame["seed"] == 0)
     frame.loc[lost, ["top1", "finished"]] = [float("nan"), False]
-    table = tables.comparison(frame).set_index("method")
+    table = comparison.comparison(frame).set_index("method")
     assert table.loc["CE", "gain"] == pytest.approx(((90 - 82) + (92 - 84)) / 2)
     assert table.loc["CE", "n"] == 2 and table.loc["CE", "planned"] == 3
 
 
 def test_tables_as_text_and_files(results, tmp_path):
     made, store = results
-    own = tables.comparison(records.frame(made, store)), tables.against(records.frame(made, store))
-    text = tables.text(*own, made.experiment)
+    own = (
+        comparison.comparison(frames.frame(made, store)),
+        comparison.against(frames.frame(made, store)),
+    )
+    text = comparison.text(*own, made.experiment)
     rows = [[c.strip() for c in line.split("|")[1:-1]] for line in text.splitlines() if "|" in line]
     assert ["CE", "82.00 ± 2.00", "+8.00", "–", "–", "10.0 ± 0.0", "3.0 ± 0.0", "3"] in rows
     assert ["KD (τ = 4)", "–", "", "–", "–", "–", "–", "0 of 3"] in rows
@@ -100,7 +106,7 @@ def test_tables_as_text_and_files(results, tmp_path):
     assert [len({len(line) for line in lines}) for lines in tables_] == [1, 1]
     # PLD against CE over three seeds: 8, 8, 8
     assert ["CE", "+8.00 [+8.00, +8.00]", "–", "0.250", "1.00", "3"] in rows
-    *written, against = tables.write(*own, tmp_path / "out", made.experiment)
+    *written, against = comparison.write(*own, tmp_path / "out", made.experiment)
     assert against.name == "against.csv"
     paths = {path.suffix: path for path in written}
     with open(paths[".csv"], newline="") as file:
@@ -119,31 +125,31 @@ def test_other_axes_become_settings_and_losses_without_teacher_stay_in_their_pai
         "seeds", "  optimizer.lr: [0.1, 0.2]\n  teacher: [resnet20, wrn_16_2]\nseeds"
     )
     made = plan(experiment(text))
-    frame = records.frame(made, Store(tmp_path / "none"))
+    frame = frames.frame(made, Store(tmp_path / "none"))
     assert set(frame["setting"]) == {"optimizer.lr 0.1", "optimizer.lr 0.2"}
     ce = frame[frame["loss"] == "ce"]
     assert set(ce["teacher"]) == {"resnet20", "wrn_16_2"}
     assert ce["id"].nunique() == 6  # 2 rates x 3 seeds: the teacher makes no other trial of it
-    text = tables.text(tables.comparison(frame), tables.against(frame), made.experiment)
+    text = comparison.text(comparison.comparison(frame), comparison.against(frame), made.experiment)
     assert "wrn_16_2 → resnet8" in text and "optimizer.lr 0.2" in text
 
 
 def test_figures_are_written_and_repeat_to_the_byte(results, tmp_path):
-    frame, curves = records.frame(*results), records.curves(*results)
+    frame, curves = frames.frame(*results), frames.curves(*results)
     assert len(curves) == 9 * 2
-    first = figures.draw(frame, curves, tmp_path / "one")
-    second = figures.draw(frame, curves, tmp_path / "two")
+    first = methods.draw(frame, curves, tmp_path / "one")
+    second = methods.draw(frame, curves, tmp_path / "two")
     assert [p.name for p in first] == ["accuracy.png", "curves.png"]
     for one, two in zip(first, second, strict=True):
         assert one.read_bytes() == two.read_bytes()
         assert one.with_suffix(".pdf").read_bytes() == two.with_suffix(".pdf").read_bytes()
-    assert figures.draw(frame[:0], curves, tmp_path / "three") == []
+    assert methods.draw(frame[:0], curves, tmp_path / "three") == []
     assert not (tmp_path / "three").exists()
 
 
 def test_accuracy_bars_have_the_means_and_the_teachers_line(results):
-    frame = records.frame(*results)
-    figure = figures.accuracy(frame[frame["finished"]], figures._colours(frame))
+    frame = frames.frame(*results)
+    figure = methods.accuracy(frame[frame["finished"]], style.method_colours(frame))
     bars = [patch.get_height() for patch in figure.axes[0].patches]
     assert bars == pytest.approx([82, 86, 90])
     assert [
@@ -152,16 +158,16 @@ def test_accuracy_bars_have_the_means_and_the_teachers_line(results):
 
 
 def test_no_two_methods_share_a_colour(results):
-    colours = figures._colours(records.frame(*results))
+    colours = style.method_colours(frames.frame(*results))
     assert len(set(colours.values())) == len(colours)
 
 
 def test_landscape_plane_and_values():
-    t, d1, d2 = landscape.plane(10, seed=3)
+    t, d1, d2 = logits.plane(10, seed=3)
     assert t.norm().item() == pytest.approx(1)
     gram = torch.stack([d1, d2]) @ torch.stack([d1, d2]).T
     torch.testing.assert_close(gram, torch.eye(2, dtype=torch.float64))
-    axis, values = landscape.surface(PLDLoss(2.0), t, d1, d2)
+    axis, values = logits.surface(PLDLoss(2.0), t, d1, d2)
     assert axis[0] == pytest.approx(-5) and axis[-1] == pytest.approx(5)
     import reference
 
@@ -173,6 +179,6 @@ def test_landscape_plane_and_values():
 
 
 def test_landscape_figures_are_written(tmp_path):
-    names = [p.name for p in landscape.draw(tmp_path)]
+    names = [p.name for p in logits.draw(tmp_path)]
     assert names == ["landscape_methods.png", "landscape_temperatures.png"]
     assert (tmp_path / "landscape_methods.pdf").stat().st_size > 1000

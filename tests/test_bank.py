@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 from small import cells, chunks, run, train
 
-from pld_ray import bank
-from pld_ray.cli import app
-from pld_ray.data import Size, load, size
+from pld_ray.cli.options import app
+from pld_ray.data.datasets import load, size
+from pld_ray.data.images import Size
+from pld_ray.distill import bank_format, bank_plan
 from pld_ray.errors import InputError
-from pld_ray.store import Store
+from pld_ray.store.store import Store
+from pld_ray.sweep.ledger import Ledger
 
 # ---------------------------------------------------------------- what is kept
 
@@ -23,7 +25,7 @@ def test_float16_is_exact_near_the_best_class(experiment, tmp_path):
     )
     logits += rng.choice([0, 1000], (200, 1))
     logits[0, 3], logits[1, :25] = -np.inf, -np.inf
-    kept = bank.unpack(bank.pack(logits, bank.row_type(50, "float16")))
+    kept = bank_format.unpack(bank_format.pack(logits, bank_format.row_type(50, "float16")))
     finite = np.isfinite(logits)
     assert (np.isfinite(kept) == finite).all() and (kept[~finite] == -np.inf).all()
     with np.errstate(invalid="ignore"):
@@ -32,7 +34,7 @@ def test_float16_is_exact_near_the_best_class(experiment, tmp_path):
     rounding = 2.0**-23 * np.abs(logits.max(1, keepdims=True))  # of the float32 sums
     assert (off <= 2.0**-11 * gap + rounding + 3e-8)[finite].all()
     assert (kept.argmax(1) == logits.argmax(1)).all()
-    exact = bank.unpack(bank.pack(logits, bank.row_type(50, "float32")))
+    exact = bank_format.unpack(bank_format.pack(logits, bank_format.row_type(50, "float32")))
     assert (exact == logits).all()
 
 
@@ -41,7 +43,7 @@ def test_float16_is_exact_near_the_best_class(experiment, tmp_path):
 
 def test_planned_sizes_are_those_on_the_disk(experiment, tmp_path):
     trials, store = cells(experiment, "teacher.logits=float16"), Store(tmp_path)
-    planned = bank.planned(trials, size, store)
+    planned = bank_plan.planned(trials, size, store)
     per_view = 150 * (10 * 2 + 4)  # samples x (classes x float16 + a float32 maximum)
     assert sorted(p.bytes for p in planned.values()) == [3 * per_view, 360 * 10 * 4]
     for trial in trials:
@@ -49,7 +51,7 @@ def test_planned_sizes_are_those_on_the_disk(experiment, tmp_path):
     on_disk = {b: sum(p.stat().st_size - 12 for p in chunks(store) if b in p.parts)
                for b in store.banks()}  # fmt: skip
     assert sorted(on_disk.values()) == sorted(p.bytes for p in planned.values())
-    again = bank.planned(trials, size, store)
+    again = bank_plan.planned(trials, size, store)
     assert all(p.kept >= p.bytes for p in again.values())
 
 
@@ -59,7 +61,7 @@ def test_of_many_classes_the_order_is_kept_and_counted_too(experiment, tmp_path)
     images = replace(load(pld.data), classes=5000)
     train(pld.teacher, images, store, lambda metrics: None)
     for trials, ordered in (([kd], 0), ([kd, pld], 2 * 100 * 5000 * 2)):
-        planned = bank.planned(trials, lambda data: Size(100, 360, 5000), store)
+        planned = bank_plan.planned(trials, lambda data: Size(100, 360, 5000), store)
         assert sum(p.bytes for p in planned.values() if p.split == "train") == (
             2 * 100 * (5000 * 2 + 4) + ordered
         )
@@ -71,7 +73,7 @@ def test_of_many_classes_the_order_is_kept_and_counted_too(experiment, tmp_path)
 
 def test_a_bank_that_does_not_fit_is_refused_with_what_would(experiment, tmp_path, monkeypatch):
     trials, store = cells(experiment, "epochs=100", "seeds=[0,1]"), Store(tmp_path)
-    planned = bank.planned(trials, size, store).values()
+    planned = bank_plan.planned(trials, size, store).values()
     view, val = 150 * 10 * 4, 360 * 10 * 4
     room = 2 * 7 * view + val
     for free, advice in (
@@ -81,9 +83,9 @@ def test_a_bank_that_does_not_fit_is_refused_with_what_would(experiment, tmp_pat
     ):
         monkeypatch.setattr(store.files, "free_bytes", lambda free=free: int(free / 0.95) + 1)
         with pytest.raises(InputError, match=r"needs 1\.2 MB and there is room for .*: " + advice):
-            bank.check_room(planned, store)
+            bank_plan.check_room(planned, store)
     monkeypatch.setattr(store.files, "free_bytes", lambda: int((200 * view + val) / 0.95) + 1)
-    bank.check_room(planned, store)
+    bank_plan.check_room(planned, store)
 
 
 def test_views_and_logits_of_a_teacher_become_the_trials(experiment):
@@ -107,10 +109,10 @@ def test_views_and_logits_of_a_teacher_become_the_trials(experiment):
 
 
 def test_the_ledger_gives_a_chunk_to_one_at_a_time(monkeypatch):
-    monkeypatch.setattr(bank.Ledger, "LEASE", 0.2)
+    monkeypatch.setattr(Ledger, "LEASE", 0.2)
 
     async def story():
-        ledger = bank.Ledger()
+        ledger = Ledger()
         assert await ledger.claim("s", ["a", "b"], "one", 0) == "a"
         assert await ledger.claim("s", ["a", "b"], "two", 0) == "b"
         assert await ledger.claim("s", ["a", "b"], "three", 0) is None
@@ -154,7 +156,15 @@ def test_bank_build_ls_and_rm(local_ray, experiment, tmp_path, capfd):
     assert "1 trials to run, 0 done before" in built
     rows = {row[3]: row for line in built.splitlines() if len(row := line.split()) == 8}
     assert rows["train"][1:] == ["resnet8", "digits", "train", "0", "3", "19", "kB"]
-    assert rows["val"][1:] == ["resnet8", "digits", "val", "any", "1", "15", "kB"]  # and bank.json
+    assert rows["val"][1:] == [
+        "resnet8",
+        "digits",
+        "val",
+        "any",
+        "1",
+        "15",
+        "kB",
+    ]  # and bank_format.json
     assert said.format("all") in cli("plan", path)
     ran = cli("run", path)
     assert "2 trials to run, 1 done before" in ran

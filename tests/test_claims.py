@@ -9,8 +9,8 @@ from uuid import uuid4
 
 import pytest
 
-from pld_ray.claims import Claims, born
-from pld_ray.files import Files
+from pld_ray.store.claims import Claims, born
+from pld_ray.store.files import Files
 
 
 @pytest.fixture(params=["local", "s3"])
@@ -64,7 +64,8 @@ def test_a_driver_whose_sign_is_damaged_is_dead(files, sign):
 
 def test_a_claim_of_a_process_that_is_dead_is_free_at_once(tmp_path):
     code = (
-        "import sys, time\nfrom pld_ray.claims import Claims\nfrom pld_ray.files import Files\n"
+        "import sys, time\nfrom pld_ray.store.claims import Claims\n"
+        "from pld_ray.store.files import Files\n"
         "with Claims(Files(sys.argv[1])) as claims:\n"
         "    print(claims.take('a'), flush=True)\n    time.sleep(100)"
     )

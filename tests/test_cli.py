@@ -5,8 +5,9 @@ import sys
 import pytest
 import torch
 
-from pld_ray.experiment import load_experiment, plan
-from pld_ray.store import Store
+from pld_ray.config.experiment import load_experiment
+from pld_ray.config.planning import plan
+from pld_ray.store.store import Store
 
 
 def cli(*arguments, cwd, **kwargs):
@@ -98,7 +99,7 @@ def test_status_names_failures_and_sets_the_exit_code(tmp_path):
 
 def test_help_needs_no_heavy_import(tmp_path):
     code = (
-        "import sys\nfrom pld_ray import cli\nsys.argv = ['pld-ray', '--help']\n"
+        "import sys\nfrom pld_ray.cli import main as cli\nsys.argv = ['pld-ray', '--help']\n"
         "try: cli.main()\nexcept SystemExit: pass\n"
         "print([m for m in ('torch', 'timm', 'ray', 'pandas', 'pydantic') if m in sys.modules])"
     )

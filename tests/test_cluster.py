@@ -11,9 +11,10 @@ from contextlib import suppress
 import psutil
 import pytest
 
-from pld_ray import search
-from pld_ray.experiment import load_experiment, plan
-from pld_ray.store import Store
+from pld_ray.config.experiment import load_experiment
+from pld_ray.config.planning import plan
+from pld_ray.store.store import Store
+from pld_ray.sweep import search
 
 TEXT = """
 base:
@@ -126,7 +127,7 @@ def test_a_group_across_nodes_a_death_in_it_and_the_bank_they_share(cluster, tmp
 
 SHIPPED = """
 import sys
-from pld_ray.cluster import connected
+from pld_ray.sweep.cluster import connected
 import ray
 
 def where():

@@ -8,10 +8,13 @@ import pytest
 import torch
 from PIL import Image
 
-from pld_ray.data import Images, Size, batches, hashes, load, order, size
+from pld_ray.config.trial import Data
+from pld_ray.data.augmentation import crop_and_flip
+from pld_ray.data.datasets import load, size
+from pld_ray.data.images import Images, Size
+from pld_ray.data.sampling import batches, hashes, order
+from pld_ray.data.stream import Stream
 from pld_ray.errors import InputError
-from pld_ray.spec import Data
-from pld_ray.stream import Stream, crop_and_flip
 
 CPU = torch.device("cpu")
 
@@ -25,7 +28,7 @@ def random_images(size=50, side=6, channels=3, seed=0):
 
 def test_hashes_are_splitmix64():
     # the first outputs of the reference generator seeded with 0 (Vigna, splitmix64.c)
-    from pld_ray.data import _mix
+    from pld_ray.data.sampling import _mix
 
     golden = 0x9E3779B97F4A7C15
     states = np.array([0, golden], dtype=np.uint64)

@@ -11,7 +11,8 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from pld_ray.experiment import load_experiment, plan
+from pld_ray.config.experiment import load_experiment
+from pld_ray.config.planning import plan
 
 DEPLOY = Path(__file__).parent.parent / "deploy"
 

@@ -10,14 +10,16 @@ import torch
 from PIL import Image
 from small import live, run, weights
 
-from pld_ray import bank
-from pld_ray.data import crop_draws, load, size
-from pld_ray.encoded import AREA, RATIO, TRIES, ahead, centre, crop
+from pld_ray.config.planning import plan
+from pld_ray.config.trial import Data
+from pld_ray.config.validation import validated
+from pld_ray.data.augmentation import AREA, RATIO, TRIES, centre, crop, crop_draws
+from pld_ray.data.datasets import load, size
+from pld_ray.data.encoded import ahead
+from pld_ray.data.stream import Stream
+from pld_ray.distill import bank_format
 from pld_ray.errors import InputError
-from pld_ray.experiment import plan
-from pld_ray.spec import Data, validated
-from pld_ray.store import Store
-from pld_ray.stream import Stream
+from pld_ray.store.store import Store
 
 CPU = torch.device("cpu")
 
@@ -171,7 +173,7 @@ base:
   loss: pld
 """
     trial, store = plan(experiment(text)).cells[0].trial, Store(tmp_path / "results")
-    assert bank.views(trial) == 2
+    assert bank_format.views(trial) == 2
     run(trial, store)
     run(live(trial), store)
     assert weights(store, trial) == weights(store, live(trial))

@@ -6,10 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pld_ray.config.experiment import load_experiment
+from pld_ray.config.planning import plan
+from pld_ray.config.trial import Trial, Weights
 from pld_ray.errors import InputError
-from pld_ray.experiment import load_experiment, plan
 from pld_ray.losses import REGISTRY
-from pld_ray.spec import Trial, Weights
 
 BASE = {"data": "digits", "student": "resnet8", "loss": "ce", "epochs": 3}
 
@@ -56,7 +57,7 @@ def test_id_is_stable_across_forms_of_the_same_spec():
 
 
 def test_id_does_not_depend_on_the_process():
-    code = f"from pld_ray.spec import Trial; print(Trial.model_validate({BASE!r}).id)"
+    code = f"from pld_ray.config.trial import Trial; print(Trial.model_validate({BASE!r}).id)"
     for seed in ("1", "2"):
         out = subprocess.check_output([sys.executable, "-c", code], env={"PYTHONHASHSEED": seed})
         assert out.decode().strip() == trial().id

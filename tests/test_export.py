@@ -3,10 +3,10 @@ import json
 import pandas as pd
 import pytest
 
-from pld_ray import cli
+from pld_ray.cli import results
+from pld_ray.config.planning import plan
 from pld_ray.errors import InputError
-from pld_ray.experiment import plan
-from pld_ray.store import Store
+from pld_ray.store.store import Store
 
 TEXT = """
 base:
@@ -27,7 +27,7 @@ def test_every_trial_is_a_row_with_its_spec_and_state(experiment, tmp_path, endi
     store.stop(ce, "asha")
     store.fail(kd.id, "the training loss is nan")
     sets = {"overrides": None, "smoke": False, "storage": str(tmp_path / "results")}
-    cli.export([str(tmp_path / "small.yaml")], to=tmp_path / f"all{ending}", **sets)
+    results.export([str(tmp_path / "small.yaml")], to=tmp_path / f"all{ending}", **sets)
     read = pd.read_csv if ending == ".csv" else pd.read_parquet
     table = read(tmp_path / f"all{ending}").set_index("id")
     assert list(table.index) == list(made.trials)
@@ -39,12 +39,12 @@ def test_every_trial_is_a_row_with_its_spec_and_state(experiment, tmp_path, endi
     assert table.loc[kd.id, "trial.teacher.student.name"] == "resnet20"
     assert json.loads(table.loc[other.id, "trial.optimizer.betas"]) == [0.9, 0.99]
     assert table.loc[teacher.id, "environment.torch"] in ("2.9", 2.9)
-    cli.export(None, to=tmp_path / f"begun{ending}", **sets)
+    results.export(None, to=tmp_path / f"begun{ending}", **sets)
     assert set(read(tmp_path / f"begun{ending}")["id"]) == {teacher.id, ce.id, kd.id}
 
 
 def test_another_ending_is_refused(tmp_path):
     with pytest.raises(InputError, match="expected a name that ends in .csv or .parquet"):
-        cli.export(None, to=tmp_path / "x.xls", storage=str(tmp_path))
+        results.export(None, to=tmp_path / "x.xls", storage=str(tmp_path))
     with pytest.raises(InputError, match="there are no trials"):
-        cli.export(None, None, False, str(tmp_path), tmp_path / "x.csv")
+        results.export(None, None, False, str(tmp_path), tmp_path / "x.csv")

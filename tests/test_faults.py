@@ -13,10 +13,11 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pld_ray.data import load
-from pld_ray.experiment import load_experiment, plan
-from pld_ray.store import Store
-from pld_ray.train import train
+from pld_ray.config.experiment import load_experiment
+from pld_ray.config.planning import plan
+from pld_ray.data.datasets import load
+from pld_ray.distill.loop import train
+from pld_ray.store.store import Store
 
 TEXT = """
 base:

@@ -9,14 +9,15 @@ import torch
 from small import run
 
 from pld_ray import losses
-from pld_ray.data import load
+from pld_ray.config.planning import plan
+from pld_ray.config.trial import Trial
+from pld_ray.data.datasets import load
+from pld_ray.distill.loop import train
 from pld_ray.errors import InputError
-from pld_ray.experiment import plan
 from pld_ray.losses import Features
-from pld_ray.models import Tapped, check_features
-from pld_ray.spec import Trial
-from pld_ray.store import Store
-from pld_ray.train import train
+from pld_ray.models.checks import check_features
+from pld_ray.models.features import Tapped
+from pld_ray.store.store import Store
 
 SHAPES = [(4, 8, 8), (6, 4, 4)], [(8, 4, 4), (6, 4, 4)]  # of student and teacher: channels, h, w
 
@@ -231,7 +232,7 @@ base:
 
 
 def test_a_learnt_part_is_trained_kept_on_resume_and_not_saved(experiment, tmp_path, monkeypatch):
-    monkeypatch.setattr("pld_ray.train.CHECKPOINT_SECONDS", 0)
+    monkeypatch.setattr("pld_ray.distill.loop.CHECKPOINT_SECONDS", 0)
     trial = plan(experiment(SMALL, "loss=vid")).cells[0].trial
     stores = [Store(tmp_path / name) for name in ("whole", "broken")]
     run(trial, stores[0])

@@ -13,11 +13,13 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from analysis import records
-from pld_ray import cli, search
+from analysis.records import frames
+from pld_ray.cli import options
+from pld_ray.config.experiment import experiments_folder, load_experiment
+from pld_ray.config.planning import plan
 from pld_ray.errors import InputError
-from pld_ray.experiment import experiments_folder, load_experiment, plan
-from pld_ray.store import Store
+from pld_ray.store.store import Store
+from pld_ray.sweep import search
 
 SHIPPED = sorted(experiments_folder().glob("*.yaml"))
 TEXTS = [path.read_text() for path in SHIPPED]
@@ -140,9 +142,9 @@ def test_any_record_is_a_record_or_none(folder, content):
     trial = made.cells[0].trial
     for name in ("record.json", "failure.json", "stopped.json", "epochs.jsonl", "landscape.json"):
         store.files.write(f"trials/{trial.id}/{name}", content)
-    frame = records.frame(made, store)
+    frame = frames.frame(made, store)
     assert frame["finished"].tolist() == [store.record(trial.id) is not None]
-    records.curves(made, store)
+    frames.curves(made, store)
     store.failure(trial.id), store.stopped(trial.id), store.landscape(trial.id)
     store.files.write(f"trials/{trial.id}/checkpoint.pt", content)
     assert store.load_checkpoint(trial) is None
@@ -162,7 +164,7 @@ def test_the_command_line(folder, arguments):
     out, code = io.StringIO(), 0
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out), contextlib.chdir(folder):
         try:
-            cli.app([*arguments, "--storage", storage], prog_name="pld-ray")
+            options.app([*arguments, "--storage", storage], prog_name="pld-ray")
         except SystemExit as end:
             code = end.code
         except (InputError, OSError) as error:

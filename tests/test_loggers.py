@@ -4,13 +4,13 @@ import pytest
 from rich.console import Console
 from tensorboardX.proto.event_pb2 import Event
 
-from pld_ray import loggers, sweep
-from pld_ray.cli import Logger
+from pld_ray.cli.run import Logger
+from pld_ray.config.planning import plan
+from pld_ray.distill.loop import train
 from pld_ray.errors import InputError
-from pld_ray.experiment import plan
-from pld_ray.store import Store
-from pld_ray.train import train
-from pld_ray.view import View
+from pld_ray.store.store import Store
+from pld_ray.sweep import checks, loggers, runner
+from pld_ray.sweep.progress import View
 
 TEXT = """
 base: {data: {name: digits, limit: 100}, student: resnet8, epochs: 4, batch_size: 50, loss: ce}
@@ -20,7 +20,7 @@ base: {data: {name: digits, limit: 100}, student: resnet8, epochs: 4, batch_size
 def run(made, store, names):
     followed = loggers.create(names, "small", store)
     with View(made, made.trials, Console(quiet=True)) as view:
-        failures = sweep.run(made, sweep.check(made.trials), store, view, loggers=followed)
+        failures = runner.run(made, checks.check(made.trials), store, view, loggers=followed)
     return failures, [logger.problem for logger in followed]
 
 
@@ -70,14 +70,14 @@ def wandb(folder):
 
 def interrupted(trial, store, monkeypatch):
     """Two epochs of a trial."""
-    monkeypatch.setattr("pld_ray.train.CHECKPOINT_SECONDS", 0)
+    monkeypatch.setattr("pld_ray.distill.loop.CHECKPOINT_SECONDS", 0)
 
     def report(metrics):
         if metrics["epoch"] == 2:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        train(trial, sweep.data.load(trial.data), store, report)
+        train(trial, runner.data.load(trial.data), store, report)
 
 
 @pytest.mark.filterwarnings("ignore:The ``noload``")  # of mlflow's own database code

@@ -3,18 +3,22 @@
 import pytest
 from rich.console import Console
 
-from analysis import figures, paper, records, weight_space
-from pld_ray import sweep
-from pld_ray.experiment import load_experiment, plan
-from pld_ray.store import Store
-from pld_ray.view import View
+from analysis.figures import paper_figures
+from analysis.landscapes import weights
+from analysis.records import frames
+from analysis.tables import paper_tables
+from pld_ray.config.experiment import load_experiment
+from pld_ray.config.planning import plan
+from pld_ray.store.store import Store
+from pld_ray.sweep import checks, runner
+from pld_ray.sweep.progress import View
 
 
 def run(name, store):
     made = plan(load_experiment(name, smoke=True))
-    images = sweep.check(made.trials)
+    images = checks.check(made.trials)
     with View(made, dict(made.trials), Console(quiet=True)) as view:
-        assert sweep.run(made, images, store, view) == {}
+        assert runner.run(made, images, store, view) == {}
     return made, images
 
 
@@ -23,23 +27,21 @@ def test_a_miniature_fills_its_table(name, local_ray, tmp_path):
     store = Store(tmp_path / "results")
     made, _ = run(name, store)
     assert store.finished(store.trials()) == set(made.trials)
-    frame = records.frame(made, store)
-    (table,) = paper.of_experiment(f"{name}-smoke")
-    found = paper.entries(table, frame)
+    frame = frames.frame(made, store)
+    (table,) = paper_tables.of_experiment(f"{name}-smoke")
+    found = paper_tables.entries(table, frame)
     assert found and all(len(entry.scores) == entry.planned for entry in found)
     assert all(0 <= entry.mean <= 100 and entry.reported > 60 for entry in found)
-    drawn = figures.draw_paper(frame, made.experiment.name, True, tmp_path)
+    drawn = paper_figures.draw_paper(frame, made.experiment.name, True, tmp_path)
     assert [path.stem for path in drawn] == (["figure-1b"] if name == "longer_training" else [])
 
 
 def test_the_landscapes_miniature_ends_with_a_table_of_sharpness(local_ray, tmp_path):
     store = Store(tmp_path / "results")
     made, images = run("landscapes", store)
-    trials = weight_space.students(made, store)
+    trials = weights.students(made, store)
     assert list(trials) == ["CE", "KD", "DIST", "PLD"]
-    weight_space.compute(trials, images, store, weight_space.Settings(points=3, images=32))
-    table = weight_space.numbers(
-        trials, {n: store.landscape(t.id) for n, t in trials.items()}, store
-    )
+    weights.compute(trials, images, store, weights.Settings(points=3, images=32))
+    table = weights.numbers(trials, {n: store.landscape(t.id) for n, t in trials.items()}, store)
     assert (table[["ce_top_eigenvalue", "top1"]] > 0).all().all()
     assert table["own_trace"].notna().tolist() == [False, True, True, True]

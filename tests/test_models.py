@@ -3,9 +3,10 @@ import timm
 import torch
 from safetensors.torch import save_file
 
+from pld_ray.config.trial import Model, Weights
 from pld_ray.errors import InputError
-from pld_ray.models import check_model, create_model, load_teacher
-from pld_ray.spec import Model, Weights
+from pld_ray.models.checks import check_model
+from pld_ray.models.factory import create_model, load_teacher
 
 LITERATURE = {  # parameters for 100 classes, in millions, as the CRD and mdistiller papers count
     "resnet20": 0.278,

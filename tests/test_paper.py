@@ -11,14 +11,17 @@ import pandas as pd
 import pytest
 import torch
 
-from analysis import figures, paper, records, render, tables
-from analysis.paper import Entry
-from pld_ray import search
+from analysis.figures import paper_figures
+from analysis.records import frames
+from analysis.tables import comparison, paper_tables, rendering
+from analysis.tables.paper_tables import Entry
+from pld_ray.config.experiment import experiments_folder, load_experiment
+from pld_ray.config.planning import plan
+from pld_ray.config.trial import Model
 from pld_ray.errors import InputError
-from pld_ray.experiment import experiments_folder, load_experiment, plan
-from pld_ray.models import check_model
-from pld_ray.spec import Model
-from pld_ray.store import Store
+from pld_ray.models.checks import check_model
+from pld_ray.store.store import Store
+from pld_ray.sweep import search
 
 SHIPPED = sorted(path.stem for path in experiments_folder().glob("*.yaml"))
 
@@ -85,14 +88,14 @@ def test_trials_shared_by_experiments_are_planned_once():
 
 def empty(table, tmp_path, smoke=False):
     made = plan(load_experiment(table.experiment, smoke=smoke))
-    return paper.entries(table, records.frame(made, Store(tmp_path / "none")))
+    return paper_tables.entries(table, frames.frame(made, Store(tmp_path / "none")))
 
 
 def test_every_reported_number_is_in_its_table_and_none_is_in_two_places(tmp_path):
-    with open(Path(paper.__file__).parent / "reported.csv", newline="") as file:
+    with open(Path(paper_tables.__file__).parent / "reported.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 278
-    for table in paper.TABLES:
+    for table in paper_tables.TABLES:
         own = [row for row in rows if row["table"] == str(table.number)]
         expected = Counter(f"{float(row['mean'])} {row['metric']}" for row in own)
         if table.numbers == "2":  # one teacher of three pairs, and it stands at each
@@ -110,15 +113,15 @@ def test_every_reported_number_is_in_its_table_and_none_is_in_two_places(tmp_pat
     ("number", "over_dist", "over_kd"), [("2", "+0.42", "+1.04"), ("3", "+0.49", "+1.09")]
 )
 def test_averages_come_out_as_in_the_paper(tmp_path, number, over_dist, over_kd):
-    (table,) = (t for t in paper.TABLES if t.numbers == number)
-    text = paper.text(table, empty(table, tmp_path), miniature=False)
+    (table,) = (t for t in paper_tables.TABLES if t.numbers == number)
+    text = paper_tables.text(table, empty(table, tmp_path), miniature=False)
     assert re.search(rf"\| average +\| +\{over_dist} \| +\{over_kd} \|", text)
     assert "no trial of" in text and "±" not in text
 
 
 def test_reported_deviations_and_settings_find_their_cells(tmp_path):
     def value(number, row, column):
-        (table,) = (t for t in paper.TABLES if t.numbers == number)
+        (table,) = (t for t in paper_tables.TABLES if t.numbers == number)
         (found,) = (e for e in empty(table, tmp_path) if (e.row, e.column) == (row, column))
         return found.reported, found.reported_std
 
@@ -152,20 +155,20 @@ def finished(tmp_path):
 
 
 def test_ours_stand_beside_what_is_reported(finished, tmp_path):
-    table = paper.TABLES[0]
-    found = paper.entries(table, records.frame(*finished))
-    cells = paper.printed(table, found, miniature=False).set_index("Method")
+    table = paper_tables.TABLES[0]
+    found = paper_tables.entries(table, frames.frame(*finished))
+    cells = paper_tables.printed(table, found, miniature=False).set_index("Method")
     pair = "wrn_40_2 → wrn_40_1"
     assert cells.loc["PLD", pair] == "73.00±1.00 [73.50±0.30, −0.50]"
     assert cells.loc["KD", pair] == "70.50±0.71 (n=2) [72.44±0.36, −1.94]"
     assert cells.loc["CE", pair] == "– [70.26±0.24]"
-    small = paper.printed(table, found, miniature=True).set_index("Method")
+    small = paper_tables.printed(table, found, miniature=True).set_index("Method")
     assert small.loc["PLD", pair] == "73.00±1.00 [73.50±0.30]"
-    gains = paper.printed_gains(table, found, miniature=False).set_index("PLD's gain")
+    gains = paper_tables.printed_gains(table, found, miniature=False).set_index("PLD's gain")
     assert gains.loc[pair, "over KD"] == "+2.00 [+1.06]"  # over the two seeds of both
     assert gains.loc["resnet32x4 → resnet8x4", "over KD"] == "– [+1.86]"
     assert gains.loc["average", "over KD"] == "– [+1.32]"
-    paths = {p.suffix: p for p in paper.write(table, found, False, tmp_path)}
+    paths = {p.suffix: p for p in paper_tables.write(table, found, False, tmp_path)}
     assert paths[".md"].name == "table-1.md"
     with open(paths[".csv"], newline="") as file:
         rows = {(row["row"], row["column"]): row for row in csv.DictReader(file)}
@@ -176,40 +179,40 @@ def test_ours_stand_beside_what_is_reported(finished, tmp_path):
 
 
 def test_minutes_count_what_the_bank_spared(finished):
-    (table,) = (t for t in paper.TABLES if t.numbers == "13")
+    (table,) = (t for t in paper_tables.TABLES if t.numbers == "13")
     made = plan(load_experiment(table.experiment))
-    found = paper.entries(table, records.frame(made, finished[1]))
+    found = paper_tables.entries(table, frames.frame(made, finished[1]))
     (ours,) = (e for e in found if (e.row, e.column) == ("PLD", "resnet56 → resnet20"))
     assert ours.mean == 1.5 and len(ours.scores) == 1
 
 
 def test_a_winner_needs_runs_enough(finished):
-    frame = records.frame(*finished)
-    found = paper.entries(paper.TABLES[0], frame)
-    assert not any(paper.best(found, entry) for entry in found)  # three seeds say too little
-    table = tables.against(frame).set_index("method")
+    frame = frames.frame(*finished)
+    found = paper_tables.entries(paper_tables.TABLES[0], frame)
+    assert not any(paper_tables.best(found, entry) for entry in found)  # three seeds say too little
+    table = comparison.against(frame).set_index("method")
     assert list(table.index) == ["KD", "DIST"]
     assert table.loc["DIST", "n"] == 6 and table.loc["DIST", "mean"] == 1
     assert table.loc["KD", "n"] == 4 and table.loc["KD", "p"] == pytest.approx(2 / 2**4)
     assert table["corrected"].tolist() == pytest.approx([0.125, 2 * 2 / 2**6])
     assert not table["decided"].any()  # two comparisons, and 2 / 2^6 was not small enough for that
-    alone = tables.against(frame[frame["loss"] != "kd"])
-    printed = tables.printed_against(alone).set_index("PLD against")
+    alone = comparison.against(frame[frame["loss"] != "kd"])
+    printed = comparison.printed_against(alone).set_index("PLD against")
     assert printed.loc["DIST", "Gain [95 %]"] == "**+1.00 [+1.00, +1.00]**"
     many = [
         Entry("", "p", "top1", loss, "p", {i: base + i % 3 for i in range(8)}, 8, 0, 0)
         for loss, base in (("kd", 1.0), ("pld", 2.0))
     ]
-    assert [paper.best(many, entry) for entry in many] == [False, True]
+    assert [paper_tables.best(many, entry) for entry in many] == [False, True]
     lower = [dataclasses.replace(e, metric="kl_teacher_student") for e in many]
-    assert [paper.best(lower, entry) for entry in lower] == [True, False]
+    assert [paper_tables.best(lower, entry) for entry in lower] == [True, False]
 
 
 def test_tables_as_text_latex_and_html():
     cells = pd.DataFrame([{"Method": "KD (τ = 1)", "top-1": "**1.00±0.10** [−]"}])
-    assert render.markdown(cells, 1).splitlines()[1] == "| ---------- | ----------------: |"
-    assert r"KD ($\tau$ = 1) & \textbf{1.00$\pm$0.10} [$-$]" in render.latex(cells, 1)
-    html = render.html(pd.DataFrame([{"<a>": "**b**", "n": "1"}]), 1)
+    assert rendering.markdown(cells, 1).splitlines()[1] == "| ---------- | ----------------: |"
+    assert r"KD ($\tau$ = 1) & \textbf{1.00$\pm$0.10} [$-$]" in rendering.latex(cells, 1)
+    html = rendering.html(pd.DataFrame([{"<a>": "**b**", "n": "1"}]), 1)
     assert "<th>&lt;a&gt;</th><th class=n>n</th>" in html
     assert "<td><strong>b</strong></td><td class=n>1</td>" in html
 
@@ -218,23 +221,23 @@ def test_tables_as_text_latex_and_html():
 
 
 def test_figure_sizes_are_those_of_the_networks():
-    for name, millions in figures.MILLIONS.items():
+    for name, millions in paper_figures.MILLIONS.items():
         parameters = check_model(Model(name=name), 1000, 3, 224)
         assert round(parameters / 1e6, 2) == millions
 
 
 def test_reported_marks_are_hollow_and_ours_filled(tmp_path):
     def points(loss):
-        found = empty(paper.TABLES[1], tmp_path)
+        found = empty(paper_tables.TABLES[1], tmp_path)
         shown = [e for e in found if e.trial and e.loss == loss]
         return shown, [dataclasses.replace(e, scores={0: 70.0 + i}) for i, e in enumerate(shown)]
 
     reported, both = points("pld")
-    (line,) = figures.sizes(reported, of_teacher=False).axes[0].lines
+    (line,) = paper_figures.sizes(reported, of_teacher=False).axes[0].lines
     assert line.get_markerfacecolor() == "white"
     assert list(line.get_xdata()) == [3.77, 9.72, 11.07, 22.05, 25.56]
     assert list(line.get_ydata()) == [70.07, 75.72, 76.33, 75.63, 77.30]
-    ours, *_, known = figures.sizes(both, of_teacher=False).axes[0].lines
+    ours, *_, known = paper_figures.sizes(both, of_teacher=False).axes[0].lines
     assert list(ours.get_ydata()) == [74, 73, 72, 70, 71] and ours.get_markerfacecolor() != "white"
     assert known.get_markerfacecolor() == "white"
 
@@ -249,8 +252,8 @@ def test_reported_marks_are_hollow_and_ours_filled(tmp_path):
     ],
 )
 def test_the_papers_figures_are_drawn_without_results(tmp_path, experiment, figure):
-    frame = records.frame(plan(load_experiment(experiment)), Store(tmp_path / "none"))
-    paths = figures.draw_paper(frame, experiment, miniature=False, folder=tmp_path)
+    frame = frames.frame(plan(load_experiment(experiment)), Store(tmp_path / "none"))
+    paths = paper_figures.draw_paper(frame, experiment, miniature=False, folder=tmp_path)
     assert [path.name for path in paths] == [f"{figure}.png"]
-    assert figures.draw_paper(frame, f"{experiment}-smoke", True, tmp_path / "x") == []
+    assert paper_figures.draw_paper(frame, f"{experiment}-smoke", True, tmp_path / "x") == []
     assert not (tmp_path / "x").exists()

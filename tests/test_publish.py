@@ -2,11 +2,11 @@ import pytest
 import timm
 import torch
 
-from pld_ray import publish
-from pld_ray.experiment import plan
-from pld_ray.store import Store
-from pld_ray.stream import Stream
-from pld_ray.train import train
+from pld_ray.config.planning import plan
+from pld_ray.data.stream import Stream
+from pld_ray.distill.loop import train
+from pld_ray.models import export
+from pld_ray.store.store import Store
 
 TEXT = """
 base: {data: {name: digits, limit: 200}, epochs: 3, batch_size: 50, loss: ce}
@@ -30,11 +30,11 @@ def top1(model, trial, images):
 @pytest.mark.parametrize("number", [0, 1])
 def test_a_student_comes_back_with_the_same_accuracy(experiment, tmp_path, number):
     trial, store = plan(experiment(TEXT)).cells[number].trial, Store(tmp_path / "results")
-    train(trial, publish.data.load(trial.data), store, lambda metrics: None)
-    model, images = publish.student(trial, store.weights(trial))
+    train(trial, export.data.load(trial.data), store, lambda metrics: None)
+    model, images = export.student(trial, store.weights(trial))
     expected = store.record(trial.id)["metrics"]["top1"]
     assert top1(model, trial, images)[0] == pytest.approx(expected)
-    publish.write(trial, store, tmp_path / "student")
+    export.write(trial, store, tmp_path / "student")
     again = timm.create_model(f"local-dir:{tmp_path / 'student'}", pretrained=True).eval()
     assert torch.equal(top1(again, trial, images)[1], top1(model, trial, images)[1])
     assert again.pretrained_cfg["mean"] == pytest.approx(images.mean)
@@ -44,9 +44,9 @@ def test_onnx_gives_the_same_logits(experiment, tmp_path):
     import onnxruntime
 
     trial, store = plan(experiment(TEXT)).cells[0].trial, Store(tmp_path / "results")
-    train(trial, publish.data.load(trial.data), store, lambda metrics: None)
-    model, images = publish.student(trial, store.weights(trial))
-    path, _ = publish.write(trial, store, tmp_path / "student", onnx=True)
+    train(trial, export.data.load(trial.data), store, lambda metrics: None)
+    model, images = export.student(trial, store.weights(trial))
+    path, _ = export.write(trial, store, tmp_path / "student", onnx=True)
     session = onnxruntime.InferenceSession(str(path))
 
     def run(x):

@@ -6,9 +6,10 @@ from html.parser import HTMLParser
 import pytest
 import torch
 
-from analysis import report
-from pld_ray.experiment import load_experiment, plan
-from pld_ray.store import Store
+from analysis.report import page
+from pld_ray.config.experiment import load_experiment
+from pld_ray.config.planning import plan
+from pld_ray.store.store import Store
 
 ENVIRONMENT = {"device": "cpu", "cores": 2, "threads": 1, "host": "here", "python": "3.11"}
 
@@ -55,12 +56,12 @@ seeds: [0, 1]
 
 def test_the_page_needs_no_network_and_shows_every_trial_once(made, tmp_path):
     plans, store = made
-    html, markdown = report.write(plans, store, tmp_path / "out")
-    page = Page()
-    page.feed(html.read_text())
-    assert page.open == []
+    html, markdown = page.write(plans, store, tmp_path / "out")
+    parsed = Page()
+    parsed.feed(html.read_text())
+    assert parsed.open == []
     assert all(link.startswith(("#", "data:image/png;base64,")) for link in page.links)
-    assert {link[1:] for link in page.links if link[0] == "#"} <= set(page.ids)
+    assert {link[1:] for link in parsed.links if link[0] == "#"} <= set(parsed.ids)
     trials = [key for made in plans for key in made.trials]
     shown = [name[1:] for name in page.ids if re.fullmatch("t[0-9a-f]{16}", name)]
     assert sorted(shown) == sorted(set(trials)) and len(trials) > len(set(trials))
@@ -79,6 +80,6 @@ def test_the_page_needs_no_network_and_shows_every_trial_once(made, tmp_path):
 
 def test_without_any_result_it_shows_what_is_reported(tmp_path):
     plans = [plan(load_experiment("divergences"))]
-    html, _ = report.write(plans, Store(tmp_path / "none"), tmp_path / "out")
+    html, _ = page.write(plans, Store(tmp_path / "none"), tmp_path / "out")
     text = html.read_text()
     assert "0 of 3 trials finished" in text and "69.83" in text and "All metrics" not in text

@@ -3,12 +3,13 @@ import random
 
 import pytest
 
-from pld_ray import cli, search
+from pld_ray.cli.run import run as run_command
+from pld_ray.config.experiment import load_experiment
+from pld_ray.config.search_space import Range, Search, points, suggest
+from pld_ray.config.validation import validated
 from pld_ray.errors import InputError
-from pld_ray.experiment import load_experiment
-from pld_ray.space import Range, Search, points, suggest
-from pld_ray.spec import validated
-from pld_ray.store import Store
+from pld_ray.store.store import Store
+from pld_ray.sweep import search
 
 TEXT = """
 base:
@@ -236,7 +237,7 @@ def test_stopped_failed_and_paused_trials(experiment, tmp_path):
 def run(folder, *overrides):
     path = folder / "small.yaml"
     path.write_text(TEXT)
-    cli.run([str(path)], overrides=list(overrides), storage=str(folder / "results"))
+    run_command([str(path)], overrides=list(overrides), storage=str(folder / "results"))
     return load_experiment(path, overrides), Store(folder / "results")
 
 

@@ -4,8 +4,8 @@ import math
 import numpy as np
 import pytest
 
-from analysis import statistics
-from analysis.statistics import compare, corrected, interval
+from analysis.statistics import paired
+from analysis.statistics.paired import compare, corrected, interval
 
 
 def test_the_interval_of_a_large_sample_is_the_normal_one():
@@ -67,7 +67,7 @@ def test_correction_for_many_is_that_of_benjamini_and_hochberg():
 
 def test_intervals_hold_what_they_say():
     rng = np.random.default_rng(1)
-    before, statistics.RESAMPLES = statistics.RESAMPLES, 499
+    before, paired.RESAMPLES = paired.RESAMPLES, 499
     hits = [low <= 0 <= high for low, high in (interval(rng.normal(size=30)) for _ in range(200))]
-    statistics.RESAMPLES = before
+    paired.RESAMPLES = before
     assert 0.89 < np.mean(hits) < 0.99

@@ -10,13 +10,13 @@ import pytest
 import torch
 from small import SMALL
 
-from pld_ray.data import load
+from pld_ray.config.planning import plan
+from pld_ray.config.trial import Trial
+from pld_ray.data.datasets import load
+from pld_ray.distill.loop import train
 from pld_ray.errors import InputError
-from pld_ray.experiment import plan
-from pld_ray.files import Files
-from pld_ray.spec import Trial
-from pld_ray.store import Outcome, Store
-from pld_ray.train import train
+from pld_ray.store.files import Files
+from pld_ray.store.store import Outcome, Store
 
 TRIAL = Trial.model_validate({"data": "digits", "student": "resnet8", "loss": "ce", "epochs": 3})
 

@@ -2,11 +2,12 @@ import pytest
 import torch
 from rich.console import Console
 
-from pld_ray import sweep
-from pld_ray.dispatch import Need
-from pld_ray.experiment import load_experiment, plan
-from pld_ray.store import Store
-from pld_ray.view import View
+from pld_ray.config.experiment import load_experiment
+from pld_ray.config.planning import plan
+from pld_ray.store.store import Store
+from pld_ray.sweep import checks, runner
+from pld_ray.sweep.progress import View
+from pld_ray.sweep.resources import Need
 
 SMALL = """
 base:
@@ -21,9 +22,9 @@ grid: {loss: [ce, pld]}
 
 def run(made, store):
     pending = {k: t for k, t in made.trials.items() if k not in store.finished(store.trials())}
-    images = sweep.check(pending)
+    images = checks.check(pending)
     with View(made, pending, Console(quiet=True)) as view:
-        failures = sweep.run(made, images, store, view)
+        failures = runner.run(made, images, store, view)
     return failures, pending
 
 
@@ -94,7 +95,7 @@ def test_the_demos_smallest_trial_on_two_workers(local_ray, tmp_path):
 
 def test_a_trial_that_never_fits_is_told(local_ray, experiment, tmp_path):
     with pytest.raises(
-        sweep.InputError,
+        runner.InputError,
         match="needs 1 CPUs for each of its 4 workers, and the nodes .* have 2 CPUs: ",
     ):
         run(plan(experiment(SMALL, "workers=4")), Store(tmp_path / "results"))
@@ -110,7 +111,7 @@ def test_concurrent_bounds_what_runs_at_once(local_ray, experiment, tmp_path):
             most.append(len(self.running))
 
     with Counting(made, made.trials, Console(quiet=True)) as view:
-        assert sweep.run(made, sweep.check(made.trials), store, view) == {}
+        assert runner.run(made, checks.check(made.trials), store, view) == {}
     assert most == [1, 1, 1] and len(store.finished(made.trials)) == 3
 
 

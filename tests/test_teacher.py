@@ -18,14 +18,17 @@ import timm
 import torch
 from small import CPU, cells, chunks, live, opened, run, seconds_of, weights
 
-from pld_ray import bank, teacher
-from pld_ray.data import Images, load, order
+from pld_ray.config.trial import Trial, Weights
+from pld_ray.data.datasets import load
+from pld_ray.data.images import Images
+from pld_ray.data.sampling import order
+from pld_ray.data.stream import Stream
+from pld_ray.distill import bank, teacher
+from pld_ray.distill.loop import train
+from pld_ray.distill.teacher import Teacher
 from pld_ray.errors import InputError
-from pld_ray.spec import Trial, Weights
-from pld_ray.store import Store
-from pld_ray.stream import Stream
-from pld_ray.teacher import Teacher
-from pld_ray.train import train
+from pld_ray.store.store import Store
+from pld_ray.sweep import ledger
 
 # ---------------------------------------------------------------- exact
 
@@ -130,10 +133,10 @@ def test_the_order_is_kept_where_there_are_many_classes(experiment, tmp_path):
 
 WORKER = """
 import sys, torch.distributed as dist
-from pld_ray.data import load
-from pld_ray.spec import Trial
-from pld_ray.store import Store
-from pld_ray.train import train
+from pld_ray.data.datasets import load
+from pld_ray.config.trial import Trial
+from pld_ray.store.store import Store
+from pld_ray.distill.loop import train
 import torch
 torch.set_num_threads(1)
 store, rank, spec = sys.argv[1], int(sys.argv[2]), sys.argv[3:]
@@ -162,14 +165,14 @@ def test_two_workers_agree_with_a_live_teacher(experiment, tmp_path):
 CHILD = """
 import os, signal, sys, torch
 torch.set_num_threads(1)
-from pld_ray.data import load
-from pld_ray.spec import Trial
-from pld_ray.store import Store
-from pld_ray.stream import Stream
-from pld_ray import train as training
-from pld_ray.train import train
+from pld_ray.data.datasets import load
+from pld_ray.config.trial import Trial
+from pld_ray.store.store import Store
+from pld_ray.data.stream import Stream
+from pld_ray.distill import loop
+from pld_ray.distill.loop import train
 
-training.CHECKPOINT_SECONDS = 0
+loop.CHECKPOINT_SECONDS = 0
 trial, calls, shown = Trial.model_validate_json(sys.argv[2]), int(sys.argv[3]), Stream.train
 
 def dying(*arguments):
@@ -309,7 +312,7 @@ def test_the_digest_of_pretrained_weights(monkeypatch, tmp_path):
 
 def race(store_uri, trial, ledger, log, kill):
     """A trial that notes which chunks it computes, and dies in its first one if `kill`."""
-    compute = teacher.Bank._compute
+    compute = bank.Bank._compute
 
     def noted(self, name):
         with open(log, "a") as file:
@@ -319,7 +322,7 @@ def race(store_uri, trial, ledger, log, kill):
         time.sleep(0.2)  # long enough for the others to come to it
         compute(self, name)
 
-    teacher.Bank._compute = noted
+    bank.Bank._compute = noted
     if not kill:  # wait for the other two
         Path(f"{log}.{os.getpid()}").touch()
         while len(list(Path(log).parent.glob("log.*"))) < 3:
@@ -327,7 +330,7 @@ def race(store_uri, trial, ledger, log, kill):
     try:
         train(trial, load(trial.data), Store(store_uri), lambda metrics: None, ledger)
     finally:
-        teacher.Bank._compute = compute
+        bank.Bank._compute = compute
 
 
 def test_trials_that_start_together_compute_each_chunk_once(experiment, tmp_path, local_ray):
@@ -337,7 +340,7 @@ def test_trials_that_start_together_compute_each_chunk_once(experiment, tmp_path
     store, log = Store(tmp_path), tmp_path / "log"
     train(doomed.teacher, load(doomed.teacher.data), store, lambda metrics: None)
 
-    class Hasty(bank.Ledger):
+    class Hasty(ledger.Ledger):
         LEASE = 4.0
 
     ledger = local_ray.remote(Hasty).options(num_cpus=0).remote()

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from pld_ray import metrics
-from pld_ray.data import load
-from pld_ray.experiment import plan
-from pld_ray.spec import Trial
-from pld_ray.store import Store
-from pld_ray.train import TrainingError, train
+from pld_ray.config.planning import plan
+from pld_ray.config.trial import Trial
+from pld_ray.data.datasets import load
+from pld_ray.distill import metrics
+from pld_ray.distill.loop import TrainingError, train
+from pld_ray.store.store import Store
 
 SMALL = """
 base:
@@ -32,12 +32,13 @@ base:
 CHILD = """
 import os, signal, sys, torch
 torch.set_num_threads(1)
-from pld_ray.data import load
-from pld_ray.experiment import load_experiment, plan
-from pld_ray.store import Store
-from pld_ray import train as training
-from pld_ray.train import train
-training.CHECKPOINT_SECONDS = 0
+from pld_ray.data.datasets import load
+from pld_ray.config.experiment import load_experiment
+from pld_ray.config.planning import plan
+from pld_ray.store.store import Store
+from pld_ray.distill import loop
+from pld_ray.distill.loop import train
+loop.CHECKPOINT_SECONDS = 0
 
 def die(metrics):
     if metrics["epoch"] == int(sys.argv[3]):
@@ -111,7 +112,7 @@ def test_a_teacher_close_to_uniform_is_noted_in_the_record(experiment, tmp_path)
 
 
 def test_the_saved_student_has_the_recorded_accuracy(experiment, tmp_path):
-    from pld_ray.models import create_model
+    from pld_ray.models.factory import create_model
 
     made, store = plan(experiment(SMALL, "epochs=2")), Store(tmp_path)
     trial = made.cells[0].trial
@@ -181,8 +182,8 @@ def test_the_papers_optimizers_run(experiment, tmp_path, name):
 
 
 def test_schedules():
-    from pld_ray.spec import Schedule
-    from pld_ray.train import _scheduler
+    from pld_ray.config.trial import Schedule
+    from pld_ray.distill.loop import _scheduler
 
     def rates(spec, epochs, steps):
         optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=2.0)

@@ -3,13 +3,12 @@ import pytest
 import torch
 from small import cells, live, run
 
-from analysis import weight_space
-from analysis.weight_space import Settings, directions, line, sharpness, subject
-from pld_ray.data import load
-from pld_ray.experiment import plan
-from pld_ray.models import create_model
-from pld_ray.store import Store
-from pld_ray.sweep import data_key
+from analysis.landscapes import weights
+from analysis.landscapes.weights import Settings, directions, line, sharpness, subject
+from pld_ray.config.planning import plan
+from pld_ray.data.datasets import load, sharing_key
+from pld_ray.models.factory import create_model
+from pld_ray.store.store import Store
 
 
 def test_directions_have_the_length_of_each_filter():
@@ -71,11 +70,11 @@ seeds: [0, 1]
     images = load(made.cells[0].trial.data)
     for cell in made.cells[::2]:  # the first seed of each method
         run(cell.trial, store, images)
-    trials = weight_space.students(made, store)
+    trials = weights.students(made, store)
     assert list(trials) == ["CE", "PLD", "AT"]
-    shown = {data_key(trial): images for trial in trials.values()}
+    shown = {sharing_key(trial.data): images for trial in trials.values()}
     settings = Settings(points=3, reach=0.5, images=50)
-    weight_space.compute(trials, shown, store, settings)
+    weights.compute(trials, shown, store, settings)
     kept = {name: store.landscape(trial.id) for name, trial in trials.items()}
     assert {name: list(k["losses"]) for name, k in kept.items()} == {
         "CE": ["ce"],
@@ -98,10 +97,10 @@ seeds: [0, 1]
     def never(*_):
         raise AssertionError("computed again")
 
-    subject_, weight_space.subject = weight_space.subject, never
-    weight_space.compute(trials, shown, store, settings)
-    weight_space.subject = subject_
-    paths = weight_space.draw(trials, store, tmp_path / "out")
+    subject_, weights.subject = weights.subject, never
+    weights.compute(trials, shown, store, settings)
+    weights.subject = subject_
+    paths = weights.draw(trials, store, tmp_path / "out")
     assert {path.suffix for path in paths} == {".png", ".md", ".csv", ".tex"}
     rows = (tmp_path / "out/sharpness.md").read_text().splitlines()
     head = ["Student of", "Top-1 %", "λ, CE", "tr, CE", "λ, own loss", "tr, own loss"]

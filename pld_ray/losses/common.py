@@ -6,10 +6,7 @@ from abc import ABC, abstractmethod
 from typing import Any, TypedDict, Unpack, cast
 
 import torch
-from pydantic import ValidationError
 from torch import Tensor, nn
-
-from pld_ray.losses import REGISTRY
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -120,16 +117,6 @@ def at_least_float32(logits: Tensor) -> torch.dtype:
 def transformed() -> bool:
     """Whether torch.compile or torch.func is at work: tensors then have no values to look at."""
     return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-
-
-def check_params(loss: str, **params: Any) -> None:
-    """Raise ValueError unless `params` are what the registry accepts for `loss`."""
-    try:
-        REGISTRY[loss](name=loss, **params)
-    except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"])
-        raise ValueError(f"{loss}: {field} is {first['input']!r}: {first['msg']}") from None
 
 
 def _check_inputs(

@@ -10,10 +10,11 @@ from torch.nn import functional as F
 from pld_ray.losses.common import (
     DistillationLoss,
     Options,
-    check_params,
     soften,
     standardize_pair,
 )
+from pld_ray.losses.parameters import Standardize, Temperature, Weight
+from pld_ray.losses.registry import register_loss
 
 
 def pearson(a: Tensor, b: Tensor, dim: int, kept: Tensor | None = None) -> Tensor:
@@ -30,6 +31,7 @@ def _centred(x: Tensor, dim: int, kept: Tensor | None) -> Tensor:
     return (x - mean) * kept
 
 
+@register_loss("dist", label="DIST")
 class DISTLoss(DistillationLoss):
     """w CE + tau^2 (beta inter + gamma intra), Pearson distances of softmax(logits / tau).
 
@@ -41,24 +43,15 @@ class DISTLoss(DistillationLoss):
 
     def __init__(
         self,
-        temperature: float = 4.0,
-        ce_weight: float = 1.0,
-        beta: float = 2.0,
-        gamma: float = 2.0,
+        temperature: Temperature = 4.0,
+        ce_weight: Weight = 1.0,
+        beta: Weight = 2.0,
+        gamma: Weight = 2.0,
         tau_squared: bool = True,
-        standardize: str = "none",
+        standardize: Standardize = "none",
         **options: Unpack[Options],
     ) -> None:
         super().__init__(**options)
-        check_params(
-            "dist",
-            temperature=temperature,
-            ce_weight=ce_weight,
-            beta=beta,
-            gamma=gamma,
-            tau_squared=tau_squared,
-            standardize=standardize,
-        )
         self.temperature = temperature
         self.ce_weight = ce_weight
         scale = temperature**2 if tau_squared else 1.0

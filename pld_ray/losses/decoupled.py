@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Unpack
+from typing import Annotated, Unpack
 
 import torch
+from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
 from pld_ray.losses.common import (
     DistillationLoss,
     Options,
-    check_params,
     soften,
     standardize_pair,
 )
 from pld_ray.losses.divergence import kl_divergence
+from pld_ray.losses.parameters import Standardize, Temperature, Weight
+from pld_ray.losses.registry import register_loss
 
 
+@register_loss("dkd", label="DKD")
 class DKDLoss(DistillationLoss):
     """w CE + tau^2 (alpha TCKD + beta NCKD); Zhao et al. 2022, eq. 7.
 
@@ -28,24 +31,15 @@ class DKDLoss(DistillationLoss):
 
     def __init__(
         self,
-        temperature: float = 4.0,
-        ce_weight: float = 1.0,
-        alpha: float = 1.0,
-        beta: float = 8.0,
-        warmup_epochs: int = 0,
-        standardize: str = "none",
+        temperature: Temperature = 4.0,
+        ce_weight: Weight = 1.0,
+        alpha: Weight = 1.0,
+        beta: Weight = 8.0,
+        warmup_epochs: Annotated[int, Field(ge=0)] = 0,
+        standardize: Standardize = "none",
         **options: Unpack[Options],
     ) -> None:
         super().__init__(**options)
-        check_params(
-            "dkd",
-            temperature=temperature,
-            ce_weight=ce_weight,
-            alpha=alpha,
-            beta=beta,
-            warmup_epochs=warmup_epochs,
-            standardize=standardize,
-        )
         self.temperature = temperature
         self.ce_weight = ce_weight
         self.alpha = alpha

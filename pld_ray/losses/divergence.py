@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import math
-from typing import Unpack
+from typing import Annotated, Literal, Unpack
 
 import torch
+from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
 from pld_ray.losses.common import (
     DistillationLoss,
     Options,
-    check_params,
     soften,
     standardize_pair,
 )
+from pld_ray.losses.parameters import Standardize, Temperature
+from pld_ray.losses.registry import register_loss
 
 
 def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -23,6 +25,7 @@ def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
     return (log_p.exp() * (log_p.clamp_min(-1e30) - log_q)).sum(1)
 
 
+@register_loss("kd", label="KD")
 class KDLoss(DistillationLoss):
     """w CE + (1 - w) tau^2 D, with p = softmax(teacher / tau), q = softmax(student / tau).
 
@@ -33,20 +36,13 @@ class KDLoss(DistillationLoss):
 
     def __init__(
         self,
-        temperature: float = 4.0,
-        ce_weight: float = 0.1,
-        divergence: str = "forward_kl",
-        standardize: str = "none",
+        temperature: Temperature = 4.0,
+        ce_weight: Annotated[float, Field(ge=0, le=1)] = 0.1,
+        divergence: Literal["forward_kl", "reverse_kl", "jensen_shannon"] = "forward_kl",
+        standardize: Standardize = "none",
         **options: Unpack[Options],
     ) -> None:
         super().__init__(**options)
-        check_params(
-            "kd",
-            temperature=temperature,
-            ce_weight=ce_weight,
-            divergence=divergence,
-            standardize=standardize,
-        )
         self.temperature = temperature
         self.ce_weight = ce_weight
         self.divergence = divergence

@@ -12,13 +12,15 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from typing import Any, NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pld_ray.losses.common import check_params
+from pld_ray.losses.parameters import Weight
+from pld_ray.losses.registry import register_loss
 
 
 class Features(NamedTuple):
@@ -35,10 +37,10 @@ class FeatureLoss(nn.Module, ABC):
     when called, for features that cannot be compared.
     """
 
-    def __init__(self, name: str, ce_weight: float, **params: Any) -> None:
+    name = ""  # in YAML; the decorator sets it
+
+    def __init__(self, ce_weight: float) -> None:
         super().__init__()
-        check_params(name, ce_weight=ce_weight, **params)
-        self.name = name
         self.ce_weight = ce_weight
         self.notes: list[str] = []  # as DistillationLoss has them
 
@@ -84,6 +86,7 @@ def _same_size(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
     return first, second
 
 
+@register_loss("at", label="AT", takes="features")
 class ATLoss(FeatureLoss):
     """Attention transfer (Zagoruyko and Komodakis 2017, eq. 2, with p = 2).
 
@@ -91,8 +94,8 @@ class ATLoss(FeatureLoss):
     the mean over channels of the squared features, flattened.
     """
 
-    def __init__(self, weight: float = 1000.0, ce_weight: float = 1.0) -> None:
-        super().__init__("at", ce_weight, weight=weight)
+    def __init__(self, weight: Weight = 1000.0, ce_weight: Weight = 1.0) -> None:
+        super().__init__(ce_weight)
         self.weight = weight
 
     def distance(self, student: Features, teacher: Features) -> Tensor:
@@ -106,6 +109,7 @@ def _map(features: Tensor) -> Tensor:
     return F.normalize(features.square().mean(1).flatten(1))
 
 
+@register_loss("fitnet", label="FitNet", takes="features")
 class FitNetLoss(FeatureLoss):
     """Hints (Romero et al. 2015, eq. 3): the student's stage, through a learnt convolution.
 
@@ -113,8 +117,13 @@ class FitNetLoss(FeatureLoss):
     transposed one where the student's map is a multiple or a fraction of the teacher's.
     """
 
-    def __init__(self, stage: int = 2, weight: float = 100.0, ce_weight: float = 1.0) -> None:
-        super().__init__("fitnet", ce_weight, stage=stage, weight=weight)
+    def __init__(
+        self,
+        stage: Annotated[int, Field(ge=1)] = 2,
+        weight: Weight = 100.0,
+        ce_weight: Weight = 1.0,
+    ) -> None:
+        super().__init__(ce_weight)
         self.stage = stage
         self.weight = weight
         self.regressor: nn.Module = nn.Identity()
@@ -143,6 +152,7 @@ class FitNetLoss(FeatureLoss):
         return features.stages[self.stage - 1]
 
 
+@register_loss("pkt", label="PKT", takes="features")
 class PKTLoss(FeatureLoss):
     """Probabilistic knowledge transfer (Passalis and Tefas 2018) with the cosine kernel.
 
@@ -150,8 +160,8 @@ class PKTLoss(FeatureLoss):
     features in the batch, scaled to [0, 1], each row normalised to sum to 1.
     """
 
-    def __init__(self, weight: float = 30000.0, ce_weight: float = 1.0) -> None:
-        super().__init__("pkt", ce_weight, weight=weight)
+    def __init__(self, weight: Weight = 30000.0, ce_weight: Weight = 1.0) -> None:
+        super().__init__(ce_weight)
         self.weight = weight
 
     def distance(self, student: Features, teacher: Features) -> Tensor:
@@ -168,6 +178,7 @@ def _affinities(pooled: Tensor) -> Tensor:
     return similar / similar.sum(1, keepdim=True)
 
 
+@register_loss("rkd", label="RKD", takes="features")
 class RKDLoss(FeatureLoss):
     """Relational knowledge distillation (Park et al. 2019, sections 3.2.1 and 3.2.2).
 
@@ -176,11 +187,9 @@ class RKDLoss(FeatureLoss):
     """
 
     def __init__(
-        self, distance_weight: float = 25.0, angle_weight: float = 50.0, ce_weight: float = 1.0
+        self, distance_weight: Weight = 25.0, angle_weight: Weight = 50.0, ce_weight: Weight = 1.0
     ) -> None:
-        super().__init__(
-            "rkd", ce_weight, distance_weight=distance_weight, angle_weight=angle_weight
-        )
+        super().__init__(ce_weight)
         self.distance_weight = distance_weight
         self.angle_weight = angle_weight
 
@@ -206,6 +215,7 @@ def _angles(x: Tensor) -> Tensor:
     return unit @ unit.transpose(1, 2)
 
 
+@register_loss("sp", label="SP", takes="features")
 class SPLoss(FeatureLoss):
     """Similarity preserving (Tung and Mori 2019, eq. 3).
 
@@ -213,8 +223,8 @@ class SPLoss(FeatureLoss):
     divided by its norm.
     """
 
-    def __init__(self, weight: float = 3000.0, ce_weight: float = 1.0) -> None:
-        super().__init__("sp", ce_weight, weight=weight)
+    def __init__(self, weight: Weight = 3000.0, ce_weight: Weight = 1.0) -> None:
+        super().__init__(ce_weight)
         self.weight = weight
 
     def distance(self, student: Features, teacher: Features) -> Tensor:
@@ -227,6 +237,7 @@ def _gram(features: Tensor) -> Tensor:
     return F.normalize(rows @ rows.T)
 
 
+@register_loss("vid", label="VID", takes="features")
 class VIDLoss(FeatureLoss):
     """Variational information distillation (Ahn et al. 2019).
 
@@ -236,14 +247,12 @@ class VIDLoss(FeatureLoss):
 
     def __init__(
         self,
-        weight: float = 1.0,
-        ce_weight: float = 1.0,
-        initial_variance: float = 5.0,
-        eps: float = 1e-5,
+        weight: Weight = 1.0,
+        ce_weight: Weight = 1.0,
+        initial_variance: Annotated[float, Field(gt=0)] = 5.0,
+        eps: Annotated[float, Field(gt=0)] = 1e-5,
     ) -> None:
-        super().__init__(
-            "vid", ce_weight, weight=weight, initial_variance=initial_variance, eps=eps
-        )
+        super().__init__(ce_weight)
         self.weight = weight
         self.initial_variance = initial_variance
         self.eps = eps

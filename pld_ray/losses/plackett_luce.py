@@ -18,20 +18,22 @@ import math
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import Unpack
+from typing import Annotated, Literal, Unpack
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from pld_ray.losses.common import (
     DistillationLoss,
     Options,
-    check_params,
     standardize_pair,
     transformed,
 )
 from pld_ray.losses.likelihood import ranking_loss
 from pld_ray.losses.order import Ranking, rank_all, rank_in_order
+from pld_ray.losses.parameters import Standardize, Temperature, TopK
+from pld_ray.losses.registry import register_loss
 
 FLAT = 0.9  # of log C: the teacher's entropy above which its ranking says little (paper, section 6)
 FEWEST = 64  # ranked classes that top_k="auto" starts from
@@ -108,6 +110,7 @@ class RankingLoss(DistillationLoss):
         return self._reduced(losses, kept, sample_weight, labels)
 
 
+@register_loss("pld", label="PLD", takes="order")
 class PLDLoss(RankingLoss):
     """Plackett-Luce distillation: step k weighted by alpha_k = softmax(teacher / tau)[pi*_k].
 
@@ -137,22 +140,14 @@ class PLDLoss(RankingLoss):
 
     def __init__(
         self,
-        temperature: float = 1.0,
-        standardize: str = "none",
-        top_k: int | str | None = None,
-        tolerance: float = 1e-3,
-        adaptive: str = "none",
+        temperature: Temperature = 1.0,
+        standardize: Standardize = "none",
+        top_k: TopK = None,
+        tolerance: Annotated[float, Field(gt=0, lt=1)] = 1e-3,
+        adaptive: Literal["none", "entropy", "margin"] = "none",
         **options: Unpack[Options],
     ) -> None:
         super().__init__(standardize, **options)
-        check_params(
-            "pld",
-            temperature=temperature,
-            standardize=standardize,
-            top_k=top_k,
-            tolerance=tolerance,
-            adaptive=adaptive,
-        )
         self.temperature = temperature
         self.top_k = top_k
         self.tolerance = tolerance
@@ -245,7 +240,7 @@ class PlackettLuceLoss(RankingLoss):
     def __init__(
         self,
         schedule: Callable[[Tensor], Tensor],
-        standardize: str = "none",
+        standardize: Standardize = "none",
         **options: Unpack[Options],
     ) -> None:
         super().__init__(standardize, **options)
@@ -281,14 +276,15 @@ def schedule_weights(schedule: Callable[[Tensor], Tensor], classes: int) -> Tens
     return weights / total
 
 
+@register_loss("listmle", label="ListMLE", takes="order")
 class ListMLELoss(PlackettLuceLoss):
     """Equal weights 1/C: ListMLE (Xia et al. 2008) divided by the number of classes."""
 
-    def __init__(self, standardize: str = "none", **options: Unpack[Options]) -> None:
-        check_params("listmle", standardize=standardize)
+    def __init__(self, standardize: Standardize = "none", **options: Unpack[Options]) -> None:
         super().__init__(torch.ones_like, standardize, **options)
 
 
+@register_loss("plistmle", label="P-ListMLE", takes="order")
 class PListMLELoss(PlackettLuceLoss):
     """Weights proportional to 2^(C-k) - 1, k = 1 .. C: position-aware ListMLE (Lan et al. 2014).
 
@@ -297,8 +293,7 @@ class PListMLELoss(PlackettLuceLoss):
     the method it names.
     """
 
-    def __init__(self, standardize: str = "none", **options: Unpack[Options]) -> None:
-        check_params("plistmle", standardize=standardize)
+    def __init__(self, standardize: Standardize = "none", **options: Unpack[Options]) -> None:
         super().__init__(position_weights, standardize, **options)
 
 

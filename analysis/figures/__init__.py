@@ -1,0 +1,6 @@
+"""Figures: accuracy by method, learning curves, and those of the paper.
+
+Enters: DataFrames of records. Leaves: PNG and PDF files.
+
+Uses: tables, pld_ray.losses.
+"""

@@ -1,0 +1,122 @@
+"""Figures of an experiment: accuracy by method, learning curves, and those of the paper.
+
+One style for all. In the paper's figures ours are filled and what is reported is hollow.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from analysis.figures.style import PAGE, STYLE, method_colours, save
+
+matplotlib.use("Agg")
+
+
+def draw(records: pd.DataFrame, curves: pd.DataFrame, folder: Path) -> list[Path]:
+    """Write accuracy and curves, each as PNG and PDF; returns the PNGs' paths.
+
+    Nothing is drawn of trials that have not finished; without any, no figure is written.
+    """
+    finished = records[records["finished"]]
+    if finished.empty:
+        return []
+    folder.mkdir(parents=True, exist_ok=True)
+    colours = method_colours(records)
+    with plt.rc_context(STYLE):
+        paths = [save(accuracy(finished, colours), folder / "accuracy")]
+        paths.append(save(learning_curves(curves, colours), folder / "curves"))
+    return paths
+
+
+def accuracy(records: pd.DataFrame, colours: dict[str, str]) -> Figure:
+    """Bars of mean top-1 with one std, every seed as a dot, the teacher as a line."""
+    sections = list(records.groupby(["student", "teacher", "setting"], sort=False))
+    methods = max(section["method"].nunique() for _, section in sections)
+    longest = max(len(line) for name in records["method"] for line in _wrap(name).split("\n"))
+    titles = [_title(key) for key, _ in sections]
+    widest = max(len(line) for title in titles for line in title.split("\n"))
+    width = 0.6 + max(max(0.75, 0.1 * longest) * methods, 0.075 * widest)  # inches, of a section
+    columns = min(len(sections), max(1, int(PAGE // width)))
+    rows = -(-len(sections) // columns)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(0.8 + width * columns, 3.2 * rows), squeeze=False
+    )
+    for axis in axes.flat[len(sections) :]:
+        axis.remove()
+    for axis, title, (_, section) in zip(axes.flat, titles, sections, strict=False):
+        groups = section.groupby("method", sort=False)["top1"]
+        means, spreads = groups.mean(), groups.std()  # NaN for one seed: no error bar
+        x = np.arange(len(means))
+        bars = [colours[name] for name in means.index]
+        axis.bar(x, means, 0.62, yerr=spreads, color=bars, ecolor="#333333", capsize=3, alpha=0.85)
+        for i, (_, values) in enumerate(groups):
+            offsets = np.linspace(-0.14, 0.14, len(values)) if len(values) > 1 else [0]
+            axis.plot(
+                i + np.asarray(offsets), values, "o", ms=3, mfc="white", mec="#333333", mew=0.7
+            )
+        low = float(min((means - spreads.fillna(0)).min(), section["top1"].min()))
+        high = float(max((means + spreads.fillna(0)).max(), section["top1"].max()))
+        if "teacher_top1" in section and section["teacher_top1"].notna().any():
+            level = float(section["teacher_top1"].mean())
+            axis.axhline(level, color="#333333", lw=1, ls="--")
+            where = axis.get_yaxis_transform()  # x in the axes' own width, y in percent
+            label = {"ha": "right", "va": "bottom", "fontsize": 8, "color": "#333333"}
+            axis.text(0.99, level, f"teacher {level:.1f}", transform=where, **label)
+            low, high = min(low, level), max(high, level)
+        room = max(high - low, 0.5)
+        axis.set_ylim(max(0, low - 0.35 * room), high + 0.18 * room)
+        axis.set_xticks(x, [_wrap(name) for name in means.index])
+        axis.tick_params(axis="x", length=0)
+        axis.grid(axis="x", visible=False)
+        axis.set_title(title)
+    for row in axes:
+        cut = "\naxis does not start at 0" if any(axis.get_ylim()[0] > 0 for axis in row) else ""
+        row[0].set_ylabel(f"validation top-1 (%){cut}")
+    figure.tight_layout()
+    return figure
+
+
+def learning_curves(curves: pd.DataFrame, colours: dict[str, str]) -> Figure:
+    """Top-1 and training loss by epoch: mean over seeds, and a band of one std for few methods."""
+    sections = list(curves.groupby(["student", "teacher", "setting"], sort=False))
+    figure, axes = plt.subplots(
+        len(sections), 2, figsize=(7.6, 0.4 + 2.7 * len(sections)), squeeze=False
+    )
+    for row, (key, section) in zip(axes, sections, strict=True):
+        for axis, metric in zip(row, ("top1", "train_loss"), strict=True):
+            for method, lines in section.groupby("method", sort=False):
+                by_epoch = lines.groupby("epoch")[metric]
+                mean, std = by_epoch.mean(), by_epoch.std().fillna(0)
+                colour = colours[str(method)]
+                axis.plot(mean.index, mean, color=colour, lw=1.4, label=method)
+                if metric == "top1" and section["method"].nunique() <= 6:
+                    axis.fill_between(
+                        mean.index, mean - std, mean + std, color=colour, alpha=0.13, lw=0
+                    )
+            axis.set_xlabel("epoch")
+            axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        row[0].set_ylabel("validation top-1 (%)")
+        row[0].set_title(_title(key), loc="left")
+        row[1].set_ylabel("training loss (each its own)")
+        row[1].set_yscale("log")
+        row[1].legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.tight_layout()
+    return figure
+
+
+def _title(key: Any) -> str:
+    student, teacher, setting = key
+    pair = f"{teacher} → {student}" if teacher else student
+    return f"{pair}\n{setting}" if setting else pair
+
+
+def _wrap(label: str) -> str:
+    return label.replace(" (", "\n(").replace(", ", ",\n")

@@ -1,0 +1,6 @@
+"""Records of trials as DataFrames, and as one table for other programs.
+
+Enters: a plan and its store. Leaves: one row per trial or epoch.
+
+Uses: pld_ray.losses, pld_ray.config, pld_ray.store.
+"""

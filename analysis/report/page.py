@@ -1,0 +1,255 @@
+"""One page of all that is known: tables, figures, the spec of every trial, machines and cost.
+
+A self-contained HTML file (pictures inside, no script, no network) and the same as Markdown, whose
+pictures lie beside it.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import pandas as pd
+from PIL import Image
+
+from analysis.figures import methods, paper_figures
+from analysis.landscapes import logits, weights
+from analysis.records import frames
+from analysis.tables import best, comparison, paper_tables, rendering
+from pld_ray import __version__
+from pld_ray.config.planning import Plan
+from pld_ray.store.store import Store
+from pld_ray.sweep import search
+from pld_ray.units import duration
+
+TITLE = "Plackett-Luce Distillation: reported and reproduced"
+
+
+@dataclass
+class Block:
+    """A table or a picture, with what stands above and below it."""
+
+    title: str = ""
+    cells: pd.DataFrame | None = None
+    labels: int = 1  # columns of the table that name its rows
+    image: Path | None = None
+    caption: str = ""
+
+
+@dataclass
+class Section:
+    """An experiment."""
+
+    name: str
+    title: str
+    state: str = ""
+    command: str = ""
+    note: str = ""
+    blocks: list[Block] = field(default_factory=list)
+    trials: list[dict[str, str]] = field(default_factory=list)  # id, label, state, spec
+    elsewhere: list[str] = field(default_factory=list)  # ids of trials in earlier sections
+
+
+def write(plans: list[Plan], store: Store, folder: Path) -> list[Path]:
+    """Write report.html, report.md and their pictures; returns the paths of the first two."""
+    folder.mkdir(parents=True, exist_ok=True)
+    shown: dict[str, dict[str, Any] | None] = {}  # records of the trials so far
+    sections = [_section(plan, store, folder / plan.experiment.name, shown) for plan in plans]
+    sections.append(_logits(folder / "landscape"))
+    done = {key: record for key, record in shown.items() if record is not None}
+    spent = sum(record["seconds"]["seconds"] for record in done.values())
+    page: dict[str, Any] = {
+        "title": TITLE,
+        "version": __version__,
+        "date": time.strftime("%Y-%m-%d"),
+        "summary": f"{len(done)} of {len(shown)} trials finished; {duration(spent)} of training.",
+        "sections": sections,
+        "machines": [_machines(list(done.values())), _costs(plans, done)],
+    }
+    paths = [folder / "report.html", folder / "report.md"]
+    paths[0].write_text(_html(page), encoding="utf-8")
+    paths[1].write_text(_markdown(page, folder), encoding="utf-8")
+    return paths
+
+
+# ---------------------------------------------------------------- what is said
+
+
+def _section(
+    plan: Plan, store: Store, folder: Path, shown: dict[str, dict[str, Any] | None]
+) -> Section:
+    experiment = plan.experiment
+    miniature = experiment.miniature_of is not None
+    found = store.outcomes(plan.trials)
+    finished = sum(outcome.record is not None for outcome in found.values())
+    stopped = sum(o.record is None and o.stopped is not None for o in found.values())
+    name = experiment.name.removesuffix("-smoke") if miniature else experiment.name
+    section = Section(
+        name=experiment.name,
+        title=experiment.title or experiment.name,
+        state=f"{finished} of {len(found)} trials finished"
+        + (f", {stopped} stopped early by the search" if stopped else ""),
+        command=f"pld-ray run {name}" + (" --smoke" if miniature else ""),
+        note=experiment.note,
+        elsewhere=[key for key in found if key in shown],
+    )
+    frame = frames.frame(plan, store)
+    for declared in paper_tables.of_experiment(experiment.name):
+        entries = paper_tables.entries(declared, frame)
+        section.blocks.append(
+            Block(
+                paper_tables.title(declared, miniature),
+                paper_tables.printed(declared, entries, miniature),
+                caption=paper_tables.legend(declared, entries, miniature),
+            )
+        )
+        advantage = paper_tables.printed_gains(declared, entries, miniature)
+        if len(advantage):
+            section.blocks.append(Block(cells=advantage))
+    section.blocks += [
+        Block(f"Figure {path.stem.removeprefix('figure-')}", image=path)
+        for path in paper_figures.draw_paper(frame, experiment.name, miniature, folder)
+    ]
+    if experiment.search is not None:
+        metric = experiment.search.metric
+        rows = best.of_search(search.look(experiment, store), metric)
+        section.blocks.append(Block("The best of each cell", best.printed(rows, metric), 3))
+    if frame["finished"].any():
+        section.blocks += _ours(plan, store, frame, folder)
+    for key, outcome in found.items():
+        if key not in shown:
+            trial, record = plan.trials[key], outcome.record
+            shown[key] = record
+            state = outcome.state(trial.epochs)
+            spec = trial.model_dump(mode="json", exclude_defaults=True)
+            if record is not None:
+                state = f"top-1 {record['metrics']['top1']:.2f}"
+                spec = {"trial": spec, "metrics": record["metrics"], "ran": record["environment"]}
+            text = json.dumps(spec, indent=1)
+            section.trials.append(
+                {"id": key, "label": plan.labels[key], "state": state, "spec": text}
+            )
+    return section
+
+
+def _ours(plan: Plan, store: Store, frame: pd.DataFrame, folder: Path) -> list[Block]:
+    """The comparison of an experiment's own trials, its figures and landscapes."""
+    cells = comparison.printed(comparison.comparison(frame))
+    blocks = [
+        Block("All metrics", cells, comparison.labels(cells), caption=" ".join(comparison.LEGEND))
+    ]
+    against = comparison.printed_against(comparison.against(frame))
+    if len(against):
+        blocks.append(Block("PLD against the others", against, caption=comparison.AGAINST))
+    drawn = methods.draw(frame, frames.curves(plan, store), folder)
+    blocks += [Block(image=path) for path in drawn]
+    trials = weights.students(plan, store)
+    kept = {name: store.landscape(trial.id) for name, trial in trials.items()}
+    known = {name: one for name, one in kept.items() if one is not None}
+    if known:
+        paths = weights.draw(trials, store, folder)
+        sharp = weights.printed(weights.numbers(trials, known, store))
+        blocks.append(Block("The loss around the trained weights", image=paths[0]))
+        blocks.append(Block(cells=sharp, caption=weights.LEGEND))
+    return blocks
+
+
+def _logits(folder: Path) -> Section:
+    """Figures 3 and 4, which need no training."""
+    named = {"landscape_methods": "Figure 4: methods", "landscape_temperatures": "Figure 3: PLD"}
+    blocks = [Block(named[path.stem], image=path) for path in logits.draw(folder)]
+    title = "Losses over a plane of student logits"
+    return Section("landscape", title, "computed", "pld-ray landscape", blocks=blocks)
+
+
+def _machines(done: list[dict[str, Any]]) -> Block:
+    """On what the trials ran, and how many on each."""
+    fields = ["device", "cores", "threads", "host", "python", "torch", "timm", "pld_ray"]
+    rows = pd.DataFrame([record["environment"] for record in done], columns=fields)
+    counted = rows.astype(str).value_counts(sort=False).rename("trials").reset_index()
+    return Block(cells=counted.astype(str), labels=len(fields), caption="Where the trials ran.")
+
+
+def _costs(plans: list[Plan], done: dict[str, dict[str, Any]]) -> Block:
+    """Seconds by experiment; a trial of several counts in each."""
+    lines = []
+    for plan in plans:
+        parts = [done[key]["seconds"] for key in plan.trials if key in done]
+        if parts:
+            total, teacher, spared = (
+                sum(part.get(name, 0.0) for part in parts)
+                for name in ("seconds", "teacher_seconds", "teacher_avoided_seconds")
+            )
+            lines.append(
+                {
+                    "Experiment": plan.experiment.name,
+                    "Trials": str(len(parts)),
+                    "Time": duration(total),
+                    "of it the teacher": duration(teacher),
+                    "spared by the bank": duration(spared),
+                }
+            )
+    columns = ["Experiment", "Trials", "Time", "of it the teacher", "spared by the bank"]
+    caption = "Time of training, summed over trials; a trial of several experiments is in each."
+    return Block(cells=pd.DataFrame(lines, columns=columns), caption=caption)
+
+
+# ---------------------------------------------------------------- how it is written
+
+
+def _html(page: dict[str, Any]) -> str:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        trim_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    return environment.get_template("report.html.j2").render(
+        **page,
+        html=rendering.html,
+        embedded=_embedded,
+        width=_width,
+    )
+
+
+def _embedded(path: Path) -> str:
+    """A picture as text, in 256 colours: a third of the bytes, and no eye sees it."""
+    content = io.BytesIO()
+    with Image.open(path) as image:
+        image.convert("RGB").quantize(256).save(content, "PNG", optimize=True)
+    return base64.b64encode(content.getvalue()).decode()
+
+
+def _width(path: Path) -> int:
+    """Of a picture on the page: half its pixels, for screens that have twice as many."""
+    with Image.open(path) as image:
+        return image.width // 2
+
+
+def _markdown(page: dict[str, Any], folder: Path) -> str:
+    lines = [f"# {page['title']}", f"pld-ray {page['version']}, {page['date']}. {page['summary']}"]
+    for section in page["sections"]:
+        lines += [f"## {section.title}", f"{section.state} · `{section.command}`", section.note]
+        for block in section.blocks:
+            lines += [f"### {block.title}" if block.title else "", *_block(block, folder)]
+        if section.trials:
+            rows = [{k: t[k] for k in ("id", "label", "state")} for t in section.trials]
+            lines += ["### Trials", rendering.markdown(pd.DataFrame(rows), 3)]
+    lines.append("## Machines, versions, cost")
+    for block in page["machines"]:
+        lines += _block(block, folder)
+    return "\n\n".join(line for line in lines if line) + "\n"
+
+
+def _block(block: Block, folder: Path) -> list[str]:
+    table = "" if block.cells is None else rendering.markdown(block.cells, block.labels)
+    image = ""
+    if block.image is not None:
+        image = f"![{block.title or block.image.stem}]({block.image.relative_to(folder)})"
+    return [table, image, block.caption]

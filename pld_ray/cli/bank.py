@@ -1,0 +1,87 @@
+"""`pld-ray bank`: list, delete and compute the teacher bank."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from pld_ray.cli import session
+from pld_ray.cli.options import Address, ExperimentName, Overrides, Smoke, Storage
+from pld_ray.errors import InputError, nearest
+
+bank_app = typer.Typer(
+    help="The teacher bank: logits of teachers, kept so that no trial computes them again.",
+    no_args_is_help=True,
+)
+
+
+@bank_app.command("ls")
+def bank_ls(storage: Storage = "results") -> None:
+    """List the banks: whose logits, on which images, how many views, how large."""
+    from pld_ray.cli import estimate
+    from pld_ray.store.store import Store
+
+    estimate.show_banks(Store(storage))
+
+
+@bank_app.command("rm")
+def bank_rm(
+    keys: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY...", help="As ls has it.")
+    ] = None,
+    everything: Annotated[bool, typer.Option("--all", help="Delete every bank.")] = False,
+    storage: Storage = "results",
+) -> None:
+    """Delete banks. Records and weights stay; a trial that needs a bank computes it again."""
+    from pld_ray.store.store import Store
+    from pld_ray.units import in_bytes
+
+    store = Store(storage)
+    banks = store.banks()
+    if bool(keys) == everything:
+        raise InputError("bank rm: expected the keys of banks (pld-ray bank ls), or --all")
+    for key in keys or []:
+        if key not in banks:
+            hint = nearest(key, banks) if banks else "there is none"
+            raise InputError(f"bank rm {key}: no such bank in {store.uri}; {hint}")
+    chosen = list(dict.fromkeys(keys or banks))
+    for key in chosen:
+        store.drop_bank(key)
+    freed = sum(sum(banks[key].values()) for key in chosen)
+    typer.echo(f"deleted: {len(chosen)} banks, {in_bytes(freed)}")
+
+
+@bank_app.command("build")
+def bank_build(
+    experiment: ExperimentName,
+    overrides: Overrides = None,
+    smoke: Smoke = False,
+    storage: Storage = "results",
+    address: Address = None,
+) -> None:
+    """Compute all teacher logits of an experiment on the whole cluster, before its trials run."""
+    from pld_ray.config.planning import Cell, Plan
+
+    plan, store = session.opened(experiment, overrides, smoke, storage)
+    banks = session.planned_banks(plan.trials, store)
+    cells = tuple(Cell(plan.trials[key], None) for key in plan.teacher_ids)
+    teachers = Plan(plan.experiment, cells)
+    if (untrained := session.pending_trials(teachers, store)) and session.train(
+        teachers, untrained, store, address
+    ):
+        raise typer.Exit(1)
+    from pld_ray.cli import estimate
+    from pld_ray.sweep import checks, runner
+    from pld_ray.sweep.progress import screen_apart
+
+    planned = [bank for bank in banks.values() if bank.split == "train"]
+    if not planned:
+        raise InputError(f"{plan.experiment.name}: none of its trials reads a bank")
+    images = checks.check({bank.trial.id: bank.trial for bank in planned}, address)
+    with (
+        screen_apart(session.ray_log(store)) as console,
+        console.status("computing teacher logits"),
+    ):
+        runner.build_banks(planned, plan.experiment.resources, images, store, address)
+    estimate.show_banks(store)

@@ -1,0 +1,174 @@
+"""How much work a plan is: in epochs, and in hours where records of like trials say how fast."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from pld_ray.config.planning import Plan
+from pld_ray.config.trial import Trial
+from pld_ray.distill.bank_plan import Planned
+from pld_ray.store.store import Store
+from pld_ray.sweep.search import Progress
+from pld_ray.units import duration, in_bytes
+
+
+def seconds(plan: Plan, store: Store, done: set[str]) -> dict[str, float]:
+    """Seconds each trial takes on one worker group, by the finished trials that are like it.
+
+    Like it: same student, teacher, data and batch size. Trials with no like are left out.
+    """
+    measured: dict[Any, float] = {}
+    for key, trial in plan.trials.items():
+        if key in done and _kind(trial) not in measured:
+            record = store.record(key)
+            if record:
+                measured[_kind(trial)] = record["seconds"]["seconds"] / trial.epochs
+    return {
+        key: measured[_kind(trial)] * trial.epochs
+        for key, trial in plan.trials.items()
+        if _kind(trial) in measured
+    }
+
+
+def _kind(trial: Trial) -> tuple[Any, ...]:
+    data = trial.data.model_dump_json()
+    return trial.student.name, trial.teacher_name, data, trial.batch_size, trial.workers
+
+
+def for_programs(plan: Plan, store: Store, done: set[str]) -> dict[str, Any]:
+    """The plan as plain values: what `show` prints, and the spec of every trial."""
+    estimate = seconds(plan, store, done)
+    rows = [
+        {
+            "id": key,
+            "label": plan.labels[key],
+            "teacher": key in plan.teacher_ids,
+            "done": key in done,
+            "epochs": trial.epochs,
+            "seconds": estimate.get(key),
+            "trial": trial.model_dump(mode="json"),
+        }
+        for key, trial in plan.trials.items()
+    ]
+    return {"experiment": plan.experiment.name, "cells": len(plan.cells), "trials": rows}
+
+
+def show_shared(plans: list[Plan], done: set[str]) -> None:
+    """Print how much work several experiments are, and how much of it they share."""
+    seen: dict[str, Trial] = {}
+    rows = []
+    for plan in plans:
+        new = {key: trial for key, trial in plan.trials.items() if key not in seen}
+        seen |= new
+        counts = len(plan.cells), len(plan.trials), len(new), len(plan.trials.keys() & done)
+        epochs = sum(trial.epochs for key, trial in new.items() if key not in done)
+        rows.append((plan.experiment.name, *counts, epochs))
+    print(aligned(("experiment", "cells", "trials", "new", "done", "epochs to run"), rows))
+    cells, trials = sum(row[1] for row in rows), sum(row[2] for row in rows)
+    epochs = sum(trial.epochs for trial in seen.values())
+    apart = sum(trial.epochs for plan in plans for trial in plan.trials.values())
+    print(
+        f"\n{cells} cells, {len(seen)} unique trials: {trials - len(seen)} trials and "
+        f"{apart - epochs:,} of {apart:,} epochs ({1 - epochs / apart:.0%}) less than apart, "
+        f"since experiments share them"
+    )
+    print(f"{len(seen.keys() & done)} done, {len(seen.keys() - done)} to run")
+
+
+def show(plan: Plan, store: Store, done: set[str]) -> None:
+    """Print the trials, and a sum of the work at the end."""
+    estimate = seconds(plan, store, done)
+    rows = []
+    for key, trial in plan.trials.items():
+        teacher = trial.teacher
+        taught_by = teacher.id if isinstance(teacher, Trial) else teacher and teacher.weights
+        role = "is one" if key in plan.teacher_ids else taught_by or ""
+        state = "done" if key in done else "to run"
+        takes = duration(estimate[key]) if key in estimate else ""
+        rows.append((key, plan.labels[key], role, trial.epochs, state, takes))
+    print(aligned(("id", "trial", "teacher", "epochs", "state", "takes"), rows))
+    left = [key for key in plan.trials if key not in done]
+    epochs = sum(plan.trials[key].epochs for key in left)
+    print(
+        f"\n{len(plan.cells)} cells, {len(plan.trials)} unique trials, teachers among them "
+        f"{len(plan.teacher_ids)}: {len(plan.trials) - len(left)} done, {len(left)} to run"
+        + (f" ({epochs:,} epochs)" if left else "")
+    )
+    known = [estimate[key] for key in left if key in estimate]
+    if known:
+        rest = f", {len(left) - len(known)} trials not yet timed" if len(known) < len(left) else ""
+        print(f"about {duration(sum(known))} of one worker's time{rest}")
+
+
+def show_search(progress: list[Progress]) -> None:
+    """Print how far a search is, and what comes after it."""
+    experiment = progress[0].group.experiment
+    unique = {each.group.key: each for each in progress}.values()
+    drawn, coming = sum(len(e.drawn) for e in unique), sum(e.to_draw for e in unique)
+    left = sum(len(each.open) for each in unique)
+    after = f"its best on {len(experiment.seeds)} seeds" if experiment.seeds else "nothing"
+    if left or coming:
+        print(
+            f"the search of {len(unique)} cells: {drawn} trials known, {left} of them to run, "
+            f"{coming} to be drawn; after it {after}"
+        )
+    else:
+        print(f"the search of {len(unique)} cells is over, after {drawn} trials")
+
+
+def aligned(head: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
+    """Rows under their heads, numbers to the right; rich takes seconds for 10,000 of them."""
+    numeric = [bool(rows) and isinstance(value, int) for value in (rows or [head])[0]]
+    cells = [head, *([str(value) for value in row] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return "\n".join(
+        "  ".join(
+            cell.rjust(width) if right else cell.ljust(width)
+            for cell, width, right in zip(row, widths, numeric, strict=True)
+        ).rstrip()
+        for row in cells
+    )
+
+
+def bank_row(bank: Planned) -> dict[str, Any]:
+    """A planned bank for programs; sizes in bytes."""
+    trial = bank.trial
+    return {
+        "teacher": trial.teacher_name,
+        "data": trial.data.name,
+        "split": bank.split,
+        "seed": trial.seed if bank.split == "train" and trial.data.augmented else None,
+        "logits": trial.teacher_logits if bank.split == "train" else "float32",
+        "views": bank.views,
+        "bytes": bank.bytes,
+        "kept": bank.kept,
+    }
+
+
+def bank_line(banks: Iterable[Planned]) -> str:
+    """What the teacher bank of a plan takes, in one line."""
+    banks = list(banks)
+    most = max(bank.views for bank in banks)
+    total, kept = sum(bank.bytes for bank in banks), sum(bank.kept for bank in banks)
+    share = "all" if kept >= total else in_bytes(kept) if kept else "none"
+    return (
+        f"teacher bank: {in_bytes(total)} in {len(banks)} banks of up to {most} views, "
+        f"{share} of it computed so far"
+    )
+
+
+def show_banks(store: Store) -> None:
+    """Print what banks a store holds."""
+    banks = store.banks()
+    known = [(store.bank(key), key, files) for key, files in banks.items()]
+    rows = [(about, key, files) for about, key, files in known if about is not None]
+    shown: list[tuple[Any, ...]] = []
+    for about, key, files in sorted(rows, key=lambda row: str(row[0])):
+        spec, views = about["spec"], {name.split("/")[0] for name in files if "/" in name}
+        seed = str(spec["seed"]) if spec["pad"] or spec["flip"] else "any"
+        size = in_bytes(sum(files.values()))
+        shown.append((key, about["teacher"], about["data"], spec["split"], seed, len(views), size))
+    print(aligned(("key", "teacher", "data", "split", "seed", "views", "size"), shown))
+    total = sum(sum(files.values()) for files in banks.values())
+    print(f"\n{len(banks)} banks, {in_bytes(total)} in {store.uri}")

@@ -1,0 +1,76 @@
+"""`pld-ray plan` and `status`: what there is to run, and how far it is."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+from pld_ray.cli import session
+from pld_ray.cli.options import ExperimentName, Experiments, Overrides, Smoke, Storage, app
+from pld_ray.errors import InputError
+
+
+@app.command()
+def plan(
+    experiments: Experiments,
+    overrides: Overrides = None,
+    smoke: Smoke = False,
+    storage: Storage = "results",
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """Show the unique trials, teachers first, which are done, and an estimate of the work.
+
+    Of several experiments: how many trials each has, and how many they share.
+    """
+    from pld_ray.cli import estimate
+    from pld_ray.data import datasets
+    from pld_ray.distill import bank_plan
+    from pld_ray.store.store import Store
+    from pld_ray.sweep import search
+
+    store = Store(storage)
+    plans = [session.opened(name, overrides, smoke, storage)[0] for name in experiments]
+    trials = {key: trial for planned in plans for key, trial in planned.trials.items()}
+    done = store.finished(trials)
+    try:
+        banks = bank_plan.planned(trials.values(), datasets.size, store)
+        unknown = ""
+    except InputError as error:  # a plan can be made where the data is not
+        banks, unknown = {}, f"teacher bank: of unknown size: {error}"
+    if as_json:
+        found = [estimate.for_programs(planned, store, done) for planned in plans]
+        sizes = [estimate.bank_row(bank) for bank in banks.values()]
+        summary = found[0] if len(found) == 1 else {"experiments": found, "unique": len(trials)}
+        typer.echo(json.dumps(summary | {"banks": sizes}, indent=1))
+        return
+    if len(plans) == 1:
+        estimate.show(plans[0], store, done)
+        if plans[0].experiment.search is not None:
+            estimate.show_search(search.look(plans[0].experiment, store))
+    else:
+        estimate.show_shared(plans, done)
+    if banks or unknown:
+        typer.echo(unknown or estimate.bank_line(banks.values()))
+
+
+@app.command()
+def status(
+    experiment: ExperimentName,
+    overrides: Overrides = None,
+    smoke: Smoke = False,
+    storage: Storage = "results",
+) -> None:
+    """List what is done, begun, failed (and why) and missing; exit code 1 if anything failed."""
+    planned, store = session.opened(experiment, overrides, smoke, storage)
+    failed = 0
+    width = max(map(len, planned.labels.values()), default=0)
+    for key, outcome in store.outcomes(planned.trials).items():
+        state = outcome.state(planned.trials[key].epochs)
+        if outcome.record is None and outcome.failure is not None:
+            failed += 1
+            state += f" ({store.folder(key)})"
+        typer.echo(f"{key}  {planned.labels[key]:{width}}  {state}")
+    if failed:
+        raise typer.Exit(1)

@@ -1,0 +1,197 @@
+"""Commands that turn results into tables, figures, landscapes, reports and exports."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pld_ray.cli import session
+from pld_ray.cli.options import Address, ExperimentName, Out, Overrides, Smoke, Storage, app
+from pld_ray.errors import InputError, nearest
+
+
+@app.command()
+def tables(
+    experiments: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[EXPERIMENT...]", help="As for run; none: all that the paper has tables of."
+        ),
+    ] = None,
+    overrides: Overrides = None,
+    smoke: Smoke = False,
+    storage: Storage = "results",
+    out: Out = None,
+) -> None:
+    """Write and print tables, the paper's numbers beside ours: Markdown, CSV, LaTeX."""
+    from analysis.tables import paper_tables
+
+    for name in experiments or dict.fromkeys(table.experiment for table in paper_tables.TABLES):
+        session.write_tables(*session.opened(name, overrides, smoke, storage), out)
+
+
+@app.command()
+def best(
+    experiment: ExperimentName,
+    overrides: Overrides = None,
+    smoke: Smoke = False,
+    storage: Storage = "results",
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """Show the best settings that a search, or a grid, has found so far, for each loss."""
+    from analysis.records import frames
+    from analysis.tables import best
+    from pld_ray.sweep import search
+
+    plan, store = session.opened(experiment, overrides, smoke, storage)
+    sought = plan.experiment.search
+    metric = "top1" if sought is None else sought.metric
+    if sought is None:
+        rows = best.of_grid(frames.frame(plan, store))
+    else:
+        rows = best.of_search(search.look(plan.experiment, store), metric)
+    if not rows:
+        raise InputError(f"{plan.experiment.name}: no trial has finished: run it first")
+    typer.echo(json.dumps(rows, indent=1) if as_json else best.text(rows, metric))
+
+
+@app.command()
+def figures(
+    experiment: ExperimentName,
+    overrides: Overrides = None,
+    smoke: Smoke = False,
+    storage: Storage = "results",
+    out: Out = None,
+) -> None:
+    """Plot accuracies and learning curves: PNG and PDF."""
+    planned, store = session.opened(experiment, overrides, smoke, storage)
+    if not planned.cells:
+        raise InputError(f"{planned.experiment.name}: its search is not over: run it first")
+    session.say(
+        "figures", session.draw_figures(planned, store, session.reports(planned, store, out))
+    )
+
+
+@app.command()
+def landscape(
+    experiment: Annotated[
+        str | None,
+        typer.Argument(metavar="[EXPERIMENT]", help="Its trained students; none: over logits."),
+    ] = None,
+    overrides: Overrides = None,
+    smoke: Smoke = False,
+    storage: Storage = "results",
+    address: Address = None,
+    out: Annotated[Path | None, typer.Option(help="Folder to write to.")] = None,
+    classes: Annotated[int, typer.Option(min=3, help="Logits: length of the vectors.")] = 10,
+    points: Annotated[int, typer.Option(min=3, help="Students: points along a side.")] = 21,
+    reach: Annotated[float, typer.Option(min=0.01, help="Students: a and b up to it.")] = 1.0,
+    images: Annotated[int, typer.Option(min=1, help="Students: training images.")] = 512,
+    seed: Annotated[int, typer.Option(min=0, help="Of logits and directions.")] = 0,
+) -> None:
+    """Plot losses over a plane: of student logits (the paper's figures 3 and 4), or of weights.
+
+    With an experiment: around its trained students, with the sharpness of each minimum.
+    """
+    if experiment is None:
+        from analysis.landscapes import logits
+
+        session.say("landscapes", logits.draw(out or Path("results/landscape"), classes, seed))
+        return
+    plan, store = session.opened(experiment, overrides, smoke, storage)
+    from rich.console import Console
+
+    from analysis.landscapes import weights
+    from pld_ray.sweep.progress import screen_apart
+
+    trials = weights.students(plan, store)
+    if not trials:
+        raise InputError(f"{plan.experiment.name}: no trial has finished: run it first")
+    settings = weights.Settings(points, reach, images, seed)
+    with Console().status(f"{len(trials)} students: starting Ray"):
+        from pld_ray.sweep import checks, cluster
+
+        shown = checks.check({trial.id: trial for trial in trials.values()}, address)
+    with (
+        screen_apart(session.ray_log(store)) as console,
+        console.status(f"{points} x {points} points around {len(trials)} students"),
+        cluster.connected(address),
+    ):
+        weights.compute(trials, shown, store, settings)
+    folder = session.reports(plan, store, out)
+    session.say("landscapes", weights.draw(trials, store, folder))
+    typer.echo("\n" + (folder / "sharpness.md").read_text(encoding="utf-8"))
+
+
+@app.command()
+def report(
+    experiments: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[EXPERIMENT...]", help="As for run; none: all that are shipped."),
+    ] = None,
+    overrides: Overrides = None,
+    smoke: Smoke = False,
+    storage: Storage = "results",
+    out: Annotated[Path | None, typer.Option(help="Folder [default: STORAGE/reports].")] = None,
+) -> None:
+    """Write one self-contained HTML page of all tables, figures and trials; and Markdown."""
+    from analysis.report import page
+    from analysis.tables import paper_tables
+
+    names = experiments or paper_tables.experiments()
+    opened = [session.opened(name, overrides, smoke, storage) for name in names]
+    store = opened[0][1]
+    folder = out or Path(store.uri if store.local else "results") / "reports"
+    session.say("report", page.write([plan for plan, _ in opened], store, folder))
+
+
+@app.command()
+def export(
+    experiments: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[EXPERIMENT...]", help="As for run; none: all trials there are."),
+    ] = None,
+    overrides: Overrides = None,
+    smoke: Smoke = False,
+    storage: Storage = "results",
+    to: Annotated[Path, typer.Option(help="File to write: .csv or .parquet.")] = Path("trials.csv"),
+) -> None:
+    """Write one table of trials, their specs, metrics and seconds, for other programs."""
+    from analysis.records import export
+    from pld_ray.store.store import Store
+
+    export.check(to)
+    store = Store(storage)
+    if experiments:
+        plans = [session.opened(name, overrides, smoke, storage)[0] for name in experiments]
+        trials = {key: trial for plan in plans for key, trial in plan.trials.items()}
+    else:
+        trials = store.trials()
+    if not trials:
+        raise InputError(f"there are no trials in {store.uri}")
+    table = export.frame(trials, store)
+    export.write(table, to)
+    session.say(f"{len(table)} trials", [to])
+
+
+@app.command()
+def student(
+    trial: Annotated[str, typer.Argument(metavar="TRIAL", help="The id of a finished trial.")],
+    to: Annotated[Path | None, typer.Option(help="Folder to write to [default: TRIAL].")] = None,
+    onnx: Annotated[bool, typer.Option("--onnx", help="As ONNX instead.")] = False,
+    storage: Storage = "results",
+) -> None:
+    """Write a trained student as the folder that timm loads (local-dir:FOLDER), or as ONNX."""
+    from pld_ray.store.store import Store
+
+    store = Store(storage)
+    trials = store.trials()
+    if trial not in trials:
+        hint = nearest(trial, trials) if trials else "there is none"
+        raise InputError(f"student {trial}: no such trial in {store.uri}; {hint}")
+    from pld_ray.models import export
+
+    session.say("student", export.write(trials[trial], store, to or Path(trial), onnx))

@@ -1,0 +1,253 @@
+"""From an experiment to its plan: every point of the grid, for every seed, as unique trials."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from pydantic import Field
+
+from pld_ray.config.experiment import Experiment
+from pld_ray.config.grid import axis, each_loss
+from pld_ray.config.merge import merge, named, nest
+from pld_ray.config.trial import Trial, Weights
+from pld_ray.config.validation import Part, validated
+from pld_ray.errors import InputError, nearest
+from pld_ray.losses import REGISTRY
+
+
+class TeacherEntry(Part):
+    """What YAML says of a teacher.
+
+    weights: "train" (train it under the experiment's base settings, changed by `train`),
+    "pretrained" (timm's; the default for a name with a tag) or a safetensors file. logits: kept in
+    the bank as float16 or float32, or computed "live" in every step. views: how many different
+    augmentations of an image the students see; default: one an epoch.
+    """
+
+    name: str
+    args: dict[str, Any] = {}
+    weights: str = ""
+    train: dict[str, Any] = {}
+    logits: Literal["float16", "float32", "live"] = "float16"
+    views: int | None = Field(None, ge=1)
+
+
+class Cell(NamedTuple):
+    """One point of the grid: a trial, and the teacher named there even if its loss needs none."""
+
+    trial: Trial
+    teacher: str | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The cells of an experiment and the unique trials behind them, teachers first.
+
+    searched: trials of a search, which no table shows. points: of cells that a search has chosen,
+    the trials by which tables name them; they stand for points of the grid.
+    """
+
+    experiment: Experiment
+    cells: tuple[Cell, ...]
+    searched: tuple[Trial, ...] = ()
+    points: tuple[Trial, ...] | None = None
+
+    @cached_property
+    def originals(self) -> tuple[Cell, ...]:
+        """What the cells of a miniature stand for, one by one; else the cells themselves."""
+        original = self.experiment.miniature_of
+        if original is None or original.search is not None:
+            return self.cells
+        return plan(original).cells
+
+    @cached_property
+    def shown(self) -> tuple[Trial, ...]:
+        """For each cell the trial by which tables name it."""
+        return self.points or tuple(cell.trial for cell in self.cells)
+
+    @cached_property
+    def trials(self) -> dict[str, Trial]:
+        """Unique trials by id: teachers first, a teacher's own teacher before it."""
+        found: dict[str, Trial] = {}
+
+        def add(trial: Trial) -> None:
+            if isinstance(trial.teacher, Trial):
+                add(trial.teacher)
+            found.setdefault(trial.id, trial)
+
+        for trial in (*self.searched, *(cell.trial for cell in self.cells)):
+            add(trial)
+        teachers = {t.teacher.id for t in found.values() if isinstance(t.teacher, Trial)}
+        return dict(sorted(found.items(), key=lambda item: item[0] not in teachers))
+
+    @cached_property
+    def labels(self) -> dict[str, str]:
+        """A name for people of each trial: of namesakes, with the settings in which they differ."""
+        alike: dict[str, list[Trial]] = {}
+        for trial in self.trials.values():
+            alike.setdefault(trial.label, []).append(trial)
+        found = {}
+        for label, trials in alike.items():
+            flat = [{"teacher": trial.teacher_name, **trial.flat} for trial in trials]
+            differ = [f for f in flat[0] if len({str(settings.get(f)) for settings in flat}) > 1]
+            for trial, settings in zip(trials, flat, strict=True):
+                said = "".join(f" {f} {settings[f]}" for f in differ if settings.get(f) is not None)
+                found[trial.id] = label + said
+        return {key: found[key] for key in self.trials}
+
+    @cached_property
+    def teacher_ids(self) -> set[str]:
+        """Ids of the trials that teach another one of this plan."""
+        return {t.teacher.id for t in self.trials.values() if isinstance(t.teacher, Trial)}
+
+
+# ---------------------------------------------------------------- expanding
+
+Settings = list[tuple[str, Any]]  # fields and their values; the later ones win
+
+
+def plan(experiment: Experiment) -> Plan:
+    """Expand an experiment: every combination of its grid, for every seed.
+
+    A grid key is a field ("loss.temperature"), or several at once ("teacher, student") whose
+    values are lists of as many. `loss.PARAMETER` is left out for the losses that have none such.
+    """
+    cells: list[Cell] = []
+    for settings in combinations(experiment):
+        cells += build(experiment, settings, experiment.seeds)
+    return Plan(experiment, tuple(cells))
+
+
+def combinations(experiment: Experiment) -> list[Settings]:
+    """What the grid says of each of its points; the loss comes before its parameters."""
+    where = experiment.name
+    axes = [axis(key, values, where) for key, values in experiment.grid.items()]
+    if not any(fields == ("loss",) for fields, _ in axes):
+        axes.append((("loss",), [(loss,) for loss in each_loss(experiment.base.get("loss"))]))
+    axes.sort(key=lambda axis: min(field.count(".") for field in axis[0]))
+    found: list[Settings] = [
+        [
+            (field, value)
+            for (fields, _), values in zip(axes, combination, strict=True)
+            for field, value in zip(fields, values, strict=True)
+        ]
+        for combination in itertools.product(*(values for _, values in axes))
+    ]
+    fields = {field for settings in found for field, _ in settings}
+    _check_loss_parameters(experiment, found, fields | experiment.overrides.keys())
+    return found
+
+
+def _check_loss_parameters(
+    experiment: Experiment, points: list[Settings], fields: Iterable[str]
+) -> None:
+    """InputError for a field loss.PARAMETER that none of the experiment's losses has."""
+    losses = {_loss_name([*settings, *experiment.overrides.items()]) for settings in points}
+    if unknown := losses - REGISTRY.keys():  # the trial itself will say so
+        return
+    names = {name for loss in losses - unknown for name in REGISTRY[loss].model_fields}
+    for field in fields:
+        first, _, parameter = field.partition(".")
+        if first == "loss" and parameter and parameter not in names:
+            raise InputError(
+                f"{experiment.name}: {field}: none of its losses ({', '.join(sorted(losses))}) "
+                f"has it; {nearest(parameter, names - {'name'})}"
+            )
+
+
+def _loss_name(settings: Settings) -> str:
+    name = ""
+    for field, value in settings:
+        if field in ("loss", "loss.name"):
+            loss = named("loss", value) if field == "loss" else {"name": value}
+            name = str(loss.get("name", name)) if isinstance(loss, dict) else name
+    return name
+
+
+def build(
+    experiment: Experiment, settings: Settings, seeds: Iterable[int], base: Mapping[str, Any] = {}
+) -> list[Cell]:
+    """The cells of one point of the grid; `base` is merged over the experiment's."""
+    raw = merge(experiment.base, base)
+    for field, value in [*settings, *experiment.overrides.items()]:
+        first, _, parameter = field.partition(".")
+        if first == "loss" and parameter and parameter != "name":
+            name = (named("loss", raw.get("loss")) or {}).get("name")
+            if name in REGISTRY and parameter not in REGISTRY[name].model_fields:
+                continue
+        raw = merge(raw, nest(field, value))
+    taught = _teacher(raw.pop("teacher", None), raw, experiment)
+    return [_cell(raw | {"seed": seed}, taught, experiment.name) for seed in seeds]
+
+
+def _teacher(entry: Any, raw: dict[str, Any], experiment: Experiment) -> dict[str, Any]:
+    """The fields of a trial that YAML's teacher stands for, for a student with settings `raw`."""
+    if entry is None:
+        return {}
+    where = f"{experiment.name}: teacher"
+    teacher = validated(TeacherEntry, named("teacher", entry), where)
+    taught = {"teacher_logits": teacher.logits, "views": teacher.views}
+    weights = teacher.weights or ("pretrained" if "." in teacher.name else "train")
+    if weights == "pretrained":
+        return {"teacher": Weights(name=teacher.name, args=teacher.args, weights=weights), **taught}
+    if weights != "train":
+        fixed = Weights(
+            name=teacher.name,
+            args=teacher.args,
+            weights=weights,
+            sha256=_sha256(weights, where),
+        )
+        return {"teacher": fixed, **taught}
+    base = {key: value for key, value in experiment.base.items() if key != "teacher"}
+    for field, value in experiment.overrides.items():
+        if field.partition(".")[0] not in ("loss", "student", "teacher"):
+            base = merge(base, nest(field, value))
+    settings = {"student": {"name": teacher.name, "args": teacher.args}, "loss": "ce", "seed": 0}
+    base |= settings | {"data": raw.get("data")}
+    base = merge(base, teacher.train)
+    above = _teacher(base.pop("teacher", None), base, experiment)
+    return {"teacher": _cell(base, above, experiment.name).trial, **taught}
+
+
+def _cell(raw: dict[str, Any], taught: dict[str, Any], where: str) -> Cell:
+    """The validated trial of one cell, without what makes no difference to it.
+
+    A loss that needs no teacher gets none, but the same views of the images as the others; one that
+    compares features reads no kept logits.
+    """
+    for field in ("teacher_logits", "views"):
+        if field in raw:
+            raise InputError(f"{where}: {field}: set teacher.{field.removeprefix('teacher_')}")
+    trial = validated(Trial, raw | taught, where)
+    unused: dict[str, Any] = {}
+    if not trial.loss.needs_teacher:
+        unused["teacher"] = None
+    if not trial.loss.needs_teacher or trial.loss.needs_features:
+        unused["teacher_logits"] = "float16"
+    if not trial.data.augmented or (trial.views or 0) >= trial.epochs:
+        unused["views"] = None
+    return Cell(trial.model_copy(update=unused) if unused else trial, trial.teacher_name)
+
+
+def _sha256(path: str, where: str) -> str:
+    try:
+        state = Path(path).stat()
+        return _digest(path, state.st_mtime_ns, state.st_size)
+    except OSError as error:
+        raise InputError(
+            f'{where}.weights is {path!r}: expected "train", "pretrained" or a safetensors file '
+            f"({error.strerror})"
+        ) from None
+
+
+@cache
+def _digest(path: str, mtime: int, size: int) -> str:
+    """Read once however many cells name the file; anew when it has changed."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,84 @@
+"""Validation of settings, and its errors as one sentence for the user."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, TypeVar, get_args
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    ValidationError,
+    model_validator,
+)
+
+from pld_ray.errors import InputError, nearest
+
+# ---------------------------------------------------------------- the parts of a trial
+
+
+class Part(BaseModel):
+    """A part of a spec: immutable, unknown fields forbidden; the string x means {name: x}."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_name(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) and "name" in cls.model_fields else value
+
+
+# ---------------------------------------------------------------- errors in one sentence
+
+_Model = TypeVar("_Model", bound=BaseModel)
+
+
+def validated(model: type[_Model], raw: Any, where: str) -> _Model:
+    """Validate plain values as a model.
+
+    Raises:
+        InputError: One sentence that begins with `where` and names the first wrong field, its
+            value, and what would be accepted.
+    """
+    try:
+        return model.model_validate(raw)
+    except ValidationError as error:
+        raise InputError(f"{where}: {sentence(error, model)}") from None
+
+
+def sentence(error: ValidationError, model: type[BaseModel]) -> str:
+    """The first thing that is wrong: the field, its value, and what would be accepted."""
+    first = error.errors()[0]
+    loc = [str(part) for part in first["loc"]]
+    path = ".".join(loc)
+    value, context = first["input"], first.get("ctx", {})
+    match first["type"]:
+        case "extra_forbidden":
+            fields = set(_parent(model, loc).model_fields)
+            return f"{path}: unknown field; {nearest(loc[-1], fields)}"
+        case "literal_error":
+            known = re.findall(r"'([^']*)'", context["expected"])
+            return f"{path} is {value!r}; {nearest(str(value), known)}"
+        case "missing":
+            return f"{path}: missing, and it has no default"
+        case "loss":
+            return f"{path}{first['msg']}"
+        case "value_error":
+            message = str(context["error"])
+            return f"{path}: {message}" if path else message
+        case _:
+            shown = repr(value) if len(repr(value)) < 80 else f"{repr(value)[:77]}..."
+            message = first["msg"][0].lower() + first["msg"][1:]
+            return f"{path} is {shown}: {message}"
+
+
+def _parent(model: type[BaseModel], loc: list[str]) -> type[BaseModel]:
+    """The part of a model that holds the last field of a location."""
+    for name in loc[:-1]:
+        field = model.model_fields.get(name)
+        kinds = (field.annotation, *get_args(field.annotation)) if field is not None else ()
+        model = next(
+            (kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)),
+            model,
+        )
+    return model

@@ -1,0 +1,7 @@
+"""Data: datasets by name, and the stream of augmented batches that trials see.
+
+Enters: the `data` settings of a trial. Leaves: `Images` (uint8 arrays or encoded files), and
+batches of normalised images on a device. Everything random is a function of (seed, epoch, index).
+
+Uses: config.
+"""

@@ -1,0 +1,77 @@
+"""Image files to arrays: decoding and resizing."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import math
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+
+from pld_ray.config.trial import Data
+from pld_ray.data.encoded import Encoded
+from pld_ray.data.images import NO_IMAGES, Bytes
+from pld_ray.errors import InputError
+
+
+def keep_encoded(data: Data, sources: list[Any], root: str) -> Encoded:
+    """Paths below `root`, or the contents of files, as they are."""
+    assert data.image_size is not None
+    shorter = math.ceil(data.image_size / data.crop_pct)
+    paths = contents = None
+    if sources and isinstance(sources[0], bytes):
+        sizes = [len(content) for content in sources]
+        contents = np.frombuffer(b"".join(sources), np.uint8)
+        names = [hashlib.sha256(content).digest() for content in sources]
+    else:
+        sizes = in_parallel(os.path.getsize, sources)
+        paths = np.array([os.fsencode(source) for source in sources])
+        names = [os.fsencode(os.path.relpath(source, root)) for source in sources]
+    ends = np.cumsum(np.asarray(sizes, np.int64))
+    return Encoded(paths, contents, ends, np.array(names), data.image_size, shorter)
+
+
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"}
+
+
+def decode_images(data: Data, sources: list[Any], names: list[str]) -> Bytes:
+    """Files or their contents to uint8 [N, H, W, 3], resized where image_size is set."""
+    from PIL import Image
+
+    def read(item: tuple[Any, str]) -> Bytes:
+        source, name = item
+        try:
+            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+                return resize(np.asarray(image.convert("RGB")), data.image_size)
+        except (OSError, TypeError) as error:
+            raise InputError(f"{name}: cannot be read as an image: {error}") from None
+
+    images = in_parallel(read, zip(sources, names, strict=True))
+    shapes = {image.shape for image in images}
+    if len(shapes) > 1 or any(shape[0] != shape[1] for shape in shapes):
+        raise InputError(f"data {data.name!r}: its images differ in size: set data.image_size")
+    return np.stack(images) if images else NO_IMAGES
+
+
+def in_parallel(function: Callable[[Any], Any], items: Any) -> Any:
+    """map(function, items) as a list, on several threads."""
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(function, items))
+
+
+def resize(image: Bytes, size: int | None) -> Bytes:
+    """Bicubic resize of the shorter side to `size`, centre crop; [H, W(, 3)] to [size, size, 3]."""
+    if size is None or image.shape[:2] == (size, size):
+        return image
+    from PIL import Image
+
+    height, width = image.shape[:2]
+    scale = size / min(height, width)
+    new = max(size, round(width * scale)), max(size, round(height * scale))
+    picture = Image.fromarray(image).convert("RGB").resize(new, Image.Resampling.BICUBIC)
+    left, top = (new[0] - size) // 2, (new[1] - size) // 2
+    return np.asarray(picture.crop((left, top, left + size, top + size)))

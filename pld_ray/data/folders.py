@@ -1,0 +1,80 @@
+"""Datasets of image files in folders, one folder per class."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+
+from pld_ray.config.trial import Data
+from pld_ray.data.decoding import IMAGE_SUFFIXES, decode_images, keep_encoded
+from pld_ray.data.images import Split
+from pld_ray.data.sampling import Ints, hashes
+from pld_ray.errors import InputError
+
+
+def folder(data: Data, path: str) -> tuple[Split, Split, int]:
+    """PATH/train/CLASS/*.png and PATH/val (or validation, or test)/CLASS/*.png."""
+    train, val, classes = list_folder(data, path)
+    # the folder lists class after class: shuffle by a hash, so that `limit` takes all classes
+    order = np.argsort(hashes(0, 0, np.arange(len(train[0])), "limit"))
+    train = [train[0][i] for i in order], train[1][order]
+    splits = [
+        (
+            keep_encoded(data, files, path)
+            if data.random_resized_crop
+            else decode_images(data, files, files),
+            labels,
+        )
+        for files, labels in (train, val)
+    ]
+    return splits[0], splits[1], classes
+
+
+def imagenet(data: Data, path: str) -> tuple[Split, Split, int]:
+    """A folder as above, at `root`."""
+    train, val, classes = folder(data, data.root or "imagenet")
+    if classes != 1000:
+        raise InputError(
+            f"data 'imagenet': {classes} classes in {data.root or 'imagenet'}, expected 1000"
+        )
+    return train, val, classes
+
+
+Files = tuple[list[str], Ints]  # paths and labels
+
+
+def list_folder(data: Data, path: str) -> tuple[Files, Files, int]:
+    """Train and val, class after class, both in the order of their names; how many classes."""
+    splits: list[Files] = []
+    known: list[str] = []
+    for names in (["train"], ["val", "validation", "test"]):
+        root = _existing(data, path, names)
+        classes = sorted(child.name for child in root.iterdir() if child.is_dir())
+        odd = sorted(set(classes) ^ set(known or classes))
+        if odd:
+            where = root if odd[0] in classes else Path(path) / "train"
+            raise InputError(f"data {data.name!r}: class {odd[0]!r} is in {where} only")
+        known = classes
+        files, labels = [], []
+        for label, name in enumerate(classes):
+            for folder, _, inside in sorted(os.walk(root / name, followlinks=True)):
+                found = [f for f in sorted(inside) if Path(f).suffix.lower() in IMAGE_SUFFIXES]
+                files += [os.path.join(folder, file) for file in found]
+                labels += [label] * len(found)
+        if not files:
+            raise InputError(f"data {data.name!r}: there are no images in {root}")
+        splits.append((files, np.asarray(labels, dtype=np.int64)))
+    return splits[0], splits[1], len(known)
+
+
+def _existing(data: Data, path: str, names: list[str]) -> Path:
+    for name in names:
+        folder = Path(path) / name
+        if folder.is_dir() and any(child.is_dir() for child in folder.iterdir()):
+            return folder
+    raise InputError(
+        f"data {data.name!r}: expected a folder {' or '.join(names)} with a folder a class "
+        f"in {path}"
+    )

@@ -1,0 +1,42 @@
+"""Random numbers, sample order and batches, as pure functions of (seed, epoch, index)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
+
+Ints = npt.NDArray[np.int64]
+Hashes = npt.NDArray[np.uint64]
+
+
+# ---------------------------------------------------------------- order and randomness
+
+
+def hashes(seed: int, epoch: int, index: Ints, purpose: str) -> Hashes:
+    """64 random bits for each index: splitmix64 over (seed, epoch, purpose, index)."""
+    key = np.uint64(int.from_bytes(purpose.encode()[:8], "little"))
+    with np.errstate(over="ignore"):
+        for part in (np.uint64(seed), np.uint64(epoch)):
+            key = _mix(np.atleast_1d(key ^ _mix(np.atleast_1d(part))))[0]
+        return _mix(index.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + key)
+
+
+def _mix(x: Hashes) -> Hashes:
+    x = x + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def order(seed: int, epoch: int, size: int) -> Ints:
+    """The order of `size` samples in an epoch: a permutation of 0 .. size - 1."""
+    return np.argsort(hashes(seed, epoch, np.arange(size), "order"), kind="stable")
+
+
+def batches(order: Ints, batch_size: int, drop_last: bool) -> Iterator[Ints]:
+    """Global batches of an order; the last may be smaller unless it is dropped."""
+    end = len(order) // batch_size * batch_size if drop_last else len(order)
+    for start in range(0, end, batch_size):
+        yield order[start : start + batch_size]

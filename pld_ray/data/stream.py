@@ -1,0 +1,91 @@
+"""The stream: batches of augmented images as a pure function of (seed, view, index)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pld_ray.config.trial import Data
+from pld_ray.data.augmentation import below, crop_and_flip, crop_draws
+from pld_ray.data.encoded import Encoded, ahead
+from pld_ray.data.images import Images
+from pld_ray.data.sampling import Ints, hashes
+
+
+class Stream:
+    """Batches of a dataset on a device, normalised.
+
+    On an accelerator a whole uint8 array is moved there once; on the CPU it stays shared. Encoded
+    images are decoded batch by batch, ahead of their use.
+    """
+
+    def __init__(
+        self,
+        images: Images,
+        data: Data,
+        seed: int,
+        device: torch.device,
+        layout: torch.memory_format = torch.channels_last,
+    ) -> None:
+        self.seed, self.data, self.device, self.layout = seed, data, device, layout
+        self.pixels = {"train": images.train, "val": images.val}
+        self.labels = {
+            "train": torch.from_numpy(images.train_labels.copy()).to(device),
+            "val": torch.from_numpy(images.val_labels.copy()).to(device),
+        }
+        self.on_device = {
+            split: torch.from_numpy(array.copy()).to(device)
+            for split, array in self.pixels.items()
+            if device.type != "cpu" and not isinstance(array, Encoded)
+        }
+        mean, std = torch.tensor(images.mean), torch.tensor(images.std)
+        self.scale = (1 / (255 * std)).to(device)
+        self.shift = (-mean / std).to(device)
+
+    def train(self, shares: Iterable[Ints], view: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Augmented images [B, channels, H, W] float32 and labels [B] of each share of samples."""
+        shares = list(shares)
+        for index, images in zip(shares, self._gather("train", shares, view), strict=True):
+            pad, flip = self.data.pad, self.data.flip
+            if pad or flip:
+                bits = hashes(self.seed, view, index, "augment")
+                top = below(bits, 0, 2 * pad + 1)
+                left = below(bits, 24, 2 * pad + 1)
+                mirrored = below(bits, 48, 2) if flip else np.zeros_like(top)
+                places = (self._put(x) for x in (top, left, mirrored))
+                images = crop_and_flip(images, pad, *places)
+            yield self._normalise(images), self.labels["train"][self._put(index)]
+
+    def val(self, shares: Iterable[Ints]) -> Iterator[Tensor]:
+        """Validation images [B, channels, H, W] float32, not augmented, of each share."""
+        return map(self._normalise, self._gather("val", shares, 0))
+
+    def _gather(self, split: str, shares: Iterable[Ints], view: int) -> Iterator[Tensor]:
+        """uint8 [B, H, W, channels] of each share, on the device."""
+        pixels = self.pixels[split]
+        if isinstance(pixels, Encoded):
+            drawn = split == "train"
+
+            def decode(index: Ints) -> Tensor:
+                draws = crop_draws(self.seed, view, index) if drawn else None
+                return torch.from_numpy(pixels.decode(index, draws))
+
+            for images in ahead(decode, shares):
+                yield images.to(self.device, non_blocking=True)
+            return
+        for index in shares:
+            if split in self.on_device:
+                yield self.on_device[split][self._put(index)]
+            else:
+                yield torch.from_numpy(pixels[index])
+
+    def _put(self, x: Ints) -> Tensor:
+        return torch.from_numpy(x).to(self.device, non_blocking=True)
+
+    def _normalise(self, images: Tensor) -> Tensor:
+        """uint8 [B, H, W, channels] to float32 [B, channels, H, W] in the layout asked for."""
+        x = (images * self.scale + self.shift).permute(0, 3, 1, 2)
+        return x.contiguous(memory_format=self.layout)

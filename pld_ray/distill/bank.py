@@ -1,0 +1,254 @@
+"""The teacher bank as a trial reads it: kept logits, and the computation of those that are missing.
+
+bank.read(samples, view):  the chunk is in the store?      read it
+                           nobody computes it?             compute it, keep it
+                           another process computes it?    compute one of the next, or wait
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+from torch import Tensor
+
+from pld_ray.config.trial import Trial
+from pld_ray.data.images import Images
+from pld_ray.data.sampling import Ints, batches
+from pld_ray.data.stream import Stream
+from pld_ray.distill import bank_format
+from pld_ray.distill.bank_format import Array, Spec, Split
+from pld_ray.distill.device import Clock, memory_format, pick_device
+from pld_ray.distill.teacher import Teacher
+from pld_ray.losses import teacher_order
+from pld_ray.store.store import Store
+
+AHEAD = 16  # chunks that a process may compute before it needs them
+
+
+@dataclass
+class Bank:
+    """One split of a teacher's logits, as one process reads it; it computes what is missing.
+
+    Of the time, `clock` is told: "teacher" (computing), "waiting" (for others who compute), "bank"
+    (reading), and "teacher_avoided": what the logits that were read here and paid for elsewhere,
+    or before, took to compute.
+    """
+
+    spec: Spec
+    about: dict[str, Any]  # what the store should say of it
+    labels: Ints  # [N]
+    classes: int
+    views: int
+    batch: int  # samples in a forward pass
+    teacher: Teacher
+    # shares of samples and a view to what the teacher sees
+    images: Callable[[Iterable[Ints], int], Iterator[Tensor]]
+    clock: Clock
+    ledger: Any  # the Ray actor that says who computes what; None: nobody else does
+    holder: str  # this process's name there
+
+    def __post_init__(self) -> None:
+        self.store, self.key = self.teacher.store, self.spec.key
+        self.size = len(self.labels)
+        self.chunks = math.ceil(self.size / self.spec.rows)  # of a view
+        self.row = bank_format.row_type(self.classes, self.spec.logits)
+        self.order_row = bank_format.order_type(self.classes)
+        self.view = -1  # the one that is open
+        self.order = self.place = self.labels  # its samples, and the place of each
+        self.logits: dict[int, tuple[Array, float]] = {}  # its chunks so far, their seconds
+        self.orders: dict[int, Array] = {}
+        self.unread: dict[tuple[int, int], int] = {}  # rows computed here and not yet read
+
+    def read(
+        self, samples: Ints, view: int, with_order: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """Logits [B, C] of the samples in a view, and the teacher's order [B, C] if asked for.
+
+        The order comes, label first, where there are so many classes that it is worth keeping.
+        """
+        with_order = with_order and self.classes >= bank_format.ORDER_FROM
+        if view != self.view:
+            self._open(view)
+        chunk, row = np.divmod(self.place[samples], self.spec.rows)
+        needed = np.unique(chunk).tolist()
+        for number in needed:
+            if number not in self.logits:
+                self.logits[number] = self._chunk(view, number)
+            if with_order and number not in self.orders:
+                self.orders[number] = self._order_chunk(view, number)
+        with self.clock("bank"):
+            rows = _gather({n: self.logits[n][0] for n in needed}, chunk, row)
+            logits = torch.from_numpy(bank_format.unpack(rows))
+            order = None
+            if with_order:
+                orders = _gather({n: self.orders[n] for n in needed}, chunk, row)
+                order = torch.from_numpy(orders["order"])
+            self._count(chunk, needed)
+        return logits, order
+
+    def fill(self) -> None:
+        """Compute every chunk that is missing and that nobody else computes."""
+        names = [self._name(*divmod(i, self.chunks)) for i in range(self.chunks * self.views)]
+        for name in self.store.missing_chunks(names):
+            self._compute_one([name], patience=0)
+
+    def _open(self, view: int) -> None:
+        self.view, self.logits, self.orders = view, {}, {}
+        self.order = self.spec.order(view, self.size)
+        self.place = np.empty_like(self.order)
+        self.place[self.order] = np.arange(self.size)
+
+    def _count(self, chunk: Ints, needed: list[int]) -> None:
+        """Add what reading these rows would have cost without the bank."""
+        for number in needed:
+            rows, seconds = self.logits[number]
+            read = len(chunk) if len(needed) == 1 else int((chunk == number).sum())
+            paid = min(read, self.unread.get((self.view, number), 0))
+            if paid:
+                self.unread[self.view, number] -= paid
+            self.clock.add("teacher_avoided", (read - paid) * seconds / len(rows))
+
+    # ---- chunks
+
+    def _name(self, view: int, chunk: int, kind: str = "logits") -> str:
+        return f"{self.key}/{view}/{chunk}.{kind}"
+
+    def _samples(self, view: int, chunk: int) -> Ints:
+        order = self.order if view == self.view else self.spec.order(view, self.size)
+        return order[chunk * self.spec.rows :][: self.spec.rows]
+
+    def _load(self, name: str, row: np.dtype[Any], count: int) -> tuple[Array, float] | None:
+        """A chunk of the store; a damaged one is deleted, and is then as if it had never been."""
+        content = self.store.read_chunk(name)
+        if content is None:
+            return None
+        found = bank_format.decode(content, row, count)
+        if found is None:
+            self.store.drop_chunk(name)
+        return found
+
+    def _chunk(self, view: int, number: int) -> tuple[Array, float]:
+        """Rows of a chunk, and the seconds they took: read, or computed here first."""
+        first = view * self.chunks + number
+        last = min(first + AHEAD, self.views * self.chunks)
+        names = [self._name(*divmod(i, self.chunks)) for i in range(first, last)]
+        count = min(self.spec.rows, self.size - number * self.spec.rows)
+        while (found := self._load(names[0], self.row, count)) is None:
+            missing = self.store.missing_chunks(names)
+            if missing and missing[0] == names[0]:
+                self._compute_one(missing, patience=1.0)
+        return found
+
+    def _compute_one(self, names: list[str], patience: float) -> None:
+        """Compute the first chunk that nobody else does; where there is none, wait."""
+        name = names[0]
+        if self.ledger is not None:
+            with self.clock("waiting"):
+                name = ray.get(
+                    self.ledger.claim.remote(self.store.uri, names, self.holder, patience)
+                )
+            if name is None:
+                return
+        computed = False
+        try:
+            if self.store.missing_chunks([name]):  # else it was made just before the claim
+                self._compute(name)
+            computed = True
+        finally:
+            if self.ledger is not None:
+                self.ledger.release.remote(self.store.uri, name, self.holder, computed)
+
+    def _compute(self, name: str) -> None:
+        view, number = (int(part.split(".")[0]) for part in name.split("/")[1:])
+        samples = self._samples(view, number)
+        self.store.start_bank(self.key, self.about)
+        self.teacher.load()  # before the clock runs: it is not what computing logits takes
+        parts = []
+        with self.clock("teacher"):
+            if self.clock.cuda:
+                torch.cuda.synchronize()  # the student's last steps are not the teacher's time
+            started = time.perf_counter()
+            for x in self.images(batches(samples, self.batch, drop_last=False), view):
+                parts.append(self.teacher(x).cpu())
+                self.clock.alive()
+                if self.ledger is not None:
+                    self.ledger.renew.remote(self.store.uri, name, self.holder)
+            seconds = time.perf_counter() - started
+        rows = bank_format.pack(torch.cat(parts).numpy(), self.row)
+        self.store.write_chunk(name, bank_format.encode(rows, seconds))
+        self.unread[view, number] = len(samples)
+
+    def _order_chunk(self, view: int, number: int) -> Array:
+        """The teacher's order, label first, made from a chunk's logits by who needs it first."""
+        name, rows = self._name(view, number, "order"), self.logits[number][0]
+        found = self._load(name, self.order_row, len(rows))
+        if found is None:
+            labels = torch.from_numpy(self.labels[self._samples(view, number)])
+            order = np.empty(len(rows), self.order_row)
+            logits = torch.from_numpy(bank_format.unpack(np.array(rows)))
+            order["order"] = teacher_order(logits, labels).numpy()
+            self.store.write_chunk(name, bank_format.encode(order, 0.0))
+            return order
+        return found[0]
+
+
+def _gather(chunks: dict[int, Array], chunk: Ints, row: Ints) -> Array:
+    """Rows by their chunk and the place there, [B] each; `chunks` are those that are needed."""
+    some, *others = chunks.values()
+    if not others:
+        return some[row]
+    rows = np.empty(len(row), some.dtype)
+    for number, kept in chunks.items():
+        inside = chunk == number
+        rows[inside] = kept[row[inside]]
+    return rows
+
+
+def open_banks(
+    teacher: Teacher, stream: Stream, clock: Clock, ledger: Any, holder: str
+) -> tuple[Bank, Bank]:
+    """The banks of the training and the validation images, as a trial's worker reads them."""
+    trial, images, digest = teacher.trial, teacher.images, teacher.digest()
+
+    def bank(split: Split, labels: Ints, views: int, batch: int, shown: Any) -> Bank:
+        spec = bank_format.spec(trial, split, digest, images.fingerprint, teacher.bfloat16)
+        return Bank(
+            spec=spec,
+            about=bank_format.about(spec, trial, len(labels), images.classes),
+            labels=labels,
+            classes=images.classes,
+            views=views,
+            batch=batch,
+            teacher=teacher,
+            images=shown,
+            clock=clock,
+            ledger=ledger,
+            holder=holder,
+        )
+
+    def train(shares: Iterable[Ints], view: int) -> Iterator[Tensor]:
+        return (x for x, _ in stream.train(shares, view))
+
+    def val(shares: Iterable[Ints], view: int) -> Iterator[Tensor]:
+        return stream.val(shares)
+
+    return (
+        bank("train", images.train_labels, bank_format.views(trial), trial.batch_size, train),
+        bank("val", images.val_labels, 1, bank_format.VAL_BATCH, val),
+    )
+
+
+def fill(trial: Trial, images: Images, store: Store, ledger: Any, holder: str) -> None:
+    """Compute what is missing in the banks that a trial reads, and that nobody else computes."""
+    device = pick_device()
+    stream = Stream(images, trial.data, trial.seed, device, memory_format(trial))
+    teacher = Teacher(trial, images, store, device)
+    for bank in open_banks(teacher, stream, Clock(device), ledger, holder):
+        bank.fill()

@@ -1,0 +1,108 @@
+"""How large the teacher bank of a plan is, and whether it fits the disk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cache
+
+from pld_ray.config.trial import Data, Trial
+from pld_ray.data.images import Size
+from pld_ray.distill.bank_format import (
+    ORDER_FROM,
+    Split,
+    banked,
+    order_type,
+    planned_key,
+    row_type,
+    views,
+)
+from pld_ray.errors import InputError
+from pld_ray.store.store import Store
+from pld_ray.units import in_bytes
+
+SPARE = 0.05  # of the disk's free bytes are left to others
+
+
+# ---------------------------------------------------------------- how large
+
+
+@dataclass
+class Planned:
+    """A bank that trials of a plan need."""
+
+    trial: Trial  # one of them
+    split: Split
+    views: int
+    view_bytes: int
+    order_bytes: int  # of a view, too; 0: none is kept
+    ranked_views: int = 0  # views that a loss ranks
+    kept: int = 0  # bytes that are there already
+
+    @property
+    def bytes(self) -> int:
+        """Of all its views."""
+        return self.takes(self.views)
+
+    def takes(self, most: int) -> int:
+        """Bytes, of so many views at most."""
+        ordered = min(self.ranked_views, most) * self.order_bytes
+        return min(self.views, most) * self.view_bytes + ordered
+
+
+def planned(
+    trials: Iterable[Trial], size: Callable[[Data], Size], store: Store
+) -> dict[str, Planned]:
+    """The banks that trials need, by `planned_key`."""
+    size = cache(size)
+    found: dict[str, Planned] = {}
+    for trial in trials:
+        if not banked(trial):
+            continue
+        for split in ("train", "val"):
+            key = planned_key(trial, split)
+            count = views(trial) if split == "train" else 1
+            if key not in found:
+                samples = size(trial.data)
+                logits = trial.teacher_logits if split == "train" else "float32"
+                row = row_type(samples.classes, logits).itemsize
+                images = samples.train if split == "train" else samples.val
+                ordered = split == "train" and samples.classes >= ORDER_FROM
+                order = order_type(samples.classes).itemsize * images if ordered else 0
+                found[key] = Planned(trial, split, count, row * images, order)
+            if count > found[key].views:
+                found[key].trial, found[key].views = trial, count
+            if trial.loss.needs_order:
+                found[key].ranked_views = max(count, found[key].ranked_views)
+    for key, files in store.banks().items() if found else ():
+        about = store.bank(key)
+        if about and about["planned"] in found:
+            found[about["planned"]].kept += sum(files.values())
+    return found
+
+
+def check_room(banks: Iterable[Planned], store: Store) -> None:
+    """Raise InputError if the banks do not fit the disk of a local store."""
+    banks, free = list(banks), store.files.free_bytes()
+    if free is None:
+        return
+    room = int(free * (1 - SPARE)) + sum(bank.kept for bank in banks)
+    total = sum(bank.bytes for bank in banks)
+    if total <= room:
+        return
+
+    def takes(most: int) -> int:
+        return sum(bank.takes(most) for bank in banks)
+
+    fitting = 0
+    while takes(fitting + 1) <= room:
+        fitting += 1
+    advice = (
+        f"set teacher.views to at most {fitting}"
+        if fitting
+        else "not even one view fits: set teacher.logits to live, or give another --storage"
+    )
+    raise InputError(
+        f"the teacher bank needs {in_bytes(total)} and there is room for {in_bytes(room)} in "
+        f"{store.uri}: {advice}"
+    )

@@ -1,0 +1,58 @@
+"""The types of loss parameters, and the base class of a loss's settings.
+
+The annotations of a loss's constructor use these names, `Annotated`, `Literal`, `Field` and the
+built-in types. Nothing here imports torch, so that a plan is made without it.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator
+from pydantic_core import PydanticCustomError
+
+Temperature = Annotated[float, Field(gt=0)]
+Weight = Annotated[float, Field(ge=0)]
+Standardize = Literal["none", "both", "teacher"]
+Takes = Literal["nothing", "logits", "order", "features"]
+
+
+def _top_k(value: Any) -> Any:
+    if value in (None, "auto") or (type(value) is int and value > 0):
+        return value
+    raise PydanticCustomError("top_k", "expected a number of classes above 0, or auto")
+
+
+TopK = Annotated[int | str | None, PlainValidator(_top_k)]
+
+
+class LossParams(BaseModel):
+    """The settings of one loss, as YAML gives them; fields are the constructor's arguments.
+
+    Class attributes:
+        label: The name of the loss in tables.
+        takes: What the loss takes of the teacher: "nothing", its "logits", its logits and the
+            "order" of the classes by them, or its "features".
+        source: "module:class" of the loss.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    label: ClassVar[str]
+    takes: ClassVar[Takes]
+    source: ClassVar[str]
+    name: str
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether the loss compares the student with a teacher."""
+        return self.takes != "nothing"
+
+    @property
+    def needs_features(self) -> bool:
+        """Whether the loss compares feature maps instead of logits."""
+        return self.takes == "features"
+
+    @property
+    def needs_order(self) -> bool:
+        """Whether a kept order saves time; with `top_k` the loss finds the first classes itself."""
+        return self.takes == "order" and getattr(self, "top_k", None) is None

@@ -1,0 +1,180 @@
+"""The registry of losses: every loss by its name in YAML, with its typed parameters.
+
+To add a loss, write its class in a file of this folder and decorate it:
+
+    @register_loss("huber", label="Huber")
+    class HuberLoss(DistillationLoss):
+        \"\"\"The text that `pld-ray` shows as help.\"\"\"
+
+        def __init__(self, delta: Annotated[float, Field(gt=0)] = 1.0, **options: Unpack[Options]):
+            ...
+
+The constructor's arguments are the parameters in YAML. The losses of this folder are read from
+their source with `ast`, because importing them would import torch, which takes seconds: a plan
+needs names and parameters only. A class is imported when it is first used. The decorator builds
+the same description from the class itself for losses that are defined elsewhere.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+from collections.abc import Callable, Iterator
+from functools import cache, wraps
+from pathlib import Path
+from typing import Any, TypeVar, get_type_hints
+
+from pydantic import ValidationError, create_model
+
+from pld_ray.losses import parameters
+from pld_ray.losses.parameters import LossParams, Takes
+
+_Loss = TypeVar("_Loss", bound=type[Any])
+PACKAGE = "pld_ray.losses"
+
+
+def register_loss(name: str, *, label: str, takes: Takes = "logits") -> Callable[[_Loss], _Loss]:
+    """Register a loss class under its name in YAML.
+
+    Args:
+        name: The name in YAML, such as "kd".
+        label: The name in tables, such as "KD".
+        takes: What the loss takes of the teacher: "nothing", its "logits", its logits and the
+            "order" of the classes by them, or its "features" (a `FeatureLoss`).
+
+    The constructor then checks its arguments by their annotations.
+
+    Raises:
+        ValueError: Another loss has this name, or an argument has no annotation.
+    """
+
+    def register(cls: _Loss) -> _Loss:
+        source = f"{cls.__module__}:{cls.__name__}"
+        known = REGISTRY.get(name)
+        if known is None:
+            known = REGISTRY[name] = _describe(
+                name, label, takes, source, cls.__doc__, _fields(cls)
+            )
+        elif known.source != source:
+            raise ValueError(f"loss {name!r}: {known.source} has this name already, not {source}")
+        cls.name, CLASSES[name] = name, cls
+        cls.__init__ = _checked(cls.__init__, known)
+        return cls
+
+    return register
+
+
+def create_loss(params: LossParams, **options: Any) -> Any:
+    """Return the torch module that computes the loss described by `params`.
+
+    Args:
+        params: The settings of a loss, such as `REGISTRY["kd"](name="kd", temperature=2)`.
+        options: `ignore_index` and `reduction`, which all losses on logits take.
+    """
+    if params.name not in CLASSES:
+        importlib.import_module(params.source.partition(":")[0])
+    return CLASSES[params.name](**params.model_dump(exclude={"name"}), **options)
+
+
+def _describe(
+    name: str, label: str, takes: Takes, source: str, doc: str | None, fields: dict[str, Any]
+) -> type[LossParams]:
+    """The settings class of a loss. fields: (annotation, default) of each parameter."""
+    model = create_model(name, __base__=LossParams, __doc__=doc, **fields)
+    model.label, model.takes, model.source = label, takes, source
+    return model
+
+
+def _fields(cls: type[Any]) -> dict[str, Any]:
+    """(annotation, default) of each argument of a class's constructor."""
+    hints = get_type_hints(cls.__init__, include_extras=True)
+    found: dict[str, Any] = {}
+    for argument in list(inspect.signature(cls.__init__).parameters.values())[1:]:
+        if argument.kind in (argument.VAR_KEYWORD, argument.VAR_POSITIONAL):
+            continue
+        if argument.name not in hints:
+            raise ValueError(f"{cls.__name__}: argument {argument.name!r} has no annotation")
+        default = ... if argument.default is argument.empty else argument.default
+        found[argument.name] = hints[argument.name], default
+    return found
+
+
+def _checked(init: Callable[..., None], params: type[LossParams]) -> Callable[..., None]:
+    """The constructor with its arguments validated first; ValueError names the argument."""
+    signature = inspect.signature(init)
+    name = params.__name__
+    kinds = {argument.kind: argument.name for argument in signature.parameters.values()}
+    rest = kinds.get(inspect.Parameter.VAR_KEYWORD, "")  # ignore_index and reduction
+
+    @wraps(init)
+    def checked(self: Any, *args: Any, **kwargs: Any) -> None:
+        given = signature.bind(self, *args, **kwargs).arguments
+        given.pop(next(iter(signature.parameters)))
+        options = given.pop(rest, {})
+        try:
+            valid = params(name=name, **given)
+        except ValidationError as error:
+            first = error.errors()[0]
+            field = ".".join(str(part) for part in first["loc"])
+            raise ValueError(f"{name}: {field} is {first['input']!r}: {first['msg']}") from None
+        init(self, **valid.model_dump(exclude={"name"}), **options)
+
+    return checked
+
+
+# ---------------------------------------------------------------- read from source
+
+
+@cache
+def public_names() -> dict[str, str]:
+    """The module of each public class and function of this folder, by name."""
+    return {
+        node.name: module
+        for module, tree in _sources()
+        for node in tree.body
+        if isinstance(node, (ast.ClassDef, ast.FunctionDef)) and not node.name.startswith("_")
+    }
+
+
+def _sources() -> Iterator[tuple[str, ast.Module]]:
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        if path.stem not in ("__init__", "registry", "parameters"):
+            yield f"{PACKAGE}.{path.stem}", ast.parse(path.read_text(encoding="utf-8"), path.name)
+
+
+def _declared() -> Iterator[tuple[str, type[LossParams]]]:
+    """The losses of this folder: what their decorators would register."""
+    for module, tree in _sources():
+        for cls in tree.body:
+            for decorator in getattr(cls, "decorator_list", ()):
+                function = getattr(decorator, "func", None)
+                if isinstance(cls, ast.ClassDef) and getattr(function, "id", "") == "register_loss":
+                    (name,) = map(ast.literal_eval, decorator.args)
+                    given = {k.arg: ast.literal_eval(k.value) for k in decorator.keywords}
+                    takes = given.get("takes", "logits")
+                    source, doc = f"{module}:{cls.name}", ast.get_docstring(cls)
+                    yield name, _describe(name, given["label"], takes, source, doc, _read(cls))
+
+
+def _read(cls: ast.ClassDef) -> dict[str, Any]:
+    """As `_fields`, from the source of a class."""
+    for init in cls.body:
+        if isinstance(init, ast.FunctionDef) and init.name == "__init__":
+            arguments = init.args.args[1:]
+            none: list[Any] = [...] * (len(arguments) - len(init.args.defaults))
+            defaults = none + [ast.literal_eval(default) for default in init.args.defaults]
+            return {
+                argument.arg: (_annotation(cls, argument), default)
+                for argument, default in zip(arguments, defaults, strict=True)
+            }
+    return {}
+
+
+def _annotation(cls: ast.ClassDef, argument: ast.arg) -> Any:
+    assert argument.annotation is not None, f"{cls.name}: {argument.arg} has no annotation"
+    return eval(ast.unparse(argument.annotation), vars(parameters))
+
+
+REGISTRY: dict[str, type[LossParams]] = dict(_declared())
+CLASSES: dict[str, type[Any]] = {}  # those that are imported

@@ -1,0 +1,75 @@
+"""Checks of networks and teacher weights that need no memory for the networks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import timm
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from pld_ray.config.trial import Model, Trial, Weights
+from pld_ray.errors import InputError
+from pld_ray.losses import FeatureLoss, create_loss
+from pld_ray.models.factory import create_model
+from pld_ray.models.features import probe
+
+
+def check_features(trial: Trial, classes: int, channels: int, image_size: int) -> None:
+    """Raise InputError if the features of student and teacher cannot be compared by the loss."""
+    teacher = trial.teacher.student if isinstance(trial.teacher, Trial) else trial.teacher
+    assert teacher is not None
+    shape = classes, channels, image_size
+    with torch.device("meta"):
+        features = [
+            probe(create_model(model, *shape), *shape[1:]) for model in (trial.student, teacher)
+        ]
+        loss = create_loss(trial.loss)
+        assert isinstance(loss, FeatureLoss)
+        try:
+            loss.connect(*features)
+            loss.distance(*features)
+        except ValueError as error:
+            raise InputError(f"{teacher.name} → {trial.student.name}: {error}") from None
+
+
+def check_model(model: Model | Weights, classes: int, channels: int, image_size: int) -> int:
+    """Make the network without memory and return its number of parameters.
+
+    Raises InputError also for a teacher whose weights are for another number of classes.
+    """
+    with torch.device("meta"):
+        network = create_model(model, classes, channels, image_size)
+    if isinstance(model, Weights):
+        _check_weights(model, network, classes)
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
+def _check_weights(teacher: Weights, network: nn.Module, classes: int) -> None:
+    if teacher.weights == "pretrained":
+        config = timm.get_pretrained_cfg(teacher.name)
+        if config is None or not config.has_weights:
+            raise InputError(f"teacher {teacher.name!r} has no pretrained weights in timm")
+        if config.num_classes != classes:
+            raise InputError(
+                f"teacher {teacher.name!r} knows {config.num_classes} classes and the data has "
+                f"{classes}: student and teacher must share their classes"
+            )
+        return
+    try:
+        stored: Mapping[str, Tensor] = load_file(teacher.weights)
+    except Exception as error:  # safetensors raises its own type and OSError
+        raise InputError(f"teacher weights {teacher.weights!r} cannot be read: {error}") from None
+    wanted = network.state_dict()
+    for name in wanted.keys() | stored.keys():
+        want = tuple(wanted[name].shape) if name in wanted else None
+        got = tuple(stored[name].shape) if name in stored else None
+        if want == got:
+            continue
+        detail = f"tensor {name!r} has shape {got} in the file and {want} in the network"
+        if want and got and want[1:] == got[1:]:
+            detail += f": {got[0]} classes there, {want[0]} in the data?"
+        raise InputError(
+            f"teacher weights {teacher.weights!r} do not fit {teacher.name!r}: {detail}"
+        )

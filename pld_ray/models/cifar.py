@@ -1,0 +1,221 @@
+"""Networks by name: timm's, and the CIFAR networks of the distillation literature.
+
+The CIFAR networks are those of the CRD and mdistiller repositories, registered with timm, so that
+`timm.create_model("resnet8x4", num_classes=100)` finds them once this module is imported. They
+take any image size and number of channels.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from timm.models import PretrainedCfg, build_model_with_cfg, register_model
+from torch import Tensor, nn
+
+
+class CifarNet(nn.Module):
+    """stem, stages, head: what the CIFAR networks have in common, under timm's names."""
+
+    def __init__(
+        self,
+        stem: nn.Module,
+        stages: list[nn.Module],
+        head: nn.Module,
+        width: int,
+        classes: int,
+        taps: list[int] | None = None,
+    ) -> None:
+        super().__init__()
+        self.stem = stem
+        self.stages = nn.ModuleList(stages)
+        self.head = head  # what follows the last stage, before pooling
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.fc = nn.Linear(width, classes)
+        self.num_features = width
+        self.num_classes = classes
+        self.taps = taps or list(range(len(stages)))  # stages whose features losses compare
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def get_classifier(self) -> nn.Module:
+        """The last linear layer."""
+        return self.fc
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Images [B, channels, H, W] to the last feature map [B, width, h, w]."""
+        x = self.stem(x)
+        for stage in self.stages:
+            x = stage(x)
+        return self.head(x)
+
+    def forward_intermediates(self, x: Tensor, indices: list[int]) -> tuple[Tensor, list[Tensor]]:
+        """Images to the last feature map, and to the outputs of the stages of these numbers."""
+        x = self.stem(x)
+        stages = []
+        for stage in self.stages:
+            x = stage(x)
+            stages.append(x)
+        return self.head(x), [stages[i] for i in indices]
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """The last feature map to logits [B, C], or to its pooled features [B, width]."""
+        x = self.pool(x).flatten(1)
+        return x if pre_logits else self.fc(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images [B, channels, H, W] to logits [B, C]."""
+        return self.forward_head(self.forward_features(x))
+
+
+def _conv(inputs: int, outputs: int, size: int, stride: int = 1, groups: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(inputs, outputs, size, stride, size // 2, groups=groups, bias=False)
+
+
+def _conv_bn(inputs: int, outputs: int, size: int, stride: int = 1, groups: int = 1) -> list[Any]:
+    return [_conv(inputs, outputs, size, stride, groups), nn.BatchNorm2d(outputs)]
+
+
+class Residual(nn.Module):
+    """act(main(x) + shortcut(x)), the shortcut a 1x1 convolution where the shape changes."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int, main: list[Any], act: bool) -> None:
+        super().__init__()
+        self.main = nn.Sequential(*main)
+        same = stride == 1 and inputs == outputs
+        self.shortcut = (
+            nn.Identity() if same else nn.Sequential(*_conv_bn(inputs, outputs, 1, stride))
+        )
+        self.act = nn.ReLU() if act else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, inputs, H, W] to [B, outputs, H / stride, W / stride]."""
+        return self.act(self.main(x) + self.shortcut(x))
+
+
+class PreActivation(nn.Module):
+    """A wide-resnet block (Zagoruyko and Komodakis 2016): norm and ReLU before each convolution."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.pre = nn.Sequential(nn.BatchNorm2d(inputs), nn.ReLU())
+        self.main = nn.Sequential(
+            *_conv_bn(inputs, outputs, 3, stride), nn.ReLU(), _conv(outputs, outputs, 3)
+        )
+        self.shortcut = None if inputs == outputs else _conv(inputs, outputs, 1, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, inputs, H, W] to [B, outputs, H / stride, W / stride]."""
+        pre = self.pre(x)
+        return self.main(pre) + (x if self.shortcut is None else self.shortcut(pre))
+
+
+def _basic(inputs: int, outputs: int, stride: int) -> Residual:
+    main = [*_conv_bn(inputs, outputs, 3, stride), nn.ReLU(), *_conv_bn(outputs, outputs, 3)]
+    return Residual(inputs, outputs, stride, main, act=True)
+
+
+def _bottleneck(inputs: int, outputs: int, stride: int) -> Residual:
+    middle = outputs // 4
+    main = [*_conv_bn(inputs, middle, 1), nn.ReLU(), *_conv_bn(middle, middle, 3, stride)]
+    main += [nn.ReLU(), *_conv_bn(middle, outputs, 1)]
+    return Residual(inputs, outputs, stride, main, act=True)
+
+
+def _inverted(inputs: int, outputs: int, stride: int, expansion: int) -> nn.Module:
+    wide = inputs * expansion
+    main = [*_conv_bn(inputs, wide, 1), nn.ReLU(), *_conv_bn(wide, wide, 3, stride, groups=wide)]
+    main += [nn.ReLU(), *_conv_bn(wide, outputs, 1)]
+    if stride == 1 and inputs == outputs:
+        return Residual(inputs, outputs, stride, main, act=False)
+    return nn.Sequential(*main)
+
+
+def _stages(block: Any, inputs: int, widths: list[int], depths: list[int]) -> list[nn.Module]:
+    """One stage for each width; every stage but the first halves the image."""
+    stages: list[nn.Module] = []
+    for i, (width, depth) in enumerate(zip(widths, depths, strict=True)):
+        blocks = [block(inputs, width, 1 if i == 0 else 2)]
+        blocks += [block(width, width, 1) for _ in range(depth - 1)]
+        stages.append(nn.Sequential(*blocks))
+        inputs = width
+    return stages
+
+
+def _resnet(depth: int, wide: int, num_classes: int, in_chans: int) -> CifarNet:
+    """ResNet-(6n + 2) for 32x32 (He et al. 2016); `wide` 4 is the x4 of CRD."""
+    stem = 16 if wide == 1 else 32
+    widths = [16 * wide, 32 * wide, 64 * wide]
+    stages = _stages(_basic, stem, widths, [(depth - 2) // 6] * 3)
+    first = nn.Sequential(*_conv_bn(in_chans, stem, 3), nn.ReLU())
+    return CifarNet(first, stages, nn.Identity(), widths[-1], num_classes)
+
+
+def _wrn(depth: int, wide: int, num_classes: int, in_chans: int) -> CifarNet:
+    """Wide ResNet-(6n + 4) (Zagoruyko and Komodakis 2016)."""
+    widths = [16 * wide, 32 * wide, 64 * wide]
+    stages = _stages(PreActivation, 16, widths, [(depth - 4) // 6] * 3)
+    head = nn.Sequential(nn.BatchNorm2d(widths[-1]), nn.ReLU())
+    return CifarNet(_conv(in_chans, 16, 3), stages, head, widths[-1], num_classes)
+
+
+def _resnet50(num_classes: int, in_chans: int) -> CifarNet:
+    stages = _stages(_bottleneck, 64, [256, 512, 1024, 2048], [3, 4, 6, 3])
+    stem = nn.Sequential(*_conv_bn(in_chans, 64, 3), nn.ReLU())
+    return CifarNet(stem, stages, nn.Identity(), 2048, num_classes)
+
+
+def _mobilenetv2(num_classes: int, in_chans: int) -> CifarNet:
+    stages: list[nn.Module] = []
+    inputs = 16
+    table = [(1, 16, 1, 1), (6, 24, 2, 1), (6, 32, 3, 2), (6, 64, 4, 2)]
+    table += [(6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1)]
+    for expansion, channels, depth, stride in table:
+        width = channels // 2
+        blocks = [_inverted(inputs, width, stride, expansion)]
+        blocks += [_inverted(width, width, 1, expansion) for _ in range(depth - 1)]
+        stages.append(nn.Sequential(*blocks))
+        inputs = width
+    stem = nn.Sequential(*_conv_bn(in_chans, 16, 3, 2), nn.ReLU())
+    head = nn.Sequential(*_conv_bn(inputs, 1280, 1), nn.ReLU())
+    # the last stage of each size, as in the CRD repository: so that it has four, like ResNet-50
+    return CifarNet(stem, stages, head, 1280, num_classes, taps=[1, 2, 4, 6])
+
+
+def _register(name: str, doc: str, make: Any, *shape: int) -> None:
+    """Make `make(*shape)` a network of timm's, which then loads its weights as any other's."""
+
+    def entry(pretrained: bool = False, **kwargs: Any) -> CifarNet:
+        kwargs["pretrained_cfg"] = kwargs.get("pretrained_cfg") or PretrainedCfg(
+            num_classes=100, input_size=(3, 32, 32), classifier="fc"
+        )
+        return build_model_with_cfg(partial(make, *shape), name, pretrained, **kwargs)
+
+    entry.__name__, entry.__doc__, entry.__module__ = name, doc, __name__
+    register_model(entry)
+
+
+_register("resnet8", "ResNet-8 for 32x32 images.", _resnet, 8, 1)
+_register("resnet20", "ResNet-20 for 32x32 images.", _resnet, 20, 1)
+_register("resnet32", "ResNet-32 for 32x32 images.", _resnet, 32, 1)
+_register("resnet56", "ResNet-56 for 32x32 images.", _resnet, 56, 1)
+_register("resnet110", "ResNet-110 for 32x32 images.", _resnet, 110, 1)
+_register("resnet8x4", "ResNet-8 with four times the channels.", _resnet, 8, 4)
+_register("resnet32x4", "ResNet-32 with four times the channels.", _resnet, 32, 4)
+_register("wrn_16_2", "Wide ResNet of depth 16, width 2.", _wrn, 16, 2)
+_register("wrn_40_1", "Wide ResNet of depth 40, width 1.", _wrn, 40, 1)
+_register("wrn_40_2", "Wide ResNet of depth 40, width 2.", _wrn, 40, 2)
+_register(
+    "resnet50_cifar",
+    "ResNet-50 with a 3x3 stem of stride 1 and no max-pooling, for 32x32 images.",
+    _resnet50,
+)
+_register(
+    "mobilenetv2_cifar",
+    """MobileNetV2 of half width (Sandler et al. 2018), expansion 6, for 32x32 images.
+
+    The stem halves the image and the third stage does not, as in the CRD repository.
+    """,
+    _mobilenetv2,
+)

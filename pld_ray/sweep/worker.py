@@ -1,0 +1,125 @@
+"""What runs on the workers: one trial in a Tune actor, or in a Ray Train group of workers."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+import ray
+from ray import tune
+
+from pld_ray.config.trial import Trial
+from pld_ray.data.datasets import sharing_key
+from pld_ray.data.images import Images
+from pld_ray.store.store import Store
+from pld_ray.sweep.liveness import watched
+from pld_ray.sweep.resources import Need
+
+
+def run_trial(
+    config: dict[str, Any],
+    images: dict[str, Any],
+    store_uri: str,
+    scratch: str,
+    ledger: Any,
+    watch: Any,
+) -> None:
+    """Run one trial in its Tune actor; what is raised here makes Tune try again."""
+    trial = Trial.model_validate(config["trial"])
+    store, reference = Store(store_uri), images[sharing_key(trial.data)]
+    store.forget_failure(trial)
+    try:
+        if trial.workers == 1:
+            _attempt(trial, reference, store, tune.report, ledger, watch, OSError)
+        else:
+            need = Need(**config["needs"])
+            _train_on_workers(trial, reference, store, scratch, need, ledger, watch)
+    except NotedError as error:
+        tune.report({"failed": str(error)})
+
+
+def fill_bank(trial: Trial, images: Images, store_uri: str, ledger: Any, worker: int) -> None:
+    """Compute the missing chunks of a trial's banks; a Ray task."""
+    from pld_ray.distill.bank import fill
+
+    job = ray.get_runtime_context().get_job_id()  # two builds are not one, a task tried again is
+    fill(trial, images, Store(store_uri), ledger, f"build/{job}/{worker}")
+
+
+class NotedError(RuntimeError):
+    """The trial failed, and would again; why stands in the store."""
+
+
+def _attempt(
+    trial: Trial,
+    images: Any,
+    store: Store,
+    report: Callable[[dict[str, Any]], None],
+    ledger: Any,
+    watch: Any,
+    again: type[Exception],
+) -> None:
+    """Train; raises what is worth another attempt (`again`), or else notes it: NotedError."""
+    with watched(watch, trial.id) as step:
+        from pld_ray.distill.loop import TrainingError, train
+
+        try:
+            train(trial, ray.get(images), store, report, ledger, step)
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+            reason, final = reason.splitlines()[0], isinstance(error, TrainingError)
+            if final or not isinstance(error, again):
+                store.fail(trial.id, reason, traceback.format_exc(), final)
+                raise NotedError(reason) from error
+            with suppress(OSError):
+                store.fail(trial.id, reason, traceback.format_exc())
+            raise
+
+
+def _train_on_workers(
+    trial: Trial,
+    images: Any,
+    store: Store,
+    scratch: str,
+    need: Need,
+    ledger: Any,
+    watch: Any,
+) -> None:
+    """Run one trial as a Ray Train worker group: DDP over gloo or NCCL."""
+    from ray.train import RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+    from ray.train.v2.api.exceptions import TrainingFailedError
+    from ray.tune.integration.ray_train import TuneReportCallback
+
+    trainer = TorchTrainer(
+        _worker,
+        train_loop_config={
+            "trial": trial,
+            "store": store.uri,
+            "images": [images],
+            "ledger": ledger,
+            "watch": watch,
+        },
+        scaling_config=ScalingConfig(
+            num_workers=trial.workers, use_gpu=need.gpus > 0, resources_per_worker=need.worker
+        ),
+        run_config=RunConfig(
+            name=f"{trial.id}-workers", storage_path=scratch, callbacks=[TuneReportCallback()]
+        ),
+    )
+    try:
+        trainer.fit()
+    except TrainingFailedError:
+        failure = store.failure(trial.id)
+        if failure is None or not failure["final"]:
+            raise  # a worker died: Tune tries again
+        raise NotedError(failure["reason"]) from None
+
+
+def _worker(config: dict[str, Any]) -> None:
+    store, report = Store(config["store"]), ray.train.report
+    shared = config["images"][0], store, report, config["ledger"], config["watch"]
+    # when one of the group dies the others see no more than a broken connection
+    _attempt(config["trial"], *shared, Exception)
