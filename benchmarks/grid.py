@@ -42,7 +42,7 @@ from pld_ray.data import datasets, images
 from pld_ray.models.factory import create_model
 from pld_ray.store.store import Store
 from pld_ray.sweep import runner
-from pld_ray.sweep.progress import View, screen_apart
+from pld_ray.sweep.progress import ProgressView, redirect_prints
 
 PAIRS = {
     "wrn": ("wrn_40_2", "wrn_40_1"),
@@ -81,7 +81,7 @@ def run(made: Plan, images: images.Images, store: Store) -> tuple[float, list[di
     held = {datasets.sharing_key(trial.data): images for trial in pending.values()}
     console = Console(quiet=True)
     started = time.perf_counter()
-    failures = runner.run(made, held, store, View(made, pending, console))
+    failures = runner.run(made, held, store, ProgressView(made, pending, console))
     wall = time.perf_counter() - started
     if failures:
         sys.exit(f"grid.py: a trial failed: {next(iter(failures.values()))}")
@@ -187,7 +187,7 @@ def main() -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     rows = []
     log = arguments.out / "ray.log"
-    with tempfile.TemporaryDirectory() as folder, screen_apart(log) as console:
+    with tempfile.TemporaryDirectory() as folder, redirect_prints(log) as console:
         ray.init(log_to_driver=False)
         for pair in arguments.pairs:
             rows.append(measure(pair, Path(folder), arguments))

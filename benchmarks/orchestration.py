@@ -28,7 +28,7 @@ from pld_ray.config.experiment import load_experiment
 from pld_ray.config.planning import plan
 from pld_ray.store.store import Store
 from pld_ray.sweep import checks, runner
-from pld_ray.sweep.progress import View, screen_apart
+from pld_ray.sweep.progress import ProgressView, redirect_prints
 
 import ray  # isort: skip  after sweep, which sets its environment
 
@@ -42,7 +42,7 @@ seeds: [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]
 """
 
 
-class Watch(View):
+class Watch(ProgressView):
     """A view that notes when trials end."""
 
     def __init__(self, *arguments: Any) -> None:
@@ -61,7 +61,7 @@ def overhead(epochs: int, folder: Path) -> tuple[float, float]:
     made = plan(load_experiment("demo", (*sets, "teacher.train.epochs=1")))
     store = Store(folder / str(epochs))
     pending = made.trials
-    images = checks.check(pending)
+    images = checks.check_trials(pending)
     view = Watch(made, pending, Console(quiet=True))
     runner.run(made, images, store, view)
     students = [key for key in view.ends if key not in made.teacher_ids]
@@ -93,7 +93,7 @@ def main() -> None:
         table.add_column(head, justify="right")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        with screen_apart(folder / "ray.log"):
+        with redirect_prints(folder / "ray.log"):
             ray.init(num_cpus=1, log_to_driver=False)
             for epochs in (1, 60):
                 own, beside = overhead(epochs, folder)

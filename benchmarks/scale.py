@@ -36,7 +36,7 @@ from pld_ray.config.experiment import load_experiment
 from pld_ray.config.planning import plan
 from pld_ray.config.trial import Model, Trial, Weights
 from pld_ray.data import augmentation, images
-from pld_ray.data.encoded import Encoded
+from pld_ray.data.encoded import EncodedImages
 from pld_ray.distill import bank_format, bank_plan
 from pld_ray.models.factory import create_model
 from pld_ray.store.store import Store
@@ -73,7 +73,7 @@ def measured_decoding(count: int = 300) -> float:
     assert 0.8 < average / IMAGE_BYTES < 1.2, average
     joined = np.frombuffer(b"".join(contents), np.uint8)
     ends = np.cumsum([len(content) for content in contents])
-    images = Encoded(None, joined, ends, np.array([b""] * 20), 224, 236)
+    images = EncodedImages(None, joined, ends, np.array([b""] * 20), 224, 236)
     index = np.arange(count) % 20
     started = time.perf_counter()
     images.decode(index, augmentation.crop_draws(0, 0, np.arange(count)))
@@ -141,12 +141,12 @@ def with_bank(found: list[Job]) -> list[float]:
     """GPU-hours of each trial where teachers are kept: the longest of a bank computes it."""
     first: dict[str, Job] = {}
     for job in found:
-        if bank_format.banked(job.trial):
+        if bank_format.uses_bank(job.trial):
             key = bank_plan.planned_key(job.trial, "train")
             if key not in first or job.hours > first[key].hours:
                 first[key] = job
     return [
-        job.hours if job in first.values() or not bank_format.banked(job.trial) else job.student
+        job.hours if job in first.values() or not bank_format.uses_bank(job.trial) else job.student
         for job in found
     ]
 

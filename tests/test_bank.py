@@ -83,9 +83,9 @@ def test_a_bank_that_does_not_fit_is_refused_with_what_would(experiment, tmp_pat
     ):
         monkeypatch.setattr(store.files, "free_bytes", lambda free=free: int(free / 0.95) + 1)
         with pytest.raises(InputError, match=r"needs 1\.2 MB and there is room for .*: " + advice):
-            bank_plan.check_room(planned, store)
+            bank_plan.check_disk_space(planned, store)
     monkeypatch.setattr(store.files, "free_bytes", lambda: int((200 * view + val) / 0.95) + 1)
-    bank_plan.check_room(planned, store)
+    bank_plan.check_disk_space(planned, store)
 
 
 def test_views_and_logits_of_a_teacher_become_the_trials(experiment):

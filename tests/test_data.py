@@ -12,7 +12,7 @@ from pld_ray.config.trial import Data
 from pld_ray.data.augmentation import crop_and_flip
 from pld_ray.data.datasets import load, size
 from pld_ray.data.images import Images, Size
-from pld_ray.data.sampling import batches, hashes, order
+from pld_ray.data.sampling import batches, order, random_bits
 from pld_ray.data.stream import Stream
 from pld_ray.errors import InputError
 
@@ -45,11 +45,11 @@ def test_the_order_is_a_permutation_that_seed_and_epoch_decide():
 
 def test_random_bits_are_uniform_and_independent_across_keys():
     index = np.arange(20000)
-    offset = hashes(3, 5, index, "augment") % np.uint64(9)
+    offset = random_bits(3, 5, index, "augment") % np.uint64(9)
     counts = np.bincount(offset.astype(int), minlength=9)
     expected = len(index) / 9
     assert ((counts - expected) ** 2 / expected).sum() < 26.1  # chi2(8), p = 0.001
-    other = hashes(3, 6, index, "augment") % np.uint64(9)
+    other = random_bits(3, 6, index, "augment") % np.uint64(9)
     assert abs(np.corrcoef(offset.astype(float), other.astype(float))[0, 1]) < 0.03
 
 

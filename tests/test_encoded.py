@@ -15,7 +15,7 @@ from pld_ray.config.trial import Data
 from pld_ray.config.validation import validated
 from pld_ray.data.augmentation import AREA, RATIO, TRIES, centre, crop, crop_draws
 from pld_ray.data.datasets import load, size
-from pld_ray.data.encoded import ahead
+from pld_ray.data.encoded import prefetch
 from pld_ray.data.stream import Stream
 from pld_ray.distill import bank_format
 from pld_ray.errors import InputError
@@ -151,9 +151,9 @@ def test_bad_images_and_settings_are_told(folder):
 
 
 def test_ahead_keeps_the_order_and_passes_errors_on():
-    assert list(ahead(lambda x: x * x, range(7))) == [0, 1, 4, 9, 16, 25, 36]
+    assert list(prefetch(lambda x: x * x, range(7))) == [0, 1, 4, 9, 16, 25, 36]
     with pytest.raises(ZeroDivisionError):
-        list(ahead(lambda x: 1 / x, [1, 0]))
+        list(prefetch(lambda x: 1 / x, [1, 0]))
 
 
 def test_a_student_of_the_bank_and_one_of_a_live_teacher_see_the_same_crops(

@@ -16,7 +16,7 @@ from pld_ray.distill.loop import train
 from pld_ray.errors import InputError
 from pld_ray.losses import Features
 from pld_ray.models.checks import check_features
-from pld_ray.models.features import Tapped
+from pld_ray.models.features import WithFeatures
 from pld_ray.store.store import Store
 
 SHAPES = [(4, 8, 8), (6, 4, 4)], [(8, 4, 4), (6, 4, 4)]  # of student and teacher: channels, h, w
@@ -213,7 +213,7 @@ def test_taps(name, sizes):
     extra = {"img_size": 32} if name.startswith("vit") else {}
     network = timm.create_model(name, num_classes=7, **extra).eval()
     x = torch.randn(2, 3, 32, 32)
-    logits, features = Tapped(network)(x)
+    logits, features = WithFeatures(network)(x)
     torch.testing.assert_close(logits, network(x))
     assert [(f.shape[1], f.shape[2]) for f in features.stages] == sizes
     torch.testing.assert_close(network.get_classifier()(features.pooled), logits)

@@ -10,7 +10,7 @@ from pld_ray.distill.loop import train
 from pld_ray.errors import InputError
 from pld_ray.store.store import Store
 from pld_ray.sweep import checks, loggers, runner
-from pld_ray.sweep.progress import View
+from pld_ray.sweep.progress import ProgressView
 
 TEXT = """
 base: {data: {name: digits, limit: 100}, student: resnet8, epochs: 4, batch_size: 50, loss: ce}
@@ -19,8 +19,8 @@ base: {data: {name: digits, limit: 100}, student: resnet8, epochs: 4, batch_size
 
 def run(made, store, names):
     followed = loggers.create(names, "small", store)
-    with View(made, made.trials, Console(quiet=True)) as view:
-        failures = runner.run(made, checks.check(made.trials), store, view, loggers=followed)
+    with ProgressView(made, made.trials, Console(quiet=True)) as view:
+        failures = runner.run(made, checks.check_trials(made.trials), store, view, loggers=followed)
     return failures, [logger.problem for logger in followed]
 
 

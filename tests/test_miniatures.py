@@ -11,13 +11,13 @@ from pld_ray.config.experiment import load_experiment
 from pld_ray.config.planning import plan
 from pld_ray.store.store import Store
 from pld_ray.sweep import checks, runner
-from pld_ray.sweep.progress import View
+from pld_ray.sweep.progress import ProgressView
 
 
 def run(name, store):
     made = plan(load_experiment(name, smoke=True))
-    images = checks.check(made.trials)
-    with View(made, dict(made.trials), Console(quiet=True)) as view:
+    images = checks.check_trials(made.trials)
+    with ProgressView(made, dict(made.trials), Console(quiet=True)) as view:
         assert runner.run(made, images, store, view) == {}
     return made, images
 

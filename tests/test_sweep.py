@@ -6,8 +6,8 @@ from pld_ray.config.experiment import load_experiment
 from pld_ray.config.planning import plan
 from pld_ray.store.store import Store
 from pld_ray.sweep import checks, runner
-from pld_ray.sweep.progress import View
-from pld_ray.sweep.resources import Need
+from pld_ray.sweep.progress import ProgressView
+from pld_ray.sweep.resources import ResourceRequest
 
 SMALL = """
 base:
@@ -22,8 +22,8 @@ grid: {loss: [ce, pld]}
 
 def run(made, store):
     pending = {k: t for k, t in made.trials.items() if k not in store.finished(store.trials())}
-    images = checks.check(pending)
-    with View(made, pending, Console(quiet=True)) as view:
+    images = checks.check_trials(pending)
+    with ProgressView(made, pending, Console(quiet=True)) as view:
         failures = runner.run(made, images, store, view)
     return failures, pending
 
@@ -105,13 +105,13 @@ def test_concurrent_bounds_what_runs_at_once(local_ray, experiment, tmp_path):
     bounded = ["resources.concurrent=1", "grid.loss=[ce]", "seeds=[0,1,2]", "epochs=1"]
     made, store, most = plan(experiment(SMALL, *bounded)), Store(tmp_path / "results"), []
 
-    class Counting(View):
+    class Counting(ProgressView):
         def start(self, trial_id):
             super().start(trial_id)
             most.append(len(self.running))
 
     with Counting(made, made.trials, Console(quiet=True)) as view:
-        assert runner.run(made, checks.check(made.trials), store, view) == {}
+        assert runner.run(made, checks.check_trials(made.trials), store, view) == {}
     assert most == [1, 1, 1] and len(store.finished(made.trials)) == 3
 
 
@@ -130,6 +130,6 @@ def test_concurrent_bounds_what_runs_at_once(local_ray, experiment, tmp_path):
     ],
 )
 def test_workers_that_a_node_has_room_for(cpus, gpus, node, workers):
-    assert Need(cpus, gpus, 1).workers_on(node) == workers
-    assert Need(cpus, gpus, workers + 1).fits([node]) is False
-    assert Need(cpus, gpus, max(workers, 1)).fits([node, node]) is (workers > 0)
+    assert ResourceRequest(cpus, gpus, 1).workers_on(node) == workers
+    assert ResourceRequest(cpus, gpus, workers + 1).fits([node]) is False
+    assert ResourceRequest(cpus, gpus, max(workers, 1)).fits([node, node]) is (workers > 0)

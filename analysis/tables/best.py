@@ -10,12 +10,12 @@ import pandas as pd
 from analysis.records import frames
 from analysis.tables import rendering
 from pld_ray.config.planning import Plan
-from pld_ray.sweep.search import Progress
+from pld_ray.sweep.search import SearchProgress
 
 HEADS = {"top1": "Top-1 %", "top5": "Top-5 %", "agreement": "Agreement %"}
 
 
-def of_search(progress: Sequence[Progress], metric: str) -> list[dict[str, Any]]:
+def of_search(progress: Sequence[SearchProgress], metric: str) -> list[dict[str, Any]]:
     """One row a cell: its best point, what that reached and where, and the state of its trials."""
     cells = tuple(each.group.cell for each in progress)
     places = frames.places(Plan(progress[0].group.experiment, cells))

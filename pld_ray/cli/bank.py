@@ -73,14 +73,14 @@ def bank_build(
         raise typer.Exit(1)
     from pld_ray.cli import estimate
     from pld_ray.sweep import checks, runner
-    from pld_ray.sweep.progress import screen_apart
+    from pld_ray.sweep.progress import redirect_prints
 
     planned = [bank for bank in banks.values() if bank.split == "train"]
     if not planned:
         raise InputError(f"{plan.experiment.name}: none of its trials reads a bank")
-    images = checks.check({bank.trial.id: bank.trial for bank in planned}, address)
+    images = checks.check_trials({bank.trial.id: bank.trial for bank in planned}, address)
     with (
-        screen_apart(session.ray_log(store)) as console,
+        redirect_prints(session.ray_log(store)) as console,
         console.status("computing teacher logits"),
     ):
         runner.build_banks(planned, plan.experiment.resources, images, store, address)

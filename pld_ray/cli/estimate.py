@@ -7,9 +7,9 @@ from typing import Any
 
 from pld_ray.config.planning import Plan
 from pld_ray.config.trial import Trial
-from pld_ray.distill.bank_plan import Planned
+from pld_ray.distill.bank_plan import PlannedBank
 from pld_ray.store.store import Store
-from pld_ray.sweep.search import Progress
+from pld_ray.sweep.search import SearchProgress
 from pld_ray.units import duration, in_bytes
 
 
@@ -101,7 +101,7 @@ def show(plan: Plan, store: Store, done: set[str]) -> None:
         print(f"about {duration(sum(known))} of one worker's time{rest}")
 
 
-def show_search(progress: list[Progress]) -> None:
+def show_search(progress: list[SearchProgress]) -> None:
     """Print how far a search is, and what comes after it."""
     experiment = progress[0].group.experiment
     unique = {each.group.key: each for each in progress}.values()
@@ -131,7 +131,7 @@ def aligned(head: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
     )
 
 
-def bank_row(bank: Planned) -> dict[str, Any]:
+def bank_row(bank: PlannedBank) -> dict[str, Any]:
     """A planned bank for programs; sizes in bytes."""
     trial = bank.trial
     return {
@@ -146,7 +146,7 @@ def bank_row(bank: Planned) -> dict[str, Any]:
     }
 
 
-def bank_line(banks: Iterable[Planned]) -> str:
+def bank_line(banks: Iterable[PlannedBank]) -> str:
     """What the teacher bank of a plan takes, in one line."""
     banks = list(banks)
     most = max(bank.views for bank in banks)

@@ -105,7 +105,7 @@ def landscape(
     from rich.console import Console
 
     from analysis.landscapes import weights
-    from pld_ray.sweep.progress import screen_apart
+    from pld_ray.sweep.progress import redirect_prints
 
     trials = weights.students(plan, store)
     if not trials:
@@ -114,9 +114,9 @@ def landscape(
     with Console().status(f"{len(trials)} students: starting Ray"):
         from pld_ray.sweep import checks, cluster
 
-        shown = checks.check({trial.id: trial for trial in trials.values()}, address)
+        shown = checks.check_trials({trial.id: trial for trial in trials.values()}, address)
     with (
-        screen_apart(session.ray_log(store)) as console,
+        redirect_prints(session.ray_log(store)) as console,
         console.status(f"{points} x {points} points around {len(trials)} students"),
         cluster.connected(address),
     ):

@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from pld_ray.config.experiment import Experiment
     from pld_ray.config.planning import Plan
     from pld_ray.config.trial import Trial
-    from pld_ray.distill.bank_plan import Planned
+    from pld_ray.distill.bank_plan import PlannedBank
     from pld_ray.store.store import Store
-    from pld_ray.sweep.search import Progress
+    from pld_ray.sweep.search import SearchProgress
 
 
 def pending_trials(plan: Plan, store: Store) -> dict[str, Trial]:
@@ -33,14 +33,14 @@ def pending_trials(plan: Plan, store: Store) -> dict[str, Trial]:
     return {key: trial for key, trial in plan.trials.items() if key in pending.keys() | damaged}
 
 
-def planned_banks(trials: dict[str, Trial], store: Store) -> dict[str, Planned]:
+def planned_banks(trials: dict[str, Trial], store: Store) -> dict[str, PlannedBank]:
     """The banks that trials need; says how large, and refuses what does not fit the disk."""
     from pld_ray.cli import estimate
     from pld_ray.data import datasets
     from pld_ray.distill import bank_plan
 
     banks = bank_plan.planned(trials.values(), datasets.size, store)
-    bank_plan.check_room(banks.values(), store)
+    bank_plan.check_disk_space(banks.values(), store)
     if banks:
         typer.echo(estimate.bank_line(banks.values()))
     return banks
@@ -74,7 +74,7 @@ def train(
     pending: dict[str, Trial],
     store: Store,
     address: str | None,
-    progress: Sequence[Progress] = (),
+    progress: Sequence[SearchProgress] = (),
     log: Sequence[str] = (),
 ) -> dict[str, str]:
     """Run trials under the live view; returns, and prints, why some failed.
@@ -83,16 +83,19 @@ def train(
     """
     from rich.console import Console
 
-    from pld_ray.sweep.progress import View, screen_apart
+    from pld_ray.sweep.progress import ProgressView, redirect_prints
 
     with Console().status(f"{len(pending)} trials to run: checking them and starting Ray"):
         from pld_ray.sweep import checks, loggers, runner
 
         followed = loggers.create(log, plan.experiment.name, store)
         cells = {each.group.key: each.group.cell.trial for each in progress}
-        ready = checks.check(pending | cells, address)
+        ready = checks.check_trials(pending | cells, address)
     to_draw = sum({each.group.key: each.to_draw for each in progress}.values())
-    with screen_apart(ray_log(store)) as console, View(plan, pending, console, to_draw) as view:
+    with (
+        redirect_prints(ray_log(store)) as console,
+        ProgressView(plan, pending, console, to_draw) as view,
+    ):
         failures = runner.run(plan, ready, store, view, address, progress, followed)
     for logger in followed:
         if logger.problem:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from pld_ray.data.sampling import Hashes, Ints, hashes
+from pld_ray.data.sampling import Hashes, Ints, random_bits
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,7 +24,7 @@ Box = tuple[int, int, int, int]  # left, top, right, bottom
 
 def crop_draws(seed: int, view: int, index: Ints) -> Draws:
     """Numbers [B, TRIES, 4] in [0, 1) for the random resized crops of some images."""
-    bits = np.stack([hashes(seed, view, index, f"crop{i}") for i in range(TRIES)], 1)
+    bits = np.stack([random_bits(seed, view, index, f"crop{i}") for i in range(TRIES)], 1)
     fields = bits[..., None] >> (np.arange(4, dtype=np.uint64) * np.uint64(16))
     return (fields & np.uint64(0xFFFF)).astype(np.float64) / 2**16
 

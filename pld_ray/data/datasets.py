@@ -15,7 +15,7 @@ import numpy as np
 
 from pld_ray.config.trial import Data
 from pld_ray.data.builtin import cifar, digits
-from pld_ray.data.encoded import Encoded
+from pld_ray.data.encoded import EncodedImages
 from pld_ray.data.folders import folder, imagenet, list_folder
 from pld_ray.data.images import NO_IMAGES, Bytes, Images, Size, Split
 from pld_ray.data.parquet import PARQUET, parquet, read_parquet
@@ -50,7 +50,7 @@ def load(data: Data) -> Images:
         given = getattr(data, field)
         if given is not None and len(given) != channels:
             raise InputError(f"data.{field} is {given}: expected {channels} numbers, one a channel")
-    if isinstance(train, Encoded):
+    if isinstance(train, EncodedImages):
         some = order(0, 0, len(train))[:MEASURED]
         sample = train.decode(some) if data.mean is None or data.std is None else NO_IMAGES
     else:

@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 
 from pld_ray.config.trial import Data
-from pld_ray.data.encoded import Encoded
+from pld_ray.data.encoded import EncodedImages
 from pld_ray.data.images import NO_IMAGES, Bytes
 from pld_ray.errors import InputError
 
 
-def keep_encoded(data: Data, sources: list[Any], root: str) -> Encoded:
+def keep_encoded(data: Data, sources: list[Any], root: str) -> EncodedImages:
     """Paths below `root`, or the contents of files, as they are."""
     assert data.image_size is not None
     shorter = math.ceil(data.image_size / data.crop_pct)
@@ -32,7 +32,7 @@ def keep_encoded(data: Data, sources: list[Any], root: str) -> Encoded:
         paths = np.array([os.fsencode(source) for source in sources])
         names = [os.fsencode(os.path.relpath(source, root)) for source in sources]
     ends = np.cumsum(np.asarray(sizes, np.int64))
-    return Encoded(paths, contents, ends, np.array(names), data.image_size, shorter)
+    return EncodedImages(paths, contents, ends, np.array(names), data.image_size, shorter)
 
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"}

@@ -28,7 +28,7 @@ _Out = TypeVar("_Out")
 
 
 @dataclass(frozen=True)
-class Encoded:
+class EncodedImages:
     """One split of encoded images, with the length and shape of the decoded array.
 
     sources: paths, or the contents of the files. names: what tells the images apart and, with
@@ -46,13 +46,13 @@ class Encoded:
     def __len__(self) -> int:
         return len(self.ends)
 
-    def __getitem__(self, rows: slice) -> Encoded:
+    def __getitem__(self, rows: slice) -> EncodedImages:
         """Some images, one after another."""
         paths = None if self.paths is None else self.paths[rows]
         first = rows.indices(len(self))[0]
         begin = int(self.ends[first - 1]) if first else self.begin
         ends, names = self.ends[rows], self.names[rows]
-        return Encoded(paths, self.contents, ends, names, self.size, self.shorter, begin)
+        return EncodedImages(paths, self.contents, ends, names, self.size, self.shorter, begin)
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -94,7 +94,7 @@ class Encoded:
         return np.asarray(picture.resize(side, Image.Resampling.BICUBIC, box=box))
 
 
-def ahead(function: Callable[[_In], _Out], items: Iterable[_In]) -> Iterator[_Out]:
+def prefetch(function: Callable[[_In], _Out], items: Iterable[_In]) -> Iterator[_Out]:
     """map(function, items), AHEAD of them computed beside the caller's own work."""
     waiting: deque[Any] = deque()
     with ThreadPoolExecutor(1) as pool:

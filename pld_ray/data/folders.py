@@ -10,7 +10,7 @@ import numpy as np
 from pld_ray.config.trial import Data
 from pld_ray.data.decoding import IMAGE_SUFFIXES, decode_images, keep_encoded
 from pld_ray.data.images import Split
-from pld_ray.data.sampling import Ints, hashes
+from pld_ray.data.sampling import Ints, random_bits
 from pld_ray.errors import InputError
 
 
@@ -18,7 +18,7 @@ def folder(data: Data, path: str) -> tuple[Split, Split, int]:
     """PATH/train/CLASS/*.png and PATH/val (or validation, or test)/CLASS/*.png."""
     train, val, classes = list_folder(data, path)
     # the folder lists class after class: shuffle by a hash, so that `limit` takes all classes
-    order = np.argsort(hashes(0, 0, np.arange(len(train[0])), "limit"))
+    order = np.argsort(random_bits(0, 0, np.arange(len(train[0])), "limit"))
     train = [train[0][i] for i in order], train[1][order]
     splits = [
         (

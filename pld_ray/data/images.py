@@ -10,11 +10,11 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from pld_ray.data.encoded import Encoded
+from pld_ray.data.encoded import EncodedImages
 from pld_ray.data.sampling import Ints
 
 Bytes = npt.NDArray[np.uint8]
-Pixels = Bytes | Encoded  # [N, H, W, channels]
+Pixels = Bytes | EncodedImages  # [N, H, W, channels]
 Split = tuple[Pixels, Ints]  # images, labels [N]
 
 
@@ -41,7 +41,7 @@ class Images:
         digest = hashlib.sha256(repr((self.classes, self.mean, self.std)).encode())
         for array in (self.train, self.train_labels, self.val, self.val_labels):
             digest.update(str(array.shape).encode())
-            if isinstance(array, Encoded):
+            if isinstance(array, EncodedImages):
                 digest.update(array.digest)
             else:
                 digest.update(np.ascontiguousarray(array).data)

@@ -14,7 +14,7 @@ Hashes = npt.NDArray[np.uint64]
 # ---------------------------------------------------------------- order and randomness
 
 
-def hashes(seed: int, epoch: int, index: Ints, purpose: str) -> Hashes:
+def random_bits(seed: int, epoch: int, index: Ints, purpose: str) -> Hashes:
     """64 random bits for each index: splitmix64 over (seed, epoch, purpose, index)."""
     key = np.uint64(int.from_bytes(purpose.encode()[:8], "little"))
     with np.errstate(over="ignore"):
@@ -32,7 +32,7 @@ def _mix(x: Hashes) -> Hashes:
 
 def order(seed: int, epoch: int, size: int) -> Ints:
     """The order of `size` samples in an epoch: a permutation of 0 .. size - 1."""
-    return np.argsort(hashes(seed, epoch, np.arange(size), "order"), kind="stable")
+    return np.argsort(random_bits(seed, epoch, np.arange(size), "order"), kind="stable")
 
 
 def batches(order: Ints, batch_size: int, drop_last: bool) -> Iterator[Ints]:

@@ -10,16 +10,16 @@ from torch import Tensor
 
 from pld_ray.config.trial import Data
 from pld_ray.data.augmentation import below, crop_and_flip, crop_draws
-from pld_ray.data.encoded import Encoded, ahead
+from pld_ray.data.encoded import EncodedImages, prefetch
 from pld_ray.data.images import Images
-from pld_ray.data.sampling import Ints, hashes
+from pld_ray.data.sampling import Ints, random_bits
 
 
 class Stream:
     """Batches of a dataset on a device, normalised.
 
-    On an accelerator a whole uint8 array is moved there once; on the CPU it stays shared. Encoded
-    images are decoded batch by batch, ahead of their use.
+    On an accelerator a uint8 array is moved to the device once; on the CPU all trials share it.
+    Encoded images are decoded batch by batch, ahead of their use.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class Stream:
         self.on_device = {
             split: torch.from_numpy(array.copy()).to(device)
             for split, array in self.pixels.items()
-            if device.type != "cpu" and not isinstance(array, Encoded)
+            if device.type != "cpu" and not isinstance(array, EncodedImages)
         }
         mean, std = torch.tensor(images.mean), torch.tensor(images.std)
         self.scale = (1 / (255 * std)).to(device)
@@ -51,7 +51,7 @@ class Stream:
         for index, images in zip(shares, self._gather("train", shares, view), strict=True):
             pad, flip = self.data.pad, self.data.flip
             if pad or flip:
-                bits = hashes(self.seed, view, index, "augment")
+                bits = random_bits(self.seed, view, index, "augment")
                 top = below(bits, 0, 2 * pad + 1)
                 left = below(bits, 24, 2 * pad + 1)
                 mirrored = below(bits, 48, 2) if flip else np.zeros_like(top)
@@ -66,14 +66,14 @@ class Stream:
     def _gather(self, split: str, shares: Iterable[Ints], view: int) -> Iterator[Tensor]:
         """uint8 [B, H, W, channels] of each share, on the device."""
         pixels = self.pixels[split]
-        if isinstance(pixels, Encoded):
+        if isinstance(pixels, EncodedImages):
             drawn = split == "train"
 
             def decode(index: Ints) -> Tensor:
                 draws = crop_draws(self.seed, view, index) if drawn else None
                 return torch.from_numpy(pixels.decode(index, draws))
 
-            for images in ahead(decode, shares):
+            for images in prefetch(decode, shares):
                 yield images.to(self.device, non_blocking=True)
             return
         for index in shares:

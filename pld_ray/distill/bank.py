@@ -23,7 +23,7 @@ from pld_ray.data.images import Images
 from pld_ray.data.sampling import Ints, batches
 from pld_ray.data.stream import Stream
 from pld_ray.distill import bank_format
-from pld_ray.distill.bank_format import Array, Spec, Split
+from pld_ray.distill.bank_format import Array, BankSpec, Split
 from pld_ray.distill.device import Clock, memory_format, pick_device
 from pld_ray.distill.teacher import Teacher
 from pld_ray.losses import teacher_order
@@ -41,7 +41,7 @@ class Bank:
     or before, took to compute.
     """
 
-    spec: Spec
+    spec: BankSpec
     about: dict[str, Any]  # what the store should say of it
     labels: Ints  # [N]
     classes: int

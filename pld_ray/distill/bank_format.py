@@ -4,7 +4,7 @@ What the stream shows in epoch e of a seed is the same in every trial, so a grid
 logits for it once. They are kept in the store:
 
     bank     one teacher on one split of one dataset, under one augmentation and seed; its key is
-             the hash of all that the logits depend on (`Spec`)
+             the hash of all that the logits depend on (`BankSpec`)
     view     one augmentation of all images (an epoch, unless `views` says otherwise), in the order
              in which that epoch of the seed takes them: so a trial reads it from front to back
     chunk    some 2,048 consecutive samples of a view, one file: rows, seconds spent, checksum
@@ -38,7 +38,7 @@ Split = Literal["train", "val"]
 # ---------------------------------------------------------------- which bank
 
 
-class Spec(Part):
+class BankSpec(Part):
     """All that the logits of a bank depend on."""
 
     model: str
@@ -65,12 +65,12 @@ class Spec(Part):
         return order(self.seed, view, size)
 
 
-def spec(trial: Trial, split: Split, weights: str, images: str, bfloat16: bool) -> Spec:
+def spec(trial: Trial, split: Split, weights: str, images: str, bfloat16: bool) -> BankSpec:
     """The bank that a trial reads. Validation logits are few: they are kept in float32."""
     assert trial.teacher is not None and trial.teacher_logits != "live"
     model = trial.teacher.student if isinstance(trial.teacher, Trial) else trial.teacher
     train = split == "train"
-    return Spec(
+    return BankSpec(
         model=model.name,
         args=model.args,
         weights=weights,
@@ -86,7 +86,7 @@ def spec(trial: Trial, split: Split, weights: str, images: str, bfloat16: bool) 
     )
 
 
-def about(spec: Spec, trial: Trial, size: int, classes: int) -> dict[str, Any]:
+def about(spec: BankSpec, trial: Trial, size: int, classes: int) -> dict[str, Any]:
     """What the store says of a bank, for people and for `planned`."""
     teacher = trial.teacher
     return {
@@ -113,7 +113,7 @@ def views(trial: Trial) -> int:
     return min(trial.views or trial.epochs, trial.epochs) if trial.data.augmented else 1
 
 
-def banked(trial: Trial) -> bool:
+def uses_bank(trial: Trial) -> bool:
     """Whether a trial reads a bank."""
     kept = trial.teacher_logits != "live" and not trial.loss.needs_features
     return trial.teacher is not None and kept

@@ -11,10 +11,10 @@ from pld_ray.data.images import Size
 from pld_ray.distill.bank_format import (
     ORDER_FROM,
     Split,
-    banked,
     order_type,
     planned_key,
     row_type,
+    uses_bank,
     views,
 )
 from pld_ray.errors import InputError
@@ -28,7 +28,7 @@ SPARE = 0.05  # of the disk's free bytes are left to others
 
 
 @dataclass
-class Planned:
+class PlannedBank:
     """A bank that trials of a plan need."""
 
     trial: Trial  # one of them
@@ -52,12 +52,12 @@ class Planned:
 
 def planned(
     trials: Iterable[Trial], size: Callable[[Data], Size], store: Store
-) -> dict[str, Planned]:
+) -> dict[str, PlannedBank]:
     """The banks that trials need, by `planned_key`."""
     size = cache(size)
-    found: dict[str, Planned] = {}
+    found: dict[str, PlannedBank] = {}
     for trial in trials:
-        if not banked(trial):
+        if not uses_bank(trial):
             continue
         for split in ("train", "val"):
             key = planned_key(trial, split)
@@ -69,7 +69,7 @@ def planned(
                 images = samples.train if split == "train" else samples.val
                 ordered = split == "train" and samples.classes >= ORDER_FROM
                 order = order_type(samples.classes).itemsize * images if ordered else 0
-                found[key] = Planned(trial, split, count, row * images, order)
+                found[key] = PlannedBank(trial, split, count, row * images, order)
             if count > found[key].views:
                 found[key].trial, found[key].views = trial, count
             if trial.loss.needs_order:
@@ -81,7 +81,7 @@ def planned(
     return found
 
 
-def check_room(banks: Iterable[Planned], store: Store) -> None:
+def check_disk_space(banks: Iterable[PlannedBank], store: Store) -> None:
     """Raise InputError if the banks do not fit the disk of a local store."""
     banks, free = list(banks), store.files.free_bytes()
     if free is None:

@@ -29,16 +29,16 @@ from torch.nn.parallel import DistributedDataParallel
 from pld_ray import __version__
 from pld_ray.config.trial import Schedule, Trial
 from pld_ray.data.images import Images
-from pld_ray.data.sampling import batches, hashes, order
+from pld_ray.data.sampling import batches, order, random_bits
 from pld_ray.data.stream import Stream
 from pld_ray.distill import metrics
 from pld_ray.distill.bank import open_banks
-from pld_ray.distill.bank_format import VAL_BATCH, banked
+from pld_ray.distill.bank_format import VAL_BATCH, uses_bank
 from pld_ray.distill.device import Clock, memory_format, pick_device, uses_bfloat16
 from pld_ray.distill.teacher import Teacher
 from pld_ray.losses import DKDLoss, create_loss
 from pld_ray.models.factory import create_model
-from pld_ray.models.features import Tapped, probe
+from pld_ray.models.features import WithFeatures, probe_features
 from pld_ray.store.store import Store
 
 CHECKPOINT_SECONDS = 1.0  # at the least between two checkpoints: more would be lost time
@@ -77,14 +77,14 @@ def train(
     clock = Clock(device, alive)
     teacher = Teacher(trial, images, store, device) if trial.teacher else None
     bank = val_bank = None
-    if teacher is not None and banked(trial):
+    if teacher is not None and uses_bank(trial):
         bank, val_bank = open_banks(teacher, stream, clock, ledger, f"{trial.id}/{rank}")
     options: Any = {} if trial.loss.needs_features else {"ignore_index": None}
     loss_function: Any = create_loss(trial.loss, **options)
     network = student
     if teacher is not None and trial.loss.needs_features:
-        network = Tapped(student)
-        shapes = [probe(model, *images.shape[1:]) for model in (student, teacher.network)]
+        network = WithFeatures(student)
+        shapes = [probe_features(model, *images.shape[1:]) for model in (student, teacher.network)]
         loss_function.connect(*shapes)
         loss_function.to(device)
     optimizer = create_optimizer_v2(student, **_optimizer_arguments(trial))
@@ -244,7 +244,7 @@ def train(
 
 
 def _seed(seed: int, epoch: int, rank: int) -> None:
-    bits = hashes(seed, epoch, torch.tensor([rank]).numpy(), "torch")[0]
+    bits = random_bits(seed, epoch, torch.tensor([rank]).numpy(), "torch")[0]
     torch.manual_seed(int(bits) >> 1)  # torch takes 63 bits
 
 

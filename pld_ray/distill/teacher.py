@@ -19,7 +19,7 @@ from pld_ray.data.images import Images
 from pld_ray.distill.device import memory_format, uses_bfloat16
 from pld_ray.losses.features import Features
 from pld_ray.models.factory import create_model, load_teacher, pretrained_statistics
-from pld_ray.models.features import Tapped
+from pld_ray.models.features import WithFeatures
 from pld_ray.store.store import Store
 
 
@@ -64,7 +64,7 @@ class Teacher:
         """Images [B, channels, H, W] to what losses on features compare."""
         self.images_seen += len(x)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
-            return Tapped(self.network)(self._as_it_knows_them(x))[1]
+            return WithFeatures(self.network)(self._as_it_knows_them(x))[1]
 
     def _as_it_knows_them(self, x: Tensor) -> Tensor:
         """Images normalised as the teacher was trained, which need not be as the student is."""

@@ -13,7 +13,7 @@ from pld_ray.config.trial import Model, Trial, Weights
 from pld_ray.errors import InputError
 from pld_ray.losses import FeatureLoss, create_loss
 from pld_ray.models.factory import create_model
-from pld_ray.models.features import probe
+from pld_ray.models.features import probe_features
 
 
 def check_features(trial: Trial, classes: int, channels: int, image_size: int) -> None:
@@ -23,7 +23,8 @@ def check_features(trial: Trial, classes: int, channels: int, image_size: int) -
     shape = classes, channels, image_size
     with torch.device("meta"):
         features = [
-            probe(create_model(model, *shape), *shape[1:]) for model in (trial.student, teacher)
+            probe_features(create_model(model, *shape), *shape[1:])
+            for model in (trial.student, teacher)
         ]
         loss = create_loss(trial.loss)
         assert isinstance(loss, FeatureLoss)

@@ -39,7 +39,7 @@ def taps(network: nn.Module) -> list[int]:
     return [i for i, reduction in enumerate(reductions) if reduction > 2]
 
 
-class Tapped(nn.Module):
+class WithFeatures(nn.Module):
     """A network whose forward pass gives its features beside its logits.
 
     It holds the network itself, whose weights and names stay as they are.
@@ -59,8 +59,8 @@ class Tapped(nn.Module):
 
 
 @torch.no_grad()
-def probe(network: nn.Module, channels: int, image_size: int) -> Features:
+def probe_features(network: nn.Module, channels: int, image_size: int) -> Features:
     """Features of the shapes that the network gives, for one image."""
     network.eval()
     weight = next(network.parameters())
-    return Tapped(network)(weight.new_zeros(1, channels, image_size, image_size))[1]
+    return WithFeatures(network)(weight.new_zeros(1, channels, image_size, image_size))[1]

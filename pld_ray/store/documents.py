@@ -14,13 +14,13 @@ def _digest(value: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def sealed(value: dict[str, Any]) -> bytes:
+def to_document(value: dict[str, Any]) -> bytes:
     """JSON text of a mapping, with a checksum of what it says."""
     return (json.dumps(value | {"sha256": _digest(value)}, indent=1) + "\n").encode()
 
 
-def opened(content: bytes) -> dict[str, Any] | None:
-    """What `sealed` made, without its checksum; None where it is damaged."""
+def from_document(content: bytes) -> dict[str, Any] | None:
+    """What `to_document` made, without its checksum; None where it is damaged."""
     value = _parsed(content)
     if not isinstance(value, dict):
         return None
@@ -31,7 +31,7 @@ def parse_record(content: bytes | None) -> dict[str, Any] | None:
     """A record; the first ones were written without a checksum."""
     value = _parsed(content or b"")
     if isinstance(value, dict) and "sha256" in value:
-        value = opened(content or b"")
+        value = from_document(content or b"")
     try:
         _Record.model_validate(value)
     except ValidationError:

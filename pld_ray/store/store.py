@@ -37,7 +37,7 @@ from pld_ray.store.files import Files
 
 if TYPE_CHECKING:
     from torch import Tensor
-from pld_ray.store.documents import opened, parse_epochs, parse_record, sealed
+from pld_ray.store.documents import from_document, parse_epochs, parse_record, to_document
 
 
 @dataclass(frozen=True)
@@ -152,8 +152,8 @@ class Store:
             key: Outcome(
                 parse_record(contents.get("record.json")),
                 parse_epochs(contents.get("epochs.jsonl", b"")),
-                opened(contents.get("failure.json", b"")),
-                opened(contents.get("stopped.json", b"")),
+                from_document(contents.get("failure.json", b"")),
+                from_document(contents.get("stopped.json", b"")),
             )
             for key, contents in self._read_all(trial_ids, *names).items()
         }
@@ -252,7 +252,7 @@ class Store:
 
     def add_point(self, key: str, number: int, values: list[Any]) -> bool:
         """Keep the next point of a search; False if another driver was first with this number."""
-        content = sealed({"values": values})
+        content = to_document({"values": values})
         return self.files.create(f"searches/{key}/{number}.json", content)
 
     def points(self, key: str) -> list[list[Any] | None]:
@@ -261,8 +261,8 @@ class Store:
         numbers = [int(name.removesuffix(".json")) for name in names]
         paths = [f"searches/{key}/{number}.json" for number in range(max(numbers, default=-1) + 1)]
         contents = self.files.read_many(paths)
-        opened = [opened(contents.get(path, b"")) for path in paths]
-        return [None if point is None else point["values"] for point in opened]
+        kept = [from_document(contents.get(path, b"")) for path in paths]
+        return [None if point is None else point["values"] for point in kept]
 
     # ---- the teacher bank
 
@@ -306,8 +306,8 @@ class Store:
     # ---- JSON with a checksum
 
     def _write_json(self, path: str, value: dict[str, Any]) -> None:
-        self.files.write(path, sealed(value))
+        self.files.write(path, to_document(value))
 
     def _read_json(self, path: str) -> dict[str, Any] | None:
         content = self.files.read(path)
-        return None if content is None else opened(content)
+        return None if content is None else from_document(content)

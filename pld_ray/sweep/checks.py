@@ -10,7 +10,7 @@ from pld_ray.models.checks import check_features, check_model
 from pld_ray.sweep.cluster import reach
 
 
-def check(pending: dict[str, Trial], address: str | None = None) -> dict[str, Images]:
+def check_trials(pending: dict[str, Trial], address: str | None = None) -> dict[str, Images]:
     """Load the datasets and make every network, so that bad input is known before Ray starts."""
     if address is not None and address != "auto":
         reach(address)

@@ -20,7 +20,7 @@ from ray.tune.schedulers import (
 from pld_ray.config.search_space import Search
 from pld_ray.config.trial import Trial
 from pld_ray.store.store import Store
-from pld_ray.sweep.search import Progress
+from pld_ray.sweep.search import SearchProgress
 
 
 @dataclass(frozen=True)
@@ -30,10 +30,10 @@ class _Past:
     trial_id: str
 
 
-class Stopping(FIFOScheduler):
+class EarlyStopping(FIFOScheduler):
     """Asks the scheduler of a trial's cell; trials outside the search run to their end."""
 
-    def __init__(self, progress: Sequence[Progress], store: Store) -> None:
+    def __init__(self, progress: Sequence[SearchProgress], store: Store) -> None:
         super().__init__()
         self.store = store
         self.groups = {each.group.key: each.group for each in progress}

@@ -1,8 +1,8 @@
 """Signs of life: a trial whose process hangs is tried again.
 
-Each process that trains tells the Watch, a Ray actor, that it has done another step. From who says
-nothing for `patience` seconds the Watch takes the process, with SIGKILL, as it may be stuck in C or
-stopped: Ray and Tune then do what they do when a process dies.
+Each process that trains tells the LivenessMonitor, a Ray actor, about every step. A process that
+is silent for `patience` seconds is killed with SIGKILL, because it may be stuck in C code or be
+stopped. Ray and Tune then react as they do whenever a process dies.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Process(NamedTuple):
     born: int | None
 
 
-class Watch:
+class LivenessMonitor:
     """The Ray actor; of one driver."""
 
     def __init__(self, patience: float, store_uri: str) -> None:
@@ -69,16 +69,20 @@ def _kill(process: Process) -> None:
             os.kill(process.pid, signal.SIGKILL)
 
 
-def open_watch(patience: float, store: Store) -> Any:
-    """A Watch for this driver, on its own node, which is the one that lives as long."""
+def start_monitor(patience: float, store: Store) -> Any:
+    """A LivenessMonitor for this driver, on its own node, which is the one that lives as long."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
     options = {"num_cpus": 0, "scheduling_strategy": here, "max_restarts": -1}
-    return ray.remote(Watch).options(**options, max_task_retries=-1).remote(patience, store.uri)
+    return (
+        ray.remote(LivenessMonitor)
+        .options(**options, max_task_retries=-1)
+        .remote(patience, store.uri)
+    )
 
 
 @contextmanager
-def watched(watch: Any, trial_id: str) -> Iterator[Callable[[], None]]:
-    """For the `with` block this process is watched; call what it gives after every step."""
+def monitored(watch: Any, trial_id: str) -> Iterator[Callable[[], None]]:
+    """For the `with` block this process is monitored; call what it gives after every step."""
     if watch is None:
         yield lambda: None
         return

@@ -21,7 +21,7 @@ from pld_ray.config.trial import Trial
 from pld_ray.units import duration
 
 
-class View:
+class ProgressView:
     """Follows the trials of a plan; used as a context manager around the sweep."""
 
     def __init__(
@@ -41,7 +41,7 @@ class View:
         self.started = time.monotonic()
         self.live = _live(self, console) if console.is_terminal else None
 
-    def __enter__(self) -> View:
+    def __enter__(self) -> ProgressView:
         if self.live:
             self.live.start()
         elif self.pending or self.to_draw:
@@ -136,7 +136,7 @@ class View:
         return Group(table, line, *([self._teacher()] if self._teacher() else []))
 
 
-def _live(view: View, console: Console) -> Live:
+def _live(view: ProgressView, console: Console) -> Live:
     # rich would bring what others print back onto the screen
     return Live(
         view, console=console, refresh_per_second=4, redirect_stdout=False, redirect_stderr=False
@@ -144,7 +144,7 @@ def _live(view: View, console: Console) -> Live:
 
 
 @contextmanager
-def screen_apart(log: Path) -> Iterator[Console]:
+def redirect_prints(log: Path) -> Iterator[Console]:
     """A console on the real standard output, while all else that is printed goes to `log`.
 
     By file descriptor, since Ray also prints from its own processes and from C++.

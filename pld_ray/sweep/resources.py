@@ -11,7 +11,7 @@ from pld_ray.config.trial import Resources, Trial
 
 
 @dataclass(frozen=True)
-class Need:
+class ResourceRequest:
     """What a trial takes: so much for each of its workers, each of which lives on one node."""
 
     cpus: float
@@ -60,9 +60,11 @@ def resolved(resources: Resources) -> Resources:
     return resources.model_copy(update={"gpus_per_worker": gpus})
 
 
-def need(trial: Trial, resources: Resources) -> Need:
+def need(trial: Trial, resources: Resources) -> ResourceRequest:
     """What a trial takes of `resolved` resources."""
-    return Need(resources.cpus_per_worker, resources.gpus_per_worker or 0.0, trial.workers)
+    return ResourceRequest(
+        resources.cpus_per_worker, resources.gpus_per_worker or 0.0, trial.workers
+    )
 
 
 def nodes() -> list[dict[str, float]]:

@@ -1,6 +1,6 @@
 """Ray: runs the trials of a plan that have no record yet.
 
-    Plan -> PlanSearch (a trial as soon as its teacher exists and the cluster has room)
+    Plan -> PlanSearcher (a trial as soon as its teacher exists and the cluster has room)
          -> Ray Tune: one actor a trial, reused            -> train(), one worker
                       or, for workers > 1, TorchTrainer    -> train(), in every worker
          -> store; the Ledger sees to it that no two of them compute the same teacher logits
@@ -31,13 +31,13 @@ from pld_ray.errors import InputError
 from pld_ray.store.claims import Claims
 from pld_ray.store.store import Store
 from pld_ray.sweep.cluster import connected
-from pld_ray.sweep.early_stopping import Stopping
+from pld_ray.sweep.early_stopping import EarlyStopping
 from pld_ray.sweep.ledger import open_ledger
-from pld_ray.sweep.liveness import open_watch
-from pld_ray.sweep.progress import View
-from pld_ray.sweep.resources import Need, need, nodes, resolved
-from pld_ray.sweep.scheduling import RETRIES, PlanSearch
-from pld_ray.sweep.search import Progress
+from pld_ray.sweep.liveness import start_monitor
+from pld_ray.sweep.progress import ProgressView
+from pld_ray.sweep.resources import ResourceRequest, need, nodes, resolved
+from pld_ray.sweep.scheduling import RETRIES, PlanSearcher
+from pld_ray.sweep.search import SearchProgress
 from pld_ray.sweep.signals import signals_deferred
 from pld_ray.sweep.worker import fill_bank, run_trial
 
@@ -48,9 +48,9 @@ def run(
     plan: Plan,
     images: dict[str, Images],
     store: Store,
-    view: View,
+    view: ProgressView,
     address: str | None = None,
-    progress: Sequence[Progress] = (),
+    progress: Sequence[SearchProgress] = (),
     loggers: Sequence[Callback] = (),
 ) -> dict[str, str]:
     """Run what `view.pending` holds; returns why trials failed, by trial id.
@@ -60,21 +60,21 @@ def run(
     every epoch. Raises InputError for a trial that the cluster has no room for.
     """
     pending, resources = dict(view.pending), plan.experiment.resources
-    stopping = Stopping(progress, store) if progress else None
+    stopping = EarlyStopping(progress, store) if progress else None
     with connected(address), Claims(store.files) as claims:
-        search = PlanSearch(pending, resources, store, claims, stopping)
+        search = PlanSearcher(pending, resources, store, claims, stopping)
         for key in {needed: key for key, needed in search.needs.items()}.values():
             if why := search.too_large(key):
                 raise InputError(why)
         trials = [*pending.values(), *(each.group.cell.trial for each in progress)]
-        watch = open_watch(resources.patience, store)
+        watch = start_monitor(resources.patience, store)
         scratch = tempfile.mkdtemp(prefix="pld-ray-")
         trainable = tune.with_parameters(
             run_trial,
             images={name: ray.put(value) for name, value in images.items()},
             store_uri=store.uri,
             scratch=scratch,
-            ledger=open_ledger() if any(map(bank_format.banked, trials)) else None,
+            ledger=open_ledger() if any(map(bank_format.uses_bank, trials)) else None,
             watch=watch,
         )
         tuner = tune.Tuner(
@@ -106,7 +106,7 @@ def run(
 
 
 def build_banks(
-    planned: list[bank_plan.Planned],
+    planned: list[bank_plan.PlannedBank],
     resources: Resources,
     images: dict[str, Images],
     store: Store,
@@ -144,7 +144,7 @@ def _name(trial: Any) -> str:
 
 
 def _placement(config: dict[str, Any]) -> tune.PlacementGroupFactory:
-    need = Need(**config["needs"])
+    need = ResourceRequest(**config["needs"])
     if need.workers > 1:  # this actor only waits for its workers, which bring their own
         return tune.PlacementGroupFactory([{HEAD: 0.001}])
     return tune.PlacementGroupFactory([need.worker])
@@ -153,7 +153,7 @@ def _placement(config: dict[str, Any]) -> tune.PlacementGroupFactory:
 class _Follow(Callback):
     """Tells the view what Tune does."""
 
-    def __init__(self, view: View, search: PlanSearch) -> None:
+    def __init__(self, view: ProgressView, search: PlanSearcher) -> None:
         self.view, self.search = view, search
         self.told: set[str] = set()
         self.furthest: dict[str, int] = {}  # epoch of each trial

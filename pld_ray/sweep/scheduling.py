@@ -16,16 +16,16 @@ from ray.tune.search import Searcher
 from pld_ray.config.trial import Resources, Trial
 from pld_ray.store.claims import Claims
 from pld_ray.store.store import Store
-from pld_ray.sweep.early_stopping import Stopping
-from pld_ray.sweep.resources import Need, need, nodes, resolved
-from pld_ray.sweep.search import Drawn
+from pld_ray.sweep.early_stopping import EarlyStopping
+from pld_ray.sweep.resources import ResourceRequest, need, nodes, resolved
+from pld_ray.sweep.search import DrawnTrial
 
 RETRIES = 2  # of a trial whose process died, to get beyond that epoch
 LOOK = 1.0  # seconds between two looks at the cluster, or at a trial that another driver has
 NODES_BACK = 600.0  # seconds to wait for nodes that went away to come back
 
 
-class PlanSearch(Searcher):
+class PlanSearcher(Searcher):
     """Hands out the trials of a plan to Tune."""
 
     def __init__(
@@ -34,12 +34,12 @@ class PlanSearch(Searcher):
         resources: Resources,
         store: Store,
         claims: Claims,
-        stopping: Stopping | None = None,
+        stopping: EarlyStopping | None = None,
     ) -> None:
         super().__init__()
         self.stopping = stopping  # of the search whose trials these are
         self.to_draw = dict(stopping.groups) if stopping else {}
-        self.drawn: list[Drawn] = []  # trials that were not pending at first
+        self.drawn: list[DrawnTrial] = []  # trials that were not pending at first
         self.waiting = dict(pending)
         self.resources, self.store, self.claims = resolved(resources), store, claims
         self.needs = {key: need(trial, self.resources) for key, trial in pending.items()}
@@ -138,7 +138,7 @@ class PlanSearch(Searcher):
                 return True
         return False
 
-    def _fits_beside(self, more: Need) -> bool:
+    def _fits_beside(self, more: ResourceRequest) -> bool:
         """Whether the cluster has room for it beside what runs."""
         if self.resources.concurrent:  # the cluster may grow when asked for more
             return len(self.running) < self.resources.concurrent
@@ -149,7 +149,7 @@ class PlanSearch(Searcher):
                 return False
         return more.fits(self.nodes)
 
-    def _taken(self) -> list[Need]:
+    def _taken(self) -> list[ResourceRequest]:
         return [self.needs[trial.id] for trial in self.running.values()]
 
     def _take(self, key: str, now: float) -> bool:

@@ -28,7 +28,7 @@ FREE = ("pad", "flip")  # of data: they change no dataset
 
 
 @dataclass(frozen=True)
-class Drawn:
+class DrawnTrial:
     """A trial of a search and how far it is.
 
     state: done, stopped (by the scheduler), paused (as the budget was spent), failed (it would
@@ -50,7 +50,7 @@ class Drawn:
 
 
 @dataclass(frozen=True)
-class Group:
+class SearchCell:
     """A cell of the grid, and how trials of a search are made from it."""
 
     experiment: Experiment
@@ -88,7 +88,7 @@ class Group:
 
     # ---- what was drawn
 
-    def look(self, store: Store) -> Progress:
+    def look(self, store: Store) -> SearchProgress:
         """How far the search of this cell is."""
         if self.search.algorithm == "optuna":
             rows = store.points(self.key)
@@ -102,12 +102,12 @@ class Group:
             self._drawn(point, trial, outcomes[trial.id])
             for point, trial in zip(known, trials, strict=True)
         ]
-        return Progress(self, drawn, len(rows))
+        return SearchProgress(self, drawn, len(rows))
 
-    def _drawn(self, point: Point, trial: Trial, outcome: Outcome) -> Drawn:
+    def _drawn(self, point: Point, trial: Trial, outcome: Outcome) -> DrawnTrial:
         if (record := outcome.record) is not None:
             score, seconds = record["metrics"].get(self.search.metric), record["seconds"]["seconds"]
-            return Drawn(point, trial, "done", trial.epochs, score, seconds)
+            return DrawnTrial(point, trial, "done", trial.epochs, score, seconds)
         history = outcome.epochs
         seconds = sum(epoch.get("seconds", 0.0) for epoch in history)
         score = history[-1].get(self.search.metric) if history else None
@@ -119,9 +119,9 @@ class Group:
             state = "stopped"
         elif by == "time_budget":
             state = "paused"
-        return Drawn(point, trial, state, len(history), score, seconds)
+        return DrawnTrial(point, trial, state, len(history), score, seconds)
 
-    def draw(self, store: Store) -> Drawn | None:
+    def draw(self, store: Store) -> DrawnTrial | None:
         """Optuna's next point, None if there are enough; each of several drivers gets its own."""
         while (progress := self.look(store)).to_draw:
             tried: list[Tried] = [
@@ -130,16 +130,16 @@ class Group:
             ]
             point = suggest(self.search, self.space, self.key, tried)
             if store.add_point(self.key, progress.rows, [point[field] for field in self.space]):
-                return Drawn(point, self.trial(point), "open", 0, None, 0.0)
+                return DrawnTrial(point, self.trial(point), "open", 0, None, 0.0)
         return None
 
 
 @dataclass(frozen=True)
-class Progress:
+class SearchProgress:
     """A group and what was drawn for it; rows: how many points are kept, readable or not."""
 
-    group: Group
-    drawn: list[Drawn]
+    group: SearchCell
+    drawn: list[DrawnTrial]
     rows: int
 
     @property
@@ -158,7 +158,7 @@ class Progress:
         return max(0, (search.num_trials if self.group.space else 1) - self.rows)
 
     @property
-    def open(self) -> list[Drawn]:
+    def open(self) -> list[DrawnTrial]:
         """Those that are still to run, or to go on."""
         if self.out_of_budget:
             return []
@@ -170,7 +170,7 @@ class Progress:
         return not self.open and not self.to_draw
 
     @property
-    def best(self) -> Drawn | None:
+    def best(self) -> DrawnTrial | None:
         """The best that finished; if none did, of those that have come furthest."""
         scored = [d for d in self.drawn if d.state != "failed" and d.score is not None]
         sign = 1 if self.group.search.mode == "max" else -1
@@ -181,13 +181,13 @@ class Progress:
         )
 
 
-def groups(experiment: Experiment) -> list[Group]:
+def groups(experiment: Experiment) -> list[SearchCell]:
     """One for each point of the grid; those that come to the same search have one key."""
     search = experiment.search
     assert search is not None
     for field in search.space:
         _check_field(field, search, f"{experiment.name}: search.space.{field}")
-    found: list[Group] = []
+    found: list[SearchCell] = []
     for settings in combinations(experiment):
         loss = build(experiment, settings, [search.seed], search.base)[0].trial.loss
         if search.metric in ("kl_teacher_student", "agreement") and not loss.needs_teacher:
@@ -204,7 +204,7 @@ def groups(experiment: Experiment) -> list[Group]:
                 continue
             if field not in experiment.overrides:
                 space[field] = values
-        found.append(Group(experiment, settings, space))
+        found.append(SearchCell(experiment, settings, space))
     return found
 
 
@@ -222,7 +222,7 @@ def _check_field(field: str, search: Search, where: str) -> None:
         )
 
 
-def look(experiment: Experiment, store: Store) -> list[Progress]:
+def look(experiment: Experiment, store: Store) -> list[SearchProgress]:
     """How far the search of each cell of the grid is."""
     return [group.look(store) for group in groups(experiment)]
 

@@ -14,8 +14,8 @@ from pld_ray.config.trial import Trial
 from pld_ray.data.datasets import sharing_key
 from pld_ray.data.images import Images
 from pld_ray.store.store import Store
-from pld_ray.sweep.liveness import watched
-from pld_ray.sweep.resources import Need
+from pld_ray.sweep.liveness import monitored
+from pld_ray.sweep.resources import ResourceRequest
 
 
 def run_trial(
@@ -34,7 +34,7 @@ def run_trial(
         if trial.workers == 1:
             _attempt(trial, reference, store, tune.report, ledger, watch, OSError)
         else:
-            need = Need(**config["needs"])
+            need = ResourceRequest(**config["needs"])
             _train_on_workers(trial, reference, store, scratch, need, ledger, watch)
     except NotedError as error:
         tune.report({"failed": str(error)})
@@ -62,7 +62,7 @@ def _attempt(
     again: type[Exception],
 ) -> None:
     """Train; raises what is worth another attempt (`again`), or else notes it: NotedError."""
-    with watched(watch, trial.id) as step:
+    with monitored(watch, trial.id) as step:
         from pld_ray.distill.loop import TrainingError, train
 
         try:
@@ -83,7 +83,7 @@ def _train_on_workers(
     images: Any,
     store: Store,
     scratch: str,
-    need: Need,
+    need: ResourceRequest,
     ledger: Any,
     watch: Any,
 ) -> None:
