@@ -1,1 +1,4 @@
-"""From records to tables, figures, landscapes and a report. Knows nothing of how trials ran."""
+"""Turn records of trials into tables, figures, landscapes and a report.
+
+This package does not depend on how the trials were run.
+"""

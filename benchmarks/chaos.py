@@ -1,15 +1,21 @@
-"""What is lost when everything goes wrong: random faults over the demo's grid.
+"""Test fault tolerance: inject random faults while the demo's grid runs.
 
-    .venv/bin/python benchmarks/chaos.py    # 50 faults, a quarter of an hour on 2 cores
+    .venv/bin/python benchmarks/chaos.py    # 50 faults, 15 minutes on 2 cores
 
-Runs `pld-ray run demo` undisturbed, then again in another storage while every few seconds something
-happens: a process that trains is killed, or stopped so that it hangs; the driver is killed, or told
-to stop; a daemon of Ray is killed; a file of the storage is cut short or has a bit flipped; the
-disk is full for a while (where this process may mount one); a second driver starts on the same
-storage. A driver that has ended is started again with the same command. When all faults are done
-the command runs until it exits with 0. Printed: how often each fault struck, how many trials are
-missing, how many have other weights than the undisturbed run's, and how many that had finished
-were run again though nothing of theirs was damaged. The aim is 0 of each.
+The script runs `pld-ray run demo` without faults. Then it runs the same command in a second storage
+and injects a fault every few seconds:
+
+- a training process is killed, or stopped so that it hangs
+- the driver is killed, interrupted or terminated
+- a daemon or an actor of Ray is killed
+- a file in the storage is truncated, or one of its bits is flipped
+- the disk is full for two seconds (only if this process may mount a file system)
+- a second driver starts on the same storage
+
+When a driver has ended, the same command is started again. After the last fault, the command runs
+until it exits with code 0. The script prints how often each fault was injected, how many trials are
+missing, how many have different weights than in the run without faults, and how many finished
+trials were run again although none of their files was damaged. All three counts should be 0.
 """
 
 from __future__ import annotations
@@ -33,30 +39,40 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-PATIENCE = 10  # seconds until a stopped process is taken to hang
+PATIENCE = 10  # seconds without a step after which a process counts as hanging
 COMMAND = (sys.executable, "-m", "pld_ray.cli", "run", "demo")
-DISK = 32 * 2**20  # bytes
+DISK = 32 * 2**20  # size of the storage's file system, in bytes
 
 
 class Scene:
-    """A storage, the drivers at work on it, and what is known of its records."""
+    """A storage, the drivers that use it, and the records seen so far.
+
+    Attributes:
+        storage: Folder of the storage.
+        dice: Source of all random choices.
+        drivers: The running drivers.
+        seen: Trial id -> the finishing time in its record.
+        damaged: Trials with a damaged file; these may run again.
+        again: Trials that were run again although no file was damaged.
+        codes: How many drivers ended with each exit code.
+    """
 
     def __init__(self, storage: Path, dice: random.Random) -> None:
         self.storage, self.dice = storage, dice
         self.drivers: list[subprocess.Popen[bytes]] = []
-        self.seen: dict[str, str] = {}  # trial -> when its record says it finished
-        self.damaged: set[str] = set()  # trials that may run again
-        self.again: set[str] = set()  # trials that did, though they should not have
+        self.seen: dict[str, str] = {}
+        self.damaged: set[str] = set()
+        self.again: set[str] = set()
         self.codes: Counter[int] = Counter()
 
     def start(self) -> None:
-        """One more driver."""
+        """Start one more driver."""
         command = [*COMMAND, "--storage", self.storage, "--set", f"resources.patience={PATIENCE}"]
         with open(self.storage.with_suffix(".log"), "ab") as log:
             self.drivers.append(subprocess.Popen(command, stdout=log, stderr=log))
 
     def look(self) -> None:
-        """Drop drivers that have ended; note which trials have a record, and since when."""
+        """Remove the drivers that have ended, and update what is known of the records."""
         for driver in [d for d in self.drivers if d.poll() is not None]:
             self.codes[driver.returncode] += 1
             self.drivers.remove(driver)
@@ -69,7 +85,7 @@ class Scene:
                 self.damaged.discard(trial)
 
     def processes(self, *names: str) -> list[psutil.Process]:
-        """Of all drivers, those whose command line begins with one of the names."""
+        """Return the child processes of all drivers whose program name starts with a given name."""
         found = []
         for driver in self.drivers:
             with suppress(psutil.Error):
@@ -82,7 +98,7 @@ class Scene:
 
 
 def records(storage: Path) -> dict[str, dict[str, Any]]:
-    """What can be read of the records, by trial."""
+    """Return the finishing time and weight hash of each readable record, by trial id."""
     found = {}
     for path in storage.glob("trials/*/record.json"):
         with suppress(OSError, ValueError, KeyError, TypeError):
@@ -91,11 +107,11 @@ def records(storage: Path) -> dict[str, dict[str, Any]]:
     return found
 
 
-# ---------------------------------------------------------------- the faults; True: it struck
+# A fault is a function that returns whether it could be injected.
 
 
 def to_process(number: signal.Signals, *names: str) -> Callable[[Scene], bool]:
-    """A signal for one of the processes so named."""
+    """Return a fault that sends a signal to one of the processes with the given names."""
 
     def strike(scene: Scene) -> bool:
         processes = scene.processes(*names)
@@ -108,7 +124,7 @@ def to_process(number: signal.Signals, *names: str) -> Callable[[Scene], bool]:
 
 
 def to_driver(number: signal.Signals) -> Callable[[Scene], bool]:
-    """A signal for one of the drivers."""
+    """Return a fault that sends a signal to one of the drivers."""
 
     def strike(scene: Scene) -> bool:
         if scene.drivers:
@@ -119,7 +135,11 @@ def to_driver(number: signal.Signals) -> Callable[[Scene], bool]:
 
 
 def damage(pattern: str) -> Callable[[Scene], bool]:
-    """Cut a file short or flip one of its bits."""
+    """Return a fault that truncates a file or flips one of its bits.
+
+    Args:
+        pattern: Glob pattern of the files, relative to the storage.
+    """
 
     def strike(scene: Scene) -> bool:
         paths = sorted(scene.storage.glob(pattern))
@@ -135,7 +155,7 @@ def damage(pattern: str) -> Callable[[Scene], bool]:
             if path.name in ("record.json", "student.safetensors"):
                 scene.damaged.add(path.parent.name)
             path.write_bytes(content)
-        except FileNotFoundError:  # it has just been replaced
+        except FileNotFoundError:  # the file is being replaced
             return False
         return True
 
@@ -143,7 +163,7 @@ def damage(pattern: str) -> Callable[[Scene], bool]:
 
 
 def another_driver(scene: Scene) -> bool:
-    """A second one on the same storage."""
+    """Start a second driver on the same storage."""
     if len(scene.drivers) != 1:
         return False
     scene.start()
@@ -151,7 +171,7 @@ def another_driver(scene: Scene) -> bool:
 
 
 def full_disk(scene: Scene) -> bool:
-    """Not a byte left for two seconds."""
+    """Fill the storage's disk completely for two seconds."""
     if not scene.storage.is_mount():
         return False
     ballast = scene.storage / "ballast"
@@ -166,27 +186,38 @@ def full_disk(scene: Scene) -> bool:
 
 
 FAULTS: dict[str, Callable[[Scene], bool]] = {
-    "a process that trains killed": to_process(signal.SIGKILL, "ray::ImplicitFunc"),
-    "a process that trains stopped": to_process(signal.SIGSTOP, "ray::ImplicitFunc"),
+    "training process killed": to_process(signal.SIGKILL, "ray::ImplicitFunc"),
+    "training process stopped": to_process(signal.SIGSTOP, "ray::ImplicitFunc"),
     "Ray's node daemon killed": to_process(signal.SIGKILL, "raylet"),
     "Ray's control daemon killed": to_process(signal.SIGKILL, "gcs_server"),
-    "the Ledger or the Watch killed": to_process(signal.SIGKILL, "ray::Ledger", "ray::Watch"),
-    "the driver killed": to_driver(signal.SIGKILL),
-    "the driver interrupted": to_driver(signal.SIGINT),
-    "the driver terminated": to_driver(signal.SIGTERM),
-    "a second driver started": another_driver,
-    "a checkpoint damaged": damage("trials/*/checkpoint.pt"),
-    "a record damaged": damage("trials/*/record.json"),
+    "Ledger or LivenessMonitor actor killed": to_process(
+        signal.SIGKILL, "ray::Ledger", "ray::LivenessMonitor"
+    ),
+    "driver killed": to_driver(signal.SIGKILL),
+    "driver interrupted": to_driver(signal.SIGINT),
+    "driver terminated": to_driver(signal.SIGTERM),
+    "second driver started": another_driver,
+    "checkpoint damaged": damage("trials/*/checkpoint.pt"),
+    "record damaged": damage("trials/*/record.json"),
     "weights damaged": damage("trials/*/student.safetensors"),
-    "metrics of epochs damaged": damage("trials/*/epochs.jsonl"),
-    "a chunk of the bank damaged": damage("banks/*/*/*.logits"),
-    "the description of a bank damaged": damage("banks/*/bank.json"),
-    "the disk full": full_disk,
+    "epoch metrics damaged": damage("trials/*/epochs.jsonl"),
+    "bank chunk damaged": damage("banks/*/*/*.logits"),
+    "bank description damaged": damage("banks/*/bank.json"),
+    "disk full": full_disk,
 }
 
 
 def disturb(scene: Scene, faults: int, console: Console) -> Counter[str]:
-    """Strike so many times, then let the command come to its end."""
+    """Inject faults, then run the command until it succeeds.
+
+    Args:
+        scene: The storage and its drivers.
+        faults: Number of faults to inject; injection also ends after one hour.
+        console: Where each fault is printed.
+
+    Returns:
+        How often each fault was injected.
+    """
     struck: Counter[str] = Counter()
     names: list[str] = []
     deadline = time.monotonic() + 3600
@@ -195,7 +226,7 @@ def disturb(scene: Scene, faults: int, console: Console) -> Counter[str]:
             scene.start()
         time.sleep(scene.dice.uniform(2, 15))
         scene.look()
-        if not names:  # each in turn, in a new order every round
+        if not names:  # every fault has its turn, in a new order in each round
             names = scene.dice.sample(list(FAULTS), len(FAULTS))
         name = names.pop()
         if FAULTS[name](scene):
@@ -214,13 +245,13 @@ def disturb(scene: Scene, faults: int, console: Console) -> Counter[str]:
 
 
 def main() -> None:
-    """Run both, compare and print."""
+    """Run the demo without and with faults, compare the results and print them."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--faults", type=int, default=50)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--keep", type=Path, help="folder to work in, not deleted then")
+    parser.add_argument("--faults", type=int, default=50, help="number of faults to inject")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random faults")
+    parser.add_argument("--keep", type=Path, help="folder to work in; it is not deleted")
     given = parser.parse_args()
     console = Console()
     with tempfile.TemporaryDirectory() as name:
@@ -255,8 +286,8 @@ def main() -> None:
     console.print(f"drivers ended with {codes}", highlight=False)
     console.print(
         f"{struck.total()} faults over {len(expected)} trials: "
-        f"{len(expected.keys() - found.keys())} missing, {other} with other weights, "
-        f"{len(scene.again)} run again for nothing",
+        f"{len(expected.keys() - found.keys())} missing, {other} with different weights, "
+        f"{len(scene.again)} run again without need",
         highlight=False,
     )
     sys.exit(bool(expected.keys() ^ found.keys() or other or scene.again))

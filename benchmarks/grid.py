@@ -1,18 +1,20 @@
-"""What the teacher bank saves: one teacher and N students, with a live teacher and with the bank.
+"""Measure what the teacher bank saves when one teacher has N students.
 
     .venv/bin/python benchmarks/grid.py                          # half an hour on 2 cores
-    .venv/bin/python benchmarks/grid.py --pairs demo --images 256 --epochs 1  # a quick look
+    .venv/bin/python benchmarks/grid.py --pairs demo --images 256 --epochs 1  # quick run
 
-For each pair of the paper's Table 1 (networks with random weights, random 32x32 images, 100
-classes) and for the demo's, on the same cluster and one after the other:
+The script measures the pairs of the paper's Table 1 (networks with random weights, random 32x32
+images, 100 classes) and the pair of the demo. Each pair is run in three ways, one after another on
+the same cluster:
 
-    live   N students, each trial with its own teacher forward passes
-    bank   the same N students from an empty bank
-    warm   CE and distilled students in turn, the bank full: what a distilled trial costs over a
-           CE trial (median over the rounds of its seconds divided by CE's of the same round), and
-           which part of a training step is not the student's forward, backward and optimizer step
+    live   N students; each trial computes its own teacher forward passes
+    bank   the same N students; the bank is empty at the start
+    warm   CE and distilled students in turn with a full bank. This gives the cost of a distilled
+           trial relative to a CE trial (the ratio of their seconds in the same round, median over
+           the rounds), and the part of a training step that is not the student's forward pass,
+           backward pass and optimizer step
 
-Prints the table and writes it to --out as grid.csv.
+The table is printed and written to --out as grid.csv.
 """
 
 from __future__ import annotations
@@ -55,7 +57,13 @@ WARM = ["ce", "kd", "dist", "pld"]
 
 
 def random_images(size: int) -> images.Images:
-    """Noise, as large as CIFAR-100's: what a step costs does not depend on what it shows."""
+    """Return noise images with the shape of CIFAR-100.
+
+    The cost of a step does not depend on the content of the images.
+
+    Args:
+        size: Number of training images. There are 256 validation images.
+    """
     rng = np.random.default_rng(0)
     splits = [
         (rng.integers(0, 256, (count, 32, 32, 3), np.uint8), rng.integers(0, 100, count))
@@ -66,7 +74,14 @@ def random_images(size: int) -> images.Images:
 
 
 def grid(base: dict[str, Any], losses: list[Any], rates: list[float], logits: str) -> Plan:
-    """Students of one teacher: every loss in turn at the first learning rate, then at the next."""
+    """Return a plan of students of one teacher, ordered by learning rate and then by loss.
+
+    Args:
+        base: Base settings of the trials.
+        losses: Settings of the losses.
+        rates: Learning rates.
+        logits: How teacher logits are stored: "live", "float16" or "float32".
+    """
     changed = base | {"teacher": base["teacher"] | {"logits": logits}}
     fields = {"loss": losses, "optimizer.lr": rates}
     made = plan(Experiment(name="grid", base=changed, grid=fields))
@@ -75,7 +90,16 @@ def grid(base: dict[str, Any], losses: list[Any], rates: list[float], logits: st
 
 
 def run(made: Plan, images: images.Images, store: Store) -> tuple[float, list[dict[str, Any]]]:
-    """Wall seconds of a grid, and the records of its cells."""
+    """Run a grid.
+
+    Args:
+        made: The plan of the grid.
+        images: The images that all trials use.
+        store: The store for records, weights and the bank.
+
+    Returns:
+        The wall time in seconds, and the records of the cells.
+    """
     done = store.finished(made.trials)
     pending = {key: trial for key, trial in made.trials.items() if key not in done}
     held = {datasets.sharing_key(trial.data): images for trial in pending.values()}
@@ -90,14 +114,23 @@ def run(made: Plan, images: images.Images, store: Store) -> tuple[float, list[di
 
 
 def not_student(record: dict[str, Any]) -> float:
-    """The share of the training steps that is not the student's own, in percent."""
+    """Return the percentage of the training time that is not spent in the student's own steps."""
     seconds = record["seconds"]
     steps = seconds["seconds"] - seconds["validation_seconds"]
     return 100 * (1 - seconds["student_seconds"] / steps)
 
 
 def measure(pair: str, folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
-    """One row of the table."""
+    """Measure one pair of networks.
+
+    Args:
+        pair: Key of `PAIRS`.
+        folder: Folder for stores and weights.
+        arguments: The command-line arguments.
+
+    Returns:
+        One row of the table.
+    """
     teacher, student = PAIRS[pair]
     if pair == "demo":
         base = load_experiment("demo").base
@@ -152,7 +185,7 @@ def measure(pair: str, folder: Path, arguments: argparse.Namespace) -> dict[str,
 
 
 def show(results: pd.DataFrame, console: Console) -> None:
-    """Print the rows of `measure`."""
+    """Print the rows of `measure` as a table."""
     table = Table(box=box.MARKDOWN)
     heads = ["Teacher → student", "Live s", "Bank s", "Faster", "Teacher images"]
     heads += [*(f"{loss} / CE" for loss in ("KD", "DIST", "PLD")), "Not student %"]
@@ -172,16 +205,20 @@ def show(results: pd.DataFrame, console: Console) -> None:
 
 
 def main() -> None:
-    """Measure, print, write."""
+    """Measure all pairs, and print and write the table."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--pairs", nargs="+", choices=PAIRS, default=list(PAIRS))
-    parser.add_argument("--students", type=int, default=8)
-    parser.add_argument("--images", type=int, default=1024, help="training images")
-    parser.add_argument("--epochs", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=4, help="of CE and distilled, bank full")
-    parser.add_argument("--out", type=Path, default=Path("results/benchmarks"))
+    parser.add_argument(
+        "--pairs", nargs="+", choices=PAIRS, default=list(PAIRS), help="pairs to run"
+    )
+    parser.add_argument("--students", type=int, default=8, help="number of students per teacher")
+    parser.add_argument("--images", type=int, default=1024, help="number of training images")
+    parser.add_argument("--epochs", type=int, default=2, help="epochs (the demo: 10 times as many)")
+    parser.add_argument("--rounds", type=int, default=4, help="rounds with a full bank")
+    parser.add_argument(
+        "--out", type=Path, default=Path("results/benchmarks"), help="output folder"
+    )
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     arguments.out.mkdir(parents=True, exist_ok=True)
@@ -200,7 +237,7 @@ def main() -> None:
     show(results, console)
     console.print(
         f"{arguments.students} students, {arguments.images} images, {arguments.epochs} epochs, "
-        f"{cores:g} trials at a time; torch {torch.__version__}; written: {arguments.out}/grid.csv"
+        f"{cores:g} trials at once; torch {torch.__version__}; written: {arguments.out}/grid.csv"
     )
 
 

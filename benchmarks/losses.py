@@ -1,12 +1,12 @@
-"""What each loss costs: forward + backward time and peak memory, as ratios to KD.
+"""Measure the cost of each loss: time of forward and backward pass relative to KD, and peak memory.
 
-    .venv/bin/python benchmarks/losses.py              # two minutes on 2 cores; CUDA too, if there
-    .venv/bin/python benchmarks/losses.py --rounds 5   # a quick look
+    .venv/bin/python benchmarks/losses.py              # two minutes on 2 cores; also CUDA, if any
+    .venv/bin/python benchmarks/losses.py --rounds 5   # quick run
 
-Every loss is timed in turn, round by round in a new order, and divided by KD's time in the same
-round; the table shows the median of these ratios. Writes losses.csv and losses.png to --out. Two
-straightforward forms of PLD stand beside the library's: a loop over the batch, and autograd
-through logcumsumexp.
+In each round, every loss is timed once, in a new random order, and its time is divided by the time
+of KD in the same round. The table shows the median of these ratios. The script writes losses.csv
+and losses.png to --out. For comparison, it also times two simple implementations of PLD: a loop
+over the batch, and autograd through logcumsumexp.
 """
 
 from __future__ import annotations
@@ -35,12 +35,21 @@ from analysis.figures.style import STYLE, save
 from pld_ray import losses
 
 SIZES = [(128, 10), (128, 100), (256, 1000), (64, 21841), (16, 100000)]
-BLOCK = 0.02  # seconds a loss is run for at a time, at least once
+BLOCK = 0.02  # seconds for which a loss is repeated in one measurement
 Inputs = tuple[Tensor, Tensor, Tensor]
 
 
 def loop(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
-    """PLD as the formula reads, sample by sample."""
+    """Compute PLD directly from its formula, sample by sample.
+
+    Args:
+        student: Student logits [B, C].
+        teacher: Teacher logits [B, C].
+        labels: Labels [B].
+
+    Returns:
+        The mean loss over the batch, a scalar.
+    """
     total = torch.zeros((), device=student.device)
     for s, t, y in zip(student, teacher, labels, strict=True):
         order = t.argsort(descending=True)
@@ -52,7 +61,16 @@ def loop(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
 
 
 def logcumsumexp(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
-    """PLD over the batch at once, its gradient left to autograd."""
+    """Compute PLD for the whole batch at once, with the gradient from autograd.
+
+    Args:
+        student: Student logits [B, C].
+        teacher: Teacher logits [B, C].
+        labels: Labels [B].
+
+    Returns:
+        The mean loss over the batch, a scalar.
+    """
     first = teacher.scatter(1, labels[:, None], float("inf"))
     ranking = first.argsort(dim=1, descending=True)
     alpha, ranked = F.softmax(teacher, 1).gather(1, ranking), student.gather(1, ranking)
@@ -61,7 +79,16 @@ def logcumsumexp(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
 
 
 def inputs(batch: int, classes: int, device: str) -> Inputs:
-    """Student, teacher [B, C], labels [B]; the teacher's probabilities fall as rank^-3."""
+    """Return random inputs of a loss; the teacher's probabilities fall as rank^-3.
+
+    Args:
+        batch: Batch size B.
+        classes: Number of classes C.
+        device: "cpu" or "cuda".
+
+    Returns:
+        Student logits [B, C], teacher logits [B, C] and labels [B].
+    """
     generator = torch.Generator().manual_seed(classes)
     student = 3 * torch.randn(batch, classes, generator=generator)
     rank = 1 + torch.rand(batch, classes, generator=generator).argsort(1)
@@ -71,11 +98,11 @@ def inputs(batch: int, classes: int, device: str) -> Inputs:
 
 
 def methods(given: Inputs) -> dict[str, Callable[[], None]]:
-    """Name -> one forward and backward pass."""
+    """Return the losses to time: name -> function that runs one forward and backward pass."""
     student, teacher, labels = given
 
     def step(loss: Callable[..., Tensor], scale: float = 1.0, **more: Tensor) -> Callable[[], None]:
-        scaled = (scale * student).requires_grad_()  # a leaf of its own
+        scaled = (scale * student).requires_grad_()  # a leaf tensor, so that it has a gradient
 
         def run() -> None:
             scaled.grad = None
@@ -104,7 +131,7 @@ def methods(given: Inputs) -> dict[str, Callable[[], None]]:
 
 
 def seconds(run: Callable[[], None], device: str) -> float:
-    """Mean seconds of a call, over as many as take BLOCK seconds."""
+    """Return the mean seconds per call, over calls that take BLOCK seconds in total."""
     calls, elapsed = 0, 0.0
     if device == "cuda":
         torch.cuda.synchronize()
@@ -119,7 +146,10 @@ def seconds(run: Callable[[], None], device: str) -> float:
 
 
 def peak_mib(run: Callable[[], None], device: str) -> float:
-    """The most memory that a call holds beyond what was held before it, in MiB; Linux or CUDA."""
+    """Return the peak of the additional memory during a call, in MiB.
+
+    The value is NaN on a CPU without Linux.
+    """
     gc.collect()
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -128,14 +158,15 @@ def peak_mib(run: Callable[[], None], device: str) -> float:
         return (torch.cuda.max_memory_allocated() - before) / 2**20
     if sys.platform != "linux":
         return float("nan")
-    ctypes.CDLL(None).malloc_trim(0)  # what was freed goes back, and counts again when it is used
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    ctypes.CDLL(None).malloc_trim(0)  # return freed memory, so that its reuse is counted
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak (VmHWM)
     before = _status("VmRSS")
     run()
     return (_status("VmHWM") - before) / 1024
 
 
 def _status(field: str) -> int:
+    """Return a field of /proc/self/status, in kB."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(f"{field}:"):
             return int(line.split()[1])
@@ -143,7 +174,17 @@ def _status(field: str) -> int:
 
 
 def measure(batch: int, classes: int, device: str, rounds: int) -> pd.DataFrame:
-    """One row a loss: milliseconds, ratio to KD, peak MiB."""
+    """Measure all losses at one size.
+
+    Args:
+        batch: Batch size.
+        classes: Number of classes.
+        device: "cpu" or "cuda".
+        rounds: How often each loss is timed.
+
+    Returns:
+        One row per loss: median milliseconds, median and quartiles of the ratio to KD, peak MiB.
+    """
     runs = methods(inputs(batch, classes, device))
     for run in runs.values():
         run()
@@ -166,11 +207,11 @@ def measure(batch: int, classes: int, device: str, rounds: int) -> pd.DataFrame:
 
 
 def show(results: pd.DataFrame, console: Console) -> None:
-    """Two tables a device: time as ratios to KD, and peak memory."""
+    """Print two tables per device: time relative to KD, and peak memory."""
     for device, part in results.groupby("device"):
         for value, title in (
-            ("ratio_to_kd", "forward + backward, as a multiple of KD's"),
-            ("peak_mib", "peak memory in MiB, the gradient with it"),
+            ("ratio_to_kd", "time of forward + backward pass, relative to KD"),
+            ("peak_mib", "peak memory in MiB, including the gradient"),
         ):
             table = Table("batch x classes", title=f"{device}: {title}", box=box.SIMPLE)
             wide = part.pivot(index="loss", columns=["batch", "classes"], values=value)
@@ -187,12 +228,17 @@ def show(results: pd.DataFrame, console: Console) -> None:
 
 
 def cell(x: float) -> str:
-    """Three digits; nothing for what was not measured, or is too small to be."""
+    """Format a number with three digits; values below 0.05 and NaN give an empty cell."""
     return "" if not x >= 0.05 else f"{x:.2f}" if x < 10 else f"{x:.1f}" if x < 100 else f"{x:.0f}"
 
 
 def draw(results: pd.DataFrame, path: Path) -> None:
-    """The ratios to KD over the number of classes."""
+    """Plot the ratios to KD over the number of classes.
+
+    Args:
+        results: The rows of `measure`.
+        path: Path of the figure without suffix.
+    """
     drawn = {
         "PLD by a loop": "#999999",
         "PLD by logcumsumexp": "#666666",
@@ -233,19 +279,21 @@ def draw(results: pd.DataFrame, path: Path) -> None:
             axis.set_yscale("log")
             axis.yaxis.set_major_formatter("{x:g}")
             axis.set_xlabel("classes")
-            axis.set_ylabel("time, as a multiple of KD's")
+            axis.set_ylabel("time relative to KD")
             axis.set_title(f"One forward and backward pass of the loss ({device})")
         figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside center right")
         save(figure, path)
 
 
 def main() -> None:
-    """Measure, print, write."""
+    """Measure all sizes on all devices, and print, write and plot the results."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--rounds", type=int, default=25, help="times each loss has its turn")
-    parser.add_argument("--out", type=Path, default=Path("results/benchmarks"))
+    parser.add_argument("--rounds", type=int, default=25, help="how often each loss is timed")
+    parser.add_argument(
+        "--out", type=Path, default=Path("results/benchmarks"), help="output folder"
+    )
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]

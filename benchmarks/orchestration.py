@@ -1,12 +1,12 @@
-"""What running trials costs beside training them: seconds a trial, and seconds a large plan.
+"""Measure the overhead of running a trial, and the time to plan a large grid.
 
     .venv/bin/python benchmarks/orchestration.py    # two minutes on 2 cores
 
-Runs 20 tiny students (ResNet-8, 200 digits, CE and PLD in turn) one after the other on one CPU:
-of 1 epoch, and of 60, as in the demo. A trial's own seconds are those its record has for training
-and validation; the rest of the time between the end of the first trial and the end of the last,
-divided by 19, is the overhead: Ray, network and optimizer made, checkpoints, reports, records.
-Then `pld-ray plan` of a grid of 10,000 trials.
+The script runs 20 tiny students (ResNet-8, 200 digits, CE and PLD in turn) one after another on one
+CPU: with 1 epoch, and with 60 epochs as in the demo. The own time of a trial is the time for
+training and validation in its record. The overhead is the rest of the time between the end of the
+first trial and the end of the last, divided by 19: Ray, creation of the network and optimizer,
+checkpoints, reports and records. Then the script times `pld-ray plan` for a grid of 10,000 trials.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from pld_ray.store.store import Store
 from pld_ray.sweep import checks, runner
 from pld_ray.sweep.progress import ProgressView, redirect_prints
 
-import ray  # isort: skip  after sweep, which sets its environment
+import ray  # isort: skip  # after pld_ray.sweep, which sets Ray's environment variables
 
 LARGE = """
 base: {data: {name: digits, pad: 1}, student: resnet8, teacher: resnet20, epochs: 60}
@@ -43,20 +43,28 @@ seeds: [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]
 
 
 class Watch(ProgressView):
-    """A view that notes when trials end."""
+    """A progress view that records when trials end."""
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         self.ends: dict[str, float] = {}
 
     def end(self, trial_id: str, failure: str | None, note: str | None = None) -> None:
-        """As View's."""
+        """Record the time, then do the same as `ProgressView.end`."""
         self.ends[trial_id] = time.perf_counter()
         super().end(trial_id, failure, note)
 
 
 def overhead(epochs: int, folder: Path) -> tuple[float, float]:
-    """Seconds of a tiny trial: its own, and those beside it."""
+    """Measure the overhead of tiny trials.
+
+    Args:
+        epochs: Epochs of each trial.
+        folder: Folder for the store.
+
+    Returns:
+        The mean own time and the mean overhead of a trial, in seconds.
+    """
     sets = ("grid.loss=[ce,pld]", f"seeds={list(range(10))}", f"epochs={epochs}")
     made = plan(load_experiment("demo", (*sets, "teacher.train.epochs=1")))
     store = Store(folder / str(epochs))
@@ -73,7 +81,7 @@ def overhead(epochs: int, folder: Path) -> tuple[float, float]:
 
 
 def planning(folder: Path) -> float:
-    """Wall seconds of `pld-ray plan` for 10,000 trials."""
+    """Return the wall seconds of `pld-ray plan` for 10,000 trials."""
     file = folder / "large.yaml"
     file.write_text(LARGE)
     command = [sys.executable, "-m", "pld_ray.cli", "plan", str(file), "--storage", str(folder)]
@@ -84,12 +92,12 @@ def planning(folder: Path) -> float:
 
 
 def main() -> None:
-    """Measure and print."""
+    """Measure the overhead and the planning time, and print them."""
     argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     ).parse_args()
     table = Table(box=box.MARKDOWN)
-    for head in ("20 tiny trials of", "own seconds", "beside"):
+    for head in ("20 tiny trials with", "own seconds", "overhead, seconds"):
         table.add_column(head, justify="right")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -102,7 +110,7 @@ def main() -> None:
         seconds = planning(folder)
     console = Console()
     console.print(table)
-    console.print(f"pld-ray plan of 10,000 trials: {seconds:.1f} s")
+    console.print(f"pld-ray plan for 10,000 trials: {seconds:.1f} s")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
-"""The paper's ImageNet grid on 8, 64 and 512 GPUs, worked out: the numbers of docs/scale.md.
+"""Estimate the cost of the paper's ImageNet grid on 8, 64 and 512 GPUs, for docs/scale.md.
 
     .venv/bin/python benchmarks/scale.py    # a minute on 2 cores, no GPU, no dataset
 
-Measured here: the operations of each network, the random resized crops that a core decodes from
-JPEG files as large as ImageNet's, the rows of the teacher bank that it reads and writes. Taken from
-the paper: 100 epochs take 6 hours on 8 A100s (8 for a vision transformer) with a live teacher.
-Assumed: where it is the GPUs that these hours are spent on, they are spent in proportion to the
-operations, 1 for the teacher's forward pass and 3 for the student's step. Trials are put on groups
-of 8 GPUs, the longest first; who is first to need a bank pays for the teacher.
+Measured by this script: the operations of each network, the random resized crops that a core
+decodes from JPEG files of ImageNet's average size, and the rows of the teacher bank that a core
+reads and writes. Taken from the paper: 100 epochs take 6 hours on 8 A100s (8 hours for a vision
+transformer) with a live teacher. Assumed: these hours are GPU time, in proportion to the
+operations, with factor 1 for the teacher's forward pass and 3 for the student's step. Trials are
+assigned to groups of 8 GPUs, the longest first. The longest trial that needs a bank computes it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-os.environ["OMP_NUM_THREADS"] = "1"  # what one core does
+os.environ["OMP_NUM_THREADS"] = "1"  # measure a single core
 
 import numpy as np
 import torch
@@ -42,13 +42,18 @@ from pld_ray.models.factory import create_model
 from pld_ray.store.store import Store
 
 IMAGES = images.Size(1_281_167, 50_000, 1000)
-IMAGE_BYTES = 110_000  # of a training image, on average
-GROUP = 8  # GPUs of a trial
-HOURS = 48.0, 64.0  # GPU-hours of 100 epochs as reported: any student, a vision transformer
+IMAGE_BYTES = 110_000  # average size of an encoded training image
+GROUP = 8  # GPUs per trial
+HOURS = 48.0, 64.0  # reported GPU-hours per 100 epochs: most students, vision transformers
 
 
 def measured_operations(models: Iterable[Model]) -> dict[str, tuple[float, int]]:
-    """Floating-point operations of one image's forward pass at 224 pixels, and parameters."""
+    """Count the operations and parameters of networks.
+
+    Returns:
+        Name of the network -> (floating-point operations of the forward pass of one image with 224
+        pixels, number of parameters).
+    """
     found = {}
     for model in models:
         with torch.device("meta"):
@@ -61,7 +66,7 @@ def measured_operations(models: Iterable[Model]) -> dict[str, tuple[float, int]]
 
 
 def measured_decoding(count: int = 300) -> float:
-    """Random resized crops of 224 pixels a second and core."""
+    """Return how many random resized crops of 224 pixels one core decodes per second."""
     rng = np.random.default_rng(0)
     contents = []
     for _ in range(20):
@@ -81,7 +86,11 @@ def measured_decoding(count: int = 300) -> float:
 
 
 def measured_bank(chunks: int = 20) -> tuple[float, float]:
-    """Rows of 1000 float16 logits a second and core: written, and read and unpacked again."""
+    """Measure the speed of the teacher bank on one core, with rows of 1000 float16 logits.
+
+    Returns:
+        Rows written per second, and rows read and unpacked per second.
+    """
     logits = np.random.default_rng(0).normal(size=(bank_format.ROWS, 1000)).astype(np.float32)
     row = bank_format.row_type(1000, "float16")
     with tempfile.TemporaryDirectory() as folder:
@@ -105,27 +114,38 @@ def measured_bank(chunks: int = 20) -> tuple[float, float]:
 
 @dataclass
 class Job:
-    """A trial of the grid."""
+    """The cost of one trial of the grid.
+
+    Attributes:
+        trial: The trial.
+        hours: GPU-hours with a live teacher.
+        share: Fraction of these hours that the teacher takes.
+    """
 
     trial: Trial
-    hours: float  # GPU-hours with a live teacher
-    share: float  # of them that is the teacher's
+    hours: float
+    share: float
 
     @property
     def student(self) -> float:
-        """GPU-hours without the teacher."""
+        """The GPU-hours without the teacher."""
         return self.hours * (1 - self.share)
 
 
 def imagenet() -> list[Trial]:
-    """The trials of all ImageNet experiments, one after the other."""
+    """Return the trials of all ImageNet experiments; shared trials appear more than once."""
     made = [plan(load_experiment(name)) for name in experiments()]
     trials = [trial for each in made for trial in each.trials.values()]
     return [trial for trial in trials if trial.data.name == "imagenet"]
 
 
 def jobs(trials: Iterable[Trial], operations: dict[str, tuple[float, int]]) -> list[Job]:
-    """What each trial costs."""
+    """Return the cost of each trial.
+
+    Args:
+        trials: The trials.
+        operations: The result of `measured_operations`.
+    """
     found = []
     for trial in trials:
         hours = HOURS["vit" in trial.student.name] * trial.epochs / 100
@@ -138,7 +158,10 @@ def jobs(trials: Iterable[Trial], operations: dict[str, tuple[float, int]]) -> l
 
 
 def with_bank(found: list[Job]) -> list[float]:
-    """GPU-hours of each trial where teachers are kept: the longest of a bank computes it."""
+    """Return the GPU-hours of each trial if a bank is used.
+
+    The longest trial that reads a bank computes the bank; the other trials only read it.
+    """
     first: dict[str, Job] = {}
     for job in found:
         if bank_format.uses_bank(job.trial):
@@ -152,7 +175,12 @@ def with_bank(found: list[Job]) -> list[float]:
 
 
 def days(hours: list[float], gpus: int) -> float:
-    """Wall days until all are done on groups of GPUs, the longest first."""
+    """Return the wall days until all trials are done, if the longest trials start first.
+
+    Args:
+        hours: GPU-hours of each trial.
+        gpus: Total number of GPUs.
+    """
     groups = [0.0] * (gpus // GROUP)
     for each in sorted(hours, reverse=True):
         heapq.heappush(groups, heapq.heappop(groups) + each / GROUP)
@@ -160,7 +188,7 @@ def days(hours: list[float], gpus: int) -> float:
 
 
 def table(*heads: str) -> Table:
-    """An empty table, numbers to the right."""
+    """Return an empty table with left-aligned names and right-aligned numbers."""
     made = Table(box=box.MARKDOWN)
     for i, head in enumerate(heads):
         made.add_column(head, justify="right" if i else "left", no_wrap=True)
@@ -168,7 +196,7 @@ def table(*heads: str) -> Table:
 
 
 def show(console: Console) -> None:
-    """Measure, work out and print."""
+    """Measure, compute the estimates and print them."""
     every = imagenet()
     trials = {trial.id: trial for trial in every}
     models = {t.student.name: t.student for t in trials.values()}
@@ -183,8 +211,8 @@ def show(console: Console) -> None:
     epochs = sum(job.trial.epochs for job in found)
     console.print(
         f"{len(found)} unique trials, {epochs:,} epochs, {len(models)} networks\n"
-        f"a core decodes {decoded:.0f} crops a second; it writes {written:,.0f} rows of the bank "
-        f"a second and reads {read:,.0f}\n",
+        f"a core decodes {decoded:.0f} crops per second; it writes {written:,.0f} rows of the bank "
+        f"per second and reads {read:,.0f}\n",
         highlight=False,
     )
     pairs = table("Teacher → student", "Trials", "Teacher GFLOP", "Student x3", "Teacher %")
@@ -224,16 +252,16 @@ def show(console: Console) -> None:
             f"{max(live) / GROUP / 24:.1f}",
         )
     console.print(
-        f"\nGPU-hours: {apart:,.0f} if every experiment ran its own trials, {sum(live):,.0f} with "
+        f"\nGPU-hours: {apart:,.0f} if every experiment runs its own trials, {sum(live):,.0f} with "
         f"each trial once, {sum(kept):,.0f} with each teacher once",
         highlight=False,
     )
     console.print(sizes)
 
-    rate = IMAGES.train * 100 / (6 * 3600)  # images a second of a trial as reported
+    rate = IMAGES.train * 100 / (6 * 3600)  # images per second of a trial, as reported
     fast = rate / (1 - max(job.share for job in found))
     state = max(operations[job.trial.student.name][1] for job in found) * 3 * 4
-    traffic = table("A second, of one trial", "As reported", "With the bank, at most")
+    traffic = table("One trial, per second", "As reported", "With the bank, at most")
     for what, of in (
         ("images", lambda r: f"{r:,.0f}"),
         ("cores that decode", lambda r: f"{r / decoded:,.0f}"),

@@ -1,7 +1,7 @@
 """pld-ray: knowledge-distillation experiments on Ray.
 
-The losses work on their own: `from pld_ray import PLDLoss`. Experiments are run by the command
-`pld-ray`, or from Python by `load_experiment`, `plan` and `pld_ray.sweep.runner.run`.
+Three ways to use it: the command `pld-ray` runs experiments from YAML files; `Distiller` and `fit`
+train modules and loaders of your own; the losses work on their own: `from pld_ray import PLDLoss`.
 """
 
 from __future__ import annotations
@@ -13,19 +13,28 @@ if TYPE_CHECKING:
     from pld_ray.config.experiment import Experiment, load_experiment
     from pld_ray.config.planning import plan
     from pld_ray.config.trial import Trial
+    from pld_ray.distill.article import PLDKnowledgeDistillation
+    from pld_ray.distill.distiller import Distiller
+    from pld_ray.distill.fit import evaluate, fit
     from pld_ray.losses.registry import create_loss, register_loss
+    from pld_ray.models.export import save
     from pld_ray.store.store import Store
 
 __version__ = "0.1.0"
 
 _HOME = {  # where each name is defined; it is imported on first use, since torch takes seconds
+    "Distiller": "distill.distiller",
     "Experiment": "config.experiment",
+    "PLDKnowledgeDistillation": "distill.article",
     "Store": "store.store",
     "Trial": "config.trial",
     "create_loss": "losses.registry",
+    "evaluate": "distill.fit",
+    "fit": "distill.fit",
     "load_experiment": "config.experiment",
     "plan": "config.planning",
     "register_loss": "losses.registry",
+    "save": "models.export",
 }
 
 
@@ -47,11 +56,16 @@ def __dir__() -> list[str]:
 
 
 __all__ = [  # the losses come on top: see `dir(pld_ray)`
+    "Distiller",
     "Experiment",
+    "PLDKnowledgeDistillation",
     "Store",
     "Trial",
     "create_loss",
+    "evaluate",
+    "fit",
     "load_experiment",
     "plan",
     "register_loss",
+    "save",
 ]

@@ -1,4 +1,4 @@
-"""Bad input: one sentence for the user, and the nearest valid name to offer."""
+"""Errors in the user's input: one sentence each, with the closest valid names."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ from collections.abc import Iterable
 
 
 class InputError(ValueError):
-    """Something the user wrote cannot be used. The command line prints it and exits with 2.
+    """The user's input is not valid. The command line prints the message and exits with code 2.
 
-    One line, whatever the input that it quotes holds.
+    The message is always one line: characters of quoted input that cannot be printed are escaped.
+
+    Args:
+        message: What is wrong, where, and what was expected.
     """
 
     def __init__(self, message: str) -> None:
@@ -17,7 +20,17 @@ class InputError(ValueError):
 
 
 def nearest(word: str, valid: Iterable[str], limit: int = 12) -> str:
-    """Close a sentence: the likeliest meaning of `word`, or what would be accepted."""
+    """Return the end of an error message that helps with an unknown name.
+
+    Args:
+        word: The unknown name.
+        valid: The valid names.
+        limit: The maximum number of valid names to list.
+
+    Returns:
+        "did you mean ...?" with up to three similar names if there are any, else "accepted: ..."
+        with the valid names.
+    """
     names = sorted(set(valid))
     close = difflib.get_close_matches(word, names, n=3, cutoff=0.6)
     if close:

@@ -21,16 +21,16 @@ BAD = {
     "run demo --set student=resnet9": "model 'resnet9' is not known to timm; did you mean",
     "run demo --set optimizer=adamx": "optimizer.name is 'adamx': not in timm; did you mean",
     "run demo --set data.name=folder:/nowhere": "expected a folder train with a folder a class in",
-    "run demo --set teacher=resnet18.a1_in1k": "knows 1000 classes and the data has 10",
+    "run demo --set teacher=resnet18.a1_in1k": "has 1000 classes, but the data has 10;",
     "run demo --address 127.0.0.1:9": "no Ray cluster answers there",
     "run demo --set loss.temperature=-1": "loss.temperature is -1: input should be greater than 0",
     "run demo --set loss=pld --set loss.top_k=0": "loss.top_k is 0: expected a number of classes",
     "bank rm x": "bank rm x: no such bank in ",
-    "bank rm": "bank rm: expected the keys of banks (pld-ray bank ls), or --all",
+    "bank rm": "bank rm: expected either keys of banks (see pld-ray bank ls) or --all",
     "run demo --set epochs=99999999": "TB and there is room for ",
     "run demo --set data.cutmix=1": "cutmix: augmentation that mixes samples is not supported",
     "bank build demo --set grid.loss=[ce]": "demo: none of its trials reads a bank",
-    "landscape demo": "demo: no trial has finished: run it first",
+    "landscape demo": "demo: no trial has finished; run the experiment first",
     "run demo landscape --smoke": "no experiment 'landscape' (neither a file nor shipped)",
     "run demo --set data.random_resized_crop=true": "random_resized_crop needs image_size",
     "run demo --set resources.gpus_per_worker=1.5": "gpus_per_worker is 1.5: expected a whole",
@@ -62,7 +62,7 @@ def test_plan_prints_trials_and_json(tmp_path):
     assert "21 unique trials" in text and "1 done, 20 to run (1,200 epochs)" in text
     assert text.splitlines()[1].split() == [
         first.id,
-        *["ce", "resnet20", "seed", "0", "is", "one", "20", "done", "5", "s"],
+        *["ce", "resnet20", "seed", "0", "is", "a", "teacher", "20", "done", "5", "s"],
     ]
 
 
@@ -72,7 +72,7 @@ def test_plan_of_several_experiments_says_what_they_share(tmp_path):
     # cells, trials, new, done, epochs to run; a teacher has 240 epochs, a student 250
     assert rows["cifar100_methods"] == ["132", "136", "136", "0", str(4 * 240 + 132 * 250)]
     assert rows["runtime"] == ["44", "48", "0", "0", "0"]
-    assert "196 cells, 157 unique trials: 48 trials and 11,960 of" in done.stdout
+    assert "196 cells, 157 unique trials: sharing saves 48 trials and 11,960 of" in done.stdout
     found = json.loads(cli("plan", "runtime", "demo", "--json", cwd=tmp_path).stdout)
     assert [e["experiment"] for e in found["experiments"]] == ["runtime", "demo"]
     assert found["unique"] == 48 + 21

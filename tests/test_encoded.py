@@ -143,11 +143,12 @@ def test_bad_images_and_settings_are_told(folder):
         load(data("imagenet", root=str(folder / "files")))
     for fields, message in (
         ({"name": "folder:x", "random_resized_crop": True}, "needs image_size"),
-        ({"name": "digits", "image_size": 8, "random_resized_crop": True}, "has small images"),
-        ({"name": "folder:x", "crop_pct": 0.9}, "crop_pct: goes with random_resized_crop"),
+        ({"name": "folder:x", "crop_pct": 0.9}, "crop_pct: needs random_resized_crop"),
     ):
         with pytest.raises(InputError, match=message):
             validated(Data, fields, "test")
+    with pytest.raises(InputError, match="random_resized_crop: digits has small images"):
+        size(Data(name="digits", image_size=8, random_resized_crop=True))
 
 
 def test_ahead_keeps_the_order_and_passes_errors_on():

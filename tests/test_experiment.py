@@ -179,7 +179,7 @@ BAD = {
     "teacher=null": "loss kd needs a teacher",
     "teacher.weights=nope": 'expected "train", "pretrained" or a safetensors file',
     "grid.loss=3": "grid.loss is 3",
-    "grid.epochs=[]": "expected a list of values",
+    "grid.epochs=[]": "expected a list with at least one value",
     "name=../x": "name is '../x'",
 }
 
@@ -194,7 +194,7 @@ def test_bad_input_is_one_sentence(experiment, override):
 def test_yaml_errors_name_file_and_line(experiment):
     with pytest.raises(InputError, match=r"small.yaml, line 3: not valid YAML"):
         experiment("base:\n  a: 1\n b: [")
-    with pytest.raises(InputError, match=r"small.yaml, line 1: .*'base' stands twice"):
+    with pytest.raises(InputError, match=r"small.yaml, line 1: .*'base' appears twice"):
         experiment("base: {}\nbase: {}")
     with pytest.raises(InputError, match="not valid YAML"):
         experiment("base: !!python/object/apply:os.system [ls]")

@@ -152,7 +152,7 @@ def told_to_stop(driver, number):
     told = time.monotonic()
     code, output = driver.end()
     assert code == 128 + number and time.monotonic() - told < 20
-    assert output.endswith("stopped; the same command goes on from here\n")
+    assert output.endswith("stopped; run the same command again to resume\n")
     assert "Traceback" not in output
 
 

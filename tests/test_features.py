@@ -271,6 +271,6 @@ def test_networks_that_cannot_be_compared_are_told_before_the_run(experiment):
     check(SMALL, "loss=at")
     with pytest.raises(InputError, match="wrn_16_2 → mobilenetv2_cifar: at: the student has 4 st"):
         check(SMALL, "loss=at", "student=mobilenetv2_cifar")
-    with pytest.raises(InputError, match="fitnet: stage is 4 and a network has 3 stages"):
+    with pytest.raises(InputError, match="fitnet: stage is 4, but a network has only 3 stages"):
         check(SMALL, "loss={name: fitnet, stage: 4}")
     check(SMALL, "loss=rkd", "student=mobilenetv2_cifar")  # pooled features have no stages

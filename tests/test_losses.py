@@ -261,7 +261,7 @@ def test_wrong_arguments_say_what_was_expected(loss):
     with pytest.raises(ValueError, match=r"sample_weight: expected the labels' shape \[3\]"):
         loss(s, s, y, sample_weight=torch.ones(3, 1))
     if REGISTRY_BY_CLASS[type(loss).__name__].needs_teacher:
-        with pytest.raises(ValueError, match=r"must share their classes"):
+        with pytest.raises(ValueError, match=r"must have the same classes"):
             loss(s, torch.zeros(3, 5), y)
 
 

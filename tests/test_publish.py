@@ -3,9 +3,11 @@ import timm
 import torch
 
 from pld_ray.config.planning import plan
+from pld_ray.data.datasets import load
 from pld_ray.data.stream import Stream
 from pld_ray.distill.loop import train
-from pld_ray.models import export
+from pld_ray.models.export import export_student
+from pld_ray.models.factory import create_model
 from pld_ray.store.store import Store
 
 TEXT = """
@@ -19,6 +21,14 @@ grid:
 CPU = torch.device("cpu")
 
 
+def trained(trial, store):
+    """The student of a finished trial, and its dataset."""
+    images = load(trial.data)
+    model = create_model(trial.student, *images.shape).eval()
+    model.load_state_dict(store.load_weights(trial))
+    return model, images
+
+
 def top1(model, trial, images):
     stream = Stream(images, trial.data, trial.seed, CPU)
     with torch.no_grad():
@@ -30,11 +40,11 @@ def top1(model, trial, images):
 @pytest.mark.parametrize("number", [0, 1])
 def test_a_student_comes_back_with_the_same_accuracy(experiment, tmp_path, number):
     trial, store = plan(experiment(TEXT)).cells[number].trial, Store(tmp_path / "results")
-    train(trial, export.data.load(trial.data), store, lambda metrics: None)
-    model, images = export.student(trial, store.weights(trial))
+    train(trial, load(trial.data), store, lambda metrics: None)
+    model, images = trained(trial, store)
     expected = store.record(trial.id)["metrics"]["top1"]
     assert top1(model, trial, images)[0] == pytest.approx(expected)
-    export.write(trial, store, tmp_path / "student")
+    export_student(trial, store, tmp_path / "student")
     again = timm.create_model(f"local-dir:{tmp_path / 'student'}", pretrained=True).eval()
     assert torch.equal(top1(again, trial, images)[1], top1(model, trial, images)[1])
     assert again.pretrained_cfg["mean"] == pytest.approx(images.mean)
@@ -44,9 +54,9 @@ def test_onnx_gives_the_same_logits(experiment, tmp_path):
     import onnxruntime
 
     trial, store = plan(experiment(TEXT)).cells[0].trial, Store(tmp_path / "results")
-    train(trial, export.data.load(trial.data), store, lambda metrics: None)
-    model, images = export.student(trial, store.weights(trial))
-    path, _ = export.write(trial, store, tmp_path / "student", onnx=True)
+    train(trial, load(trial.data), store, lambda metrics: None)
+    model, images = trained(trial, store)
+    path, _ = export_student(trial, store, tmp_path / "student", onnx=True)
     session = onnxruntime.InferenceSession(str(path))
 
     def run(x):

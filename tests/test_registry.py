@@ -34,7 +34,7 @@ def test_what_is_read_from_the_source_is_what_the_class_says(name):
     assert params.__doc__ == inspect.getdoc(type(loss)) != ""
     assert params.source == f"{type(loss).__module__}:{type(loss).__name__}"
     assert type(loss).name == name
-    assert (params.takes == "features") == isinstance(loss, losses.FeatureLoss)
+    assert params.needs_features == isinstance(loss, losses.FeatureLoss)
 
 
 def test_importing_a_loss_changes_nothing_in_the_registry():

@@ -60,12 +60,12 @@ def test_the_page_needs_no_network_and_shows_every_trial_once(made, tmp_path):
     parsed = Page()
     parsed.feed(html.read_text())
     assert parsed.open == []
-    assert all(link.startswith(("#", "data:image/png;base64,")) for link in page.links)
+    assert all(link.startswith(("#", "data:image/png;base64,")) for link in parsed.links)
     assert {link[1:] for link in parsed.links if link[0] == "#"} <= set(parsed.ids)
     trials = [key for made in plans for key in made.trials]
-    shown = [name[1:] for name in page.ids if re.fullmatch("t[0-9a-f]{16}", name)]
+    shown = [name[1:] for name in parsed.ids if re.fullmatch("t[0-9a-f]{16}", name)]
     assert sorted(shown) == sorted(set(trials)) and len(trials) > len(set(trials))
-    text = " ".join(page.text)
+    text = " ".join(parsed.text)
     assert "A <test> & more" in text and "<test>" not in html.read_text()
     assert "3 of 20 trials finished; 5 min of training" in text
     assert "3 of 5 trials finished" in text and "Table 2: Homogeneous pairs" in text
@@ -73,7 +73,7 @@ def test_the_page_needs_no_network_and_shows_every_trial_once(made, tmp_path):
     assert "@import" not in html.read_text() and "<script" not in html.read_text()
     written = markdown.read_text()
     pictures = re.findall(r"!\[.*?\]\((.*?)\)", written)
-    assert len(pictures) == sum(link.startswith("data:") for link in page.links) > 4
+    assert len(pictures) == sum(link.startswith("data:") for link in parsed.links) > 4
     assert all((tmp_path / "out" / picture).is_file() for picture in pictures)
     assert "| average " in written and "+0.42" in written
 

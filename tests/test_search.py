@@ -153,12 +153,12 @@ def test_each_loss_searches_what_it_has(experiment):
         (["search.space={optimizer.lrr: {int: [1, 2]}}"], "optimizer.lrr: unknown field"),
         (["search.metric=agreement"], "ce has no teacher to compare with"),
         (["search.metric=top2"], "search.metric is 'top2'"),
-        (["search.num_trials=null"], "num_trials: algorithm random needs to know how many"),
+        (["search.num_trials=null"], "num_trials: algorithm random needs a number of trials"),
         (["search.algorithm=grid"], "space.optimizer.lr: algorithm grid needs choice or int"),
-        (["search.seed=2"], "search.seed is 2, and so is one of seeds"),
+        (["search.seed=2"], "search.seed is 2, which is also one of seeds"),
         (
             ["search.algorithm=optuna", "search.space={data.limit: {int: [1, 2]}}"],
-            "optuna draws while trials run",
+            "optuna draws values while trials run",
         ),
     ],
 )

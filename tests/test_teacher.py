@@ -28,7 +28,7 @@ from pld_ray.distill.loop import train
 from pld_ray.distill.teacher import Teacher
 from pld_ray.errors import InputError
 from pld_ray.store.store import Store
-from pld_ray.sweep import ledger
+from pld_ray.sweep.ledger import Ledger, LedgerClient
 
 # ---------------------------------------------------------------- exact
 
@@ -291,7 +291,7 @@ def test_the_key_is_the_content(experiment, tmp_path):
     weighed = dict(store.record(trial.teacher.id), weights_sha256="0" * 64)
     Path(store.folder(trial.teacher.id), "record.json").write_text(json.dumps(weighed))
     assert not set(keys(trial, images)) & set(same)
-    with pytest.raises(InputError, match="not what its record says"):
+    with pytest.raises(InputError, match="missing or damaged"):
         store.load_weights(trial.teacher)
 
 
@@ -340,10 +340,10 @@ def test_trials_that_start_together_compute_each_chunk_once(experiment, tmp_path
     store, log = Store(tmp_path), tmp_path / "log"
     train(doomed.teacher, load(doomed.teacher.data), store, lambda metrics: None)
 
-    class Hasty(ledger.Ledger):
+    class Hasty(Ledger):
         LEASE = 4.0
 
-    ledger = local_ray.remote(Hasty).options(num_cpus=0).remote()
+    ledger = LedgerClient(local_ray.remote(Hasty).options(num_cpus=0).remote())
     task = local_ray.remote(race).options(num_cpus=0.01, max_retries=0)
     dead = task.remote(store.uri, doomed, ledger, str(log), True)
     with pytest.raises(local_ray.exceptions.WorkerCrashedError):

@@ -183,11 +183,11 @@ def test_the_papers_optimizers_run(experiment, tmp_path, name):
 
 def test_schedules():
     from pld_ray.config.trial import Schedule
-    from pld_ray.distill.loop import _scheduler
+    from pld_ray.distill.optimization import create_schedule
 
     def rates(spec, epochs, steps):
         optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=2.0)
-        scheduler = _scheduler(spec, optimizer, epochs, steps)
+        scheduler = create_schedule(spec, optimizer, epochs, steps)
         seen = []
         for update in range(epochs * steps):
             scheduler.step_update(update)

@@ -1,4 +1,4 @@
-"""Figures: accuracy by method, learning curves, and those of the paper.
+"""Figures: accuracy by method, learning curves, and the figures of the paper.
 
 Enters: DataFrames of records. Leaves: PNG and PDF files.
 

@@ -1,7 +1,4 @@
-"""Figures of an experiment: accuracy by method, learning curves, and those of the paper.
-
-One style for all. In the paper's figures ours are filled and what is reported is hollow.
-"""
+"""Figures of an experiment: accuracy by method, and learning curves."""
 
 from __future__ import annotations
 
@@ -21,9 +18,17 @@ matplotlib.use("Agg")
 
 
 def draw(records: pd.DataFrame, curves: pd.DataFrame, folder: Path) -> list[Path]:
-    """Write accuracy and curves, each as PNG and PDF; returns the PNGs' paths.
+    """Write the figures "accuracy" and "curves", each as PNG and PDF.
 
-    Nothing is drawn of trials that have not finished; without any, no figure is written.
+    If no trial has finished, nothing is written.
+
+    Args:
+        records: Records as returned by `records.frames.frame`.
+        curves: Epochs as returned by `records.frames.curves`.
+        folder: Where to write; it is created if needed.
+
+    Returns:
+        The paths of the PNG files.
     """
     finished = records[records["finished"]]
     if finished.empty:
@@ -37,13 +42,20 @@ def draw(records: pd.DataFrame, curves: pd.DataFrame, folder: Path) -> list[Path
 
 
 def accuracy(records: pd.DataFrame, colours: dict[str, str]) -> Figure:
-    """Bars of mean top-1 with one std, every seed as a dot, the teacher as a line."""
+    """Draw the mean top-1 of each method as a bar, with one standard deviation as the error bar.
+
+    Every seed is a dot, and the teacher is a dashed line.
+
+    Args:
+        records: Records of finished trials.
+        colours: The colour of each method.
+    """
     sections = list(records.groupby(["student", "teacher", "setting"], sort=False))
     methods = max(section["method"].nunique() for _, section in sections)
     longest = max(len(line) for name in records["method"] for line in _wrap(name).split("\n"))
     titles = [_title(key) for key, _ in sections]
     widest = max(len(line) for title in titles for line in title.split("\n"))
-    width = 0.6 + max(max(0.75, 0.1 * longest) * methods, 0.075 * widest)  # inches, of a section
+    width = 0.6 + max(max(0.75, 0.1 * longest) * methods, 0.075 * widest)  # of a section, in inches
     columns = min(len(sections), max(1, int(PAGE // width)))
     rows = -(-len(sections) // columns)
     figure, axes = plt.subplots(
@@ -53,7 +65,7 @@ def accuracy(records: pd.DataFrame, colours: dict[str, str]) -> Figure:
         axis.remove()
     for axis, title, (_, section) in zip(axes.flat, titles, sections, strict=False):
         groups = section.groupby("method", sort=False)["top1"]
-        means, spreads = groups.mean(), groups.std()  # NaN for one seed: no error bar
+        means, spreads = groups.mean(), groups.std()  # a single seed has no error bar (NaN)
         x = np.arange(len(means))
         bars = [colours[name] for name in means.index]
         axis.bar(x, means, 0.62, yerr=spreads, color=bars, ecolor="#333333", capsize=3, alpha=0.85)
@@ -67,7 +79,7 @@ def accuracy(records: pd.DataFrame, colours: dict[str, str]) -> Figure:
         if "teacher_top1" in section and section["teacher_top1"].notna().any():
             level = float(section["teacher_top1"].mean())
             axis.axhline(level, color="#333333", lw=1, ls="--")
-            where = axis.get_yaxis_transform()  # x in the axes' own width, y in percent
+            where = axis.get_yaxis_transform()  # x as a fraction of the axis width, y in percent
             label = {"ha": "right", "va": "bottom", "fontsize": 8, "color": "#333333"}
             axis.text(0.99, level, f"teacher {level:.1f}", transform=where, **label)
             low, high = min(low, level), max(high, level)
@@ -85,7 +97,14 @@ def accuracy(records: pd.DataFrame, colours: dict[str, str]) -> Figure:
 
 
 def learning_curves(curves: pd.DataFrame, colours: dict[str, str]) -> Figure:
-    """Top-1 and training loss by epoch: mean over seeds, and a band of one std for few methods."""
+    """Draw top-1 and training loss by epoch, as the mean over seeds.
+
+    Top-1 has a band of one standard deviation if there are at most six methods.
+
+    Args:
+        curves: Epochs as returned by `records.frames.curves`.
+        colours: The colour of each method.
+    """
     sections = list(curves.groupby(["student", "teacher", "setting"], sort=False))
     figure, axes = plt.subplots(
         len(sections), 2, figsize=(7.6, 0.4 + 2.7 * len(sections)), squeeze=False
@@ -105,7 +124,7 @@ def learning_curves(curves: pd.DataFrame, colours: dict[str, str]) -> Figure:
             axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         row[0].set_ylabel("validation top-1 (%)")
         row[0].set_title(_title(key), loc="left")
-        row[1].set_ylabel("training loss (each its own)")
+        row[1].set_ylabel("each method's own training loss")
         row[1].set_yscale("log")
         row[1].legend(loc="center left", bbox_to_anchor=(1, 0.5))
     figure.tight_layout()
@@ -113,10 +132,12 @@ def learning_curves(curves: pd.DataFrame, colours: dict[str, str]) -> Figure:
 
 
 def _title(key: Any) -> str:
+    """Return the title of a section: the pair of networks, and the setting below it."""
     student, teacher, setting = key
     pair = f"{teacher} → {student}" if teacher else student
     return f"{pair}\n{setting}" if setting else pair
 
 
 def _wrap(label: str) -> str:
+    """Break a label into lines at its parameters."""
     return label.replace(" (", "\n(").replace(", ", ",\n")

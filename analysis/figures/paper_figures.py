@@ -1,4 +1,4 @@
-"""The figures of the paper: our results are filled, reported results are hollow."""
+"""The figures of the paper. Our results have filled markers, reported results hollow ones."""
 
 from __future__ import annotations
 
@@ -18,9 +18,7 @@ from analysis.tables.paper_tables import Entry
 from analysis.tables.reported import network
 from pld_ray.losses import REGISTRY
 
-# ---------------------------------------------------------------- the paper's
-
-MILLIONS = {  # parameters of the networks of Figure 2, with 1000 classes
+MILLIONS = {  # million parameters of the networks in Figure 2, with 1000 classes
     "resnet50": 25.56,
     "resnet152": 60.19,
     "mobilenetv4_conv_small": 3.77,
@@ -35,10 +33,19 @@ METHODS = ("kd", "dist", "pld")
 
 
 def draw_paper(records: pd.DataFrame, experiment: str, miniature: bool, folder: Path) -> list[Path]:
-    """Write the figures that an experiment regenerates, PNG and PDF; returns the PNGs' paths.
+    """Write the figures that an experiment regenerates, as PNG and PDF.
 
-    Without records they show what is reported. In a miniature, which compares with nothing that is
-    reported, they show ours alone.
+    Without finished trials, the figures show the reported numbers alone. In a miniature, they show
+    our numbers alone, because these are not comparable with the reported ones.
+
+    Args:
+        records: Records as returned by `records.frames.frame`.
+        experiment: Name of the experiment.
+        miniature: Whether the experiment is a miniature.
+        folder: Where to write; it is created if needed.
+
+    Returns:
+        The paths of the PNG files; empty if there is nothing to draw.
     """
     drawn = {
         "ce_weight": ("figure-1a", ce_weight),
@@ -63,7 +70,7 @@ def draw_paper(records: pd.DataFrame, experiment: str, miniature: bool, folder: 
 
 
 def ce_weight(points: list[Entry]) -> Figure:
-    """Figure 1a: top-1 against the weight of cross-entropy in KD and DIST; PLD as a level line."""
+    """Draw Figure 1a: top-1 by weight of cross-entropy in KD and DIST; PLD is a horizontal line."""
     figure, axis = plt.subplots(figsize=(4.6, 3.2))
     for loss in ("kd", "dist"):
         line = [e for e in points if e.loss == loss and _weights_sum_to_one(e)]
@@ -78,7 +85,7 @@ def ce_weight(points: list[Entry]) -> Figure:
 
 
 def longer_training(points: list[Entry]) -> Figure:
-    """Figure 1b: bars of KD, DIST and PLD by the number of epochs."""
+    """Draw Figure 1b: bars of KD, DIST and PLD by number of epochs."""
     figure, axis = plt.subplots(figsize=(4.6, 3.2))
     shown = [e for e in points if e.loss in METHODS]
     places = list(dict.fromkeys(e.place for e in shown))
@@ -104,7 +111,12 @@ def longer_training(points: list[Entry]) -> Figure:
 
 
 def sizes(points: list[Entry], of_teacher: bool) -> Figure:
-    """Figures 2a and 2b: top-1 against the size of the student, or of its teacher."""
+    """Draw Figure 2a or 2b: top-1 by number of parameters of a network.
+
+    Args:
+        points: The cells of the table.
+        of_teacher: Whether the x-axis is the size of the teacher (2b) or of the student (2a).
+    """
     figure, axis = plt.subplots(figsize=(5.2, 3.4))
     named: dict[float, str] = {}
     for loss in METHODS:
@@ -127,27 +139,31 @@ def sizes(points: list[Entry], of_teacher: bool) -> Figure:
 
 
 def _network(entry: Entry, of_teacher: bool) -> str:
+    """Return the paper's name of the teacher or of the student."""
     assert entry.trial is not None
     return entry.teacher if of_teacher else network(entry.trial.student.name)
 
 
 def _ce_weight(entry: Entry) -> float:
+    """Return the weight of cross-entropy in the loss."""
     assert entry.trial is not None
     return entry.trial.loss.model_dump()["ce_weight"]
 
 
 def _weights_sum_to_one(entry: Entry) -> bool:
+    """Whether the loss is KD, or its weights sum to one."""
     assert entry.trial is not None
     loss = entry.trial.loss.model_dump()
     return loss["name"] == "kd" or abs(loss["ce_weight"] + loss["beta"] + loss["gamma"] - 1) < 1e-6
 
 
 def _spread(entry: Entry) -> float | None:
+    """Return the standard deviation, or None if there is none."""
     return None if np.isnan(entry.std) else entry.std
 
 
 def _line(axis: Axes, x: list[float], line: list[Entry], loss: str) -> None:
-    """Ours filled on a whole line, reported hollow on a broken one."""
+    """Draw our numbers as a solid line with filled markers, reported ones dashed and hollow."""
     colour, mark = COLOURS[loss], {"kd": "s", "dist": "^", "pld": "o"}[loss]
     ours = [e.mean for e in line]
     if not np.isnan(ours).all():
@@ -159,7 +175,7 @@ def _line(axis: Axes, x: list[float], line: list[Entry], loss: str) -> None:
 
 
 def _finish(figure: Figure, axes: list[Axes], points: list[Entry], more: str = "") -> Figure:
-    """A legend of methods by colour, and of ours and reported by filling."""
+    """Add the y-label and the legend: colours for methods, filling for ours and reported."""
     marks = {"kd": "s", "dist": "^", "pld": "o"}
     handles = [
         Line2D([], [], color=COLOURS[loss], marker=marks[loss], ms=5, label=REGISTRY[loss].label)

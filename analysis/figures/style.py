@@ -1,4 +1,4 @@
-"""One style for all figures: fonts, colours, and how a figure is saved."""
+"""The common style of all figures: fonts, colours, and the function that saves a figure."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ STYLE: Any = {
     "figure.dpi": 110,
     "savefig.dpi": 200,
     "savefig.bbox": "tight",
-    "savefig.facecolor": "white",  # readable on a dark page too
+    "savefig.facecolor": "white",  # keeps the figure readable on a dark page
     "pdf.fonttype": 42,
 }
-PAGE = 11.0  # inches that sections side by side may take
-# Okabe and Ito: told apart by the colour-blind, and in grey
+PAGE = 11.0  # maximal width of sections side by side, in inches
+# Okabe and Ito: distinguishable for colour-blind readers and in greyscale
 PALETTE = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#F0E442", "#000000"]
-PALETTE += ["#332288", "#882255", "#999933", "#44AA99", "#AA4499"]  # Tol's muted ones
+PALETTE += ["#332288", "#882255", "#999933", "#44AA99", "#AA4499"]  # from Tol's muted palette
 COLOURS = {"pld": "#D55E00", "ce": "#7f7f7f", "kd": "#0072B2", "dist": "#009E73", "dkd": "#CC79A7"}
 
 
 def save(figure: Figure, path: Path) -> Path:
-    """Write PATH.png and PATH.pdf, close the figure, return the former."""
+    """Write PATH.png and PATH.pdf, close the figure, and return the path of the PNG file."""
     for kind in ("pdf", "png"):
-        # no date inside, so that the same numbers give the same bytes
+        # Without a creation date, the same numbers give the same bytes.
         figure.savefig(
             path.with_suffix(f".{kind}"), metadata={"CreationDate": None} if kind == "pdf" else None
         )
@@ -44,7 +44,11 @@ def save(figure: Figure, path: Path) -> Path:
 
 
 def method_colours(records: pd.DataFrame) -> dict[str, str]:
-    """A colour a method: the loss's own, or the next of the palette for its namesakes."""
+    """Return a colour for each method.
+
+    The first method of a loss in COLOURS gets that colour; the others get the next colours of
+    PALETTE.
+    """
     methods = records[["method", "loss"]].drop_duplicates().values.tolist()
     found: dict[str, str] = {}
     for method, loss in methods:

@@ -1,7 +1,8 @@
-"""Loss landscapes in logit space: the paper's figures 3 and 4; they need no training.
+"""Loss landscapes in logit space: figures 3 and 4 of the paper. They need no training.
 
-t: a random teacher-logit vector of unit norm; d1, d2: random orthonormal directions. Student
-logits s = t + a d1 + b d2 over (a, b) in [-5 |t|, 5 |t|]^2; the label is the teacher's first class.
+The teacher's logits t are a random vector of unit norm; d1 and d2 are random orthonormal
+directions. The student's logits are s = t + a d1 + b d2 for (a, b) in [-5 |t|, 5 |t|]^2. The label
+is the class with the teacher's largest logit.
 """
 
 from __future__ import annotations
@@ -22,11 +23,19 @@ from pld_ray.losses import DISTLoss, KDLoss, PLDLoss
 
 Grid = npt.NDArray[np.float64]
 STEPS = 61  # points along each side
-REACH = 5.0
+REACH = 5.0  # largest |a| and |b|, in units of |t|
 
 
 def plane(classes: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(t, d1, d2), each [classes] float64: |t| = 1, d1 and d2 orthonormal."""
+    """Draw the teacher's logits and the plane of student logits at random.
+
+    Args:
+        classes: Number of classes.
+        seed: Seed of the random vectors.
+
+    Returns:
+        (t, d1, d2), each [classes], float64: |t| = 1, and d1 and d2 are orthonormal.
+    """
     generator = torch.Generator().manual_seed(seed)
     t = torch.randn(classes, generator=generator, dtype=torch.float64)
     directions = torch.randn(classes, 2, generator=generator, dtype=torch.float64)
@@ -35,9 +44,19 @@ def plane(classes: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def surface(loss: nn.Module, t: Tensor, d1: Tensor, d2: Tensor) -> tuple[Grid, Grid]:
-    """(axis [STEPS], values [STEPS, STEPS]): values[i, j] is the loss at b = axis[i], a = axis[j].
+    """Compute a loss over the plane of student logits.
 
-    Every point is a batch of its own, so losses that look across a batch see one sample.
+    Every point is a batch of its own, so a loss that compares samples of a batch sees only one.
+
+    Args:
+        loss: A loss of (student logits [1, classes], teacher logits [1, classes], labels [1]).
+        t: The teacher's logits [classes].
+        d1: First direction [classes].
+        d2: Second direction [classes].
+
+    Returns:
+        (axis [STEPS], values [STEPS, STEPS]): values[i, j] is the loss at b = axis[i] and
+        a = axis[j].
     """
     axis = torch.linspace(-REACH, REACH, STEPS, dtype=torch.float64) * t.norm()
     b, a = torch.meshgrid(axis, axis, indexing="ij")
@@ -52,7 +71,7 @@ def surface(loss: nn.Module, t: Tensor, d1: Tensor, d2: Tensor) -> tuple[Grid, G
 
 
 def methods() -> dict[str, nn.Module]:
-    """Figure 4: DIST, KD and PLD with the paper's ImageNet settings."""
+    """Return the losses of Figure 4: DIST, KD and PLD with the paper's ImageNet settings."""
     return {
         "DIST": DISTLoss(temperature=1.0, ce_weight=0.1, beta=0.45, gamma=0.45),
         "KD": KDLoss(temperature=2.0, ce_weight=0.1),
@@ -61,12 +80,21 @@ def methods() -> dict[str, nn.Module]:
 
 
 def temperatures() -> dict[str, nn.Module]:
-    """Figure 3: PLD at four temperatures of the teacher."""
+    """Return the losses of Figure 3: PLD at four temperatures of the teacher."""
     return {f"PLD, τ = {tau}": PLDLoss(temperature=tau) for tau in (2.0, 1.0, 0.5, 0.1)}
 
 
 def draw(folder: Path, classes: int = 10, seed: int = 0) -> list[Path]:
-    """Write landscape_methods and landscape_temperatures, PNG and PDF; returns the PNGs' paths."""
+    """Write landscape_methods and landscape_temperatures, each as PNG and PDF.
+
+    Args:
+        folder: Where to write; it is created if needed.
+        classes: Number of classes.
+        seed: Seed of the teacher's logits and of the directions.
+
+    Returns:
+        The paths of the PNG files.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     both: dict[str, Callable[[], dict[str, nn.Module]]] = {
         "landscape_methods": methods,
@@ -77,7 +105,7 @@ def draw(folder: Path, classes: int = 10, seed: int = 0) -> list[Path]:
 
 
 def _figure(losses: dict[str, nn.Module], classes: int, seed: int) -> Figure:
-    """Surfaces above, contours below; the teacher's own logits and each minimum are marked."""
+    """Draw surfaces above contours; mark the teacher's logits and the minimum of each loss."""
     t, d1, d2 = plane(classes, seed)
     figure = plt.figure(figsize=(2.7 * len(losses), 5.4))
     for i, (name, loss) in enumerate(losses.items()):

@@ -1,9 +1,10 @@
-"""The loss around trained students: over a plane of their weights, and how sharp the minimum is.
+"""The loss around trained students: over a plane of their weights, and its sharpness.
 
-The plane (Li et al. 2018, "Visualizing the loss landscape of neural nets"): weights + a d1 + b d2
-with random directions d, each filter of them as long as the student's own; biases and batch norm
-stay. All methods of an experiment are seen in the same directions, under cross-entropy, so that
-they compare on one scale, and under the loss by which each was trained. Points are Ray tasks.
+The plane (Li et al. 2018, "Visualizing the loss landscape of neural nets") is weights + a d1 + b d2
+with random directions d1 and d2. Each filter of a direction has the norm of the student's filter;
+biases and batch norm do not change. All methods of an experiment use the same directions. The loss
+is cross-entropy, which compares all methods on one scale, and the loss that trained the student.
+Each row of points is a Ray task.
 """
 
 from __future__ import annotations
@@ -33,23 +34,39 @@ from pld_ray.store.store import Store
 
 Weights = dict[str, Tensor]
 Loss = Callable[[Tensor], Tensor]  # student logits [N, C] to a scalar
-PROBES = 16  # random vectors for the trace
+PROBES = 16  # random vectors for the estimate of the trace
 
 
 class Settings(NamedTuple):
-    """What of a landscape is computed."""
+    """Settings of a landscape.
 
-    points: int = 21  # along each side
-    reach: float = 1.0  # a and b in [-reach, reach]
-    images: int = 512  # training images, as the student saw them in its first epoch
-    seed: int = 0  # of the directions
+    Attributes:
+        points: Number of points along each side of the plane.
+        reach: Half the side: a and b are in [-reach, reach].
+        images: Number of training images, augmented as in the student's first epoch.
+        seed: Seed of the directions.
+    """
+
+    points: int = 21
+    reach: float = 1.0
+    images: int = 512
+    seed: int = 0
 
 
 # ---------------------------------------------------------------- directions and curvature
 
 
 def directions(weights: Weights, seed: int) -> tuple[Weights, Weights]:
-    """Two random directions, filter-normalised; 0 for parameters of fewer than two dimensions."""
+    """Draw two random filter-normalised directions (Li et al. 2018).
+
+    Args:
+        weights: Parameters by name.
+        seed: Seed of the directions.
+
+    Returns:
+        Two directions with the names and shapes of the weights. They are 0 for parameters with
+        fewer than two dimensions.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def one() -> Weights:
@@ -68,10 +85,17 @@ def directions(weights: Weights, seed: int) -> tuple[Weights, Weights]:
 
 
 def sharpness(loss: Callable[[Weights], Tensor], weights: Weights) -> tuple[float, float]:
-    """(largest eigenvalue, trace) of the Hessian of the loss at the weights.
+    """Estimate the largest eigenvalue and the trace of the Hessian of the loss.
 
-    The eigenvalue by Lanczos iteration on Hessian-vector products, the trace by Hutchinson's
-    estimate from PROBES random sign vectors.
+    The eigenvalue comes from Lanczos iteration on Hessian-vector products, the trace from
+    Hutchinson's estimate with PROBES random sign vectors.
+
+    Args:
+        loss: A function from weights to a scalar loss.
+        weights: The parameters by name at which the Hessian is taken.
+
+    Returns:
+        (largest eigenvalue, trace).
     """
     leaves = {name: w.detach().clone().requires_grad_() for name, w in weights.items()}
     gradient = torch.autograd.grad(loss(leaves), list(leaves.values()), create_graph=True)
@@ -94,18 +118,28 @@ def sharpness(loss: Callable[[Weights], Tensor], weights: Weights) -> tuple[floa
 
 
 class Subject(NamedTuple):
-    """A trained student and what its losses are measured on: all that a task needs."""
+    """A trained student and the batch on which its losses are computed.
+
+    Attributes:
+        trial: The finished trial of the student.
+        shape: (number of classes, number of channels, image size).
+        weights: Parameters by name, in the order of the network.
+        buffers: Buffers by name.
+        x: Images [N, channels, H, W].
+        labels: Labels [N].
+        teacher_logits: Teacher logits [N, C]; None if the loss needs none.
+    """
 
     trial: Trial
     shape: tuple[int, int, int]
     weights: Weights
     buffers: Weights
-    x: Tensor  # [N, channels, H, W]
-    labels: Tensor  # [N]
-    teacher_logits: Tensor | None  # [N, C]
+    x: Tensor
+    labels: Tensor
+    teacher_logits: Tensor | None
 
     def losses(self) -> dict[str, Loss]:
-        """CE, and the student's own loss if it is one on logits."""
+        """Return cross-entropy as "ce" and, if it uses only logits, the student's loss as "own"."""
         from pld_ray.losses import create_loss
 
         found: dict[str, Loss] = {"ce": lambda logits: F.cross_entropy(logits, self.labels)}
@@ -115,18 +149,25 @@ class Subject(NamedTuple):
         return found
 
     def network(self) -> nn.Module:
-        """In evaluation mode: batch norm as it was trained."""
+        """Create the student's network in evaluation mode: batch norm uses trained statistics."""
         from pld_ray.models.factory import create_model
 
         return create_model(self.trial.student, *self.shape).eval()
 
     def logits(self, network: nn.Module, weights: Weights) -> Tensor:
-        """Of the images [N, C] under other weights."""
+        """Return the logits [N, C] of the images under the given weights."""
         return functional_call(network, (weights, self.buffers), (self.x,)).float()
 
 
 def subject(trial: Trial, images: Any, store: Store, count: int) -> Subject:
-    """The student of a finished trial, on the first `count` images of its first epoch."""
+    """Load the student of a finished trial and the first images of its first epoch.
+
+    Args:
+        trial: A finished trial.
+        images: The images of the trial's data set.
+        store: The store that holds the weights.
+        count: Number of images.
+    """
     from pld_ray.data.stream import Stream
     from pld_ray.distill.teacher import Teacher
     from pld_ray.models.factory import create_model
@@ -137,7 +178,7 @@ def subject(trial: Trial, images: Any, store: Store, count: int) -> Subject:
     x, labels = next(stream.train([shown], trial.view(0)))
     state = store.load_weights(trial)
     network = create_model(trial.student, *images.shape)
-    # in the network's order, in which directions are drawn: a file has none
+    # Directions are drawn in the order of the network's parameters; a file of weights has no order.
     weights = {name: state.pop(name) for name, _ in network.named_parameters()}
     logits = None
     if trial.teacher is not None and not trial.loss.needs_features:
@@ -147,7 +188,17 @@ def subject(trial: Trial, images: Any, store: Store, count: int) -> Subject:
 
 @torch.no_grad()
 def line(subject: Subject, b: float, axis: list[float], seed: int) -> dict[str, list[float]]:
-    """Each loss at (a, b) for every a of the axis."""
+    """Compute each loss along one row of the plane.
+
+    Args:
+        subject: The student.
+        b: Coordinate of the row.
+        axis: Values of a.
+        seed: Seed of the directions.
+
+    Returns:
+        For each loss, its value at (a, b) for every a of the axis.
+    """
     network, losses = subject.network(), subject.losses()
     first, second = directions(subject.weights, seed)
     values: dict[str, list[float]] = {name: [] for name in losses}
@@ -160,7 +211,7 @@ def line(subject: Subject, b: float, axis: list[float], seed: int) -> dict[str, 
 
 
 def curvature(subject: Subject) -> dict[str, tuple[float, float]]:
-    """`sharpness` under each loss."""
+    """Return (largest eigenvalue, trace) of the Hessian for each loss of the student."""
     network = subject.network()
     found = {}
     for name, loss in subject.losses().items():
@@ -176,7 +227,10 @@ def curvature(subject: Subject) -> dict[str, tuple[float, float]]:
 
 
 def students(plan: Plan, store: Store) -> dict[str, Trial]:
-    """The finished trials that are shown, by what they are called: each method's first seed."""
+    """Return the finished trials to show, by display name.
+
+    Each method of each (student, teacher, setting) is shown by its first finished seed.
+    """
     from analysis.records import frames
 
     frame = frames.frame(plan, store)
@@ -193,7 +247,16 @@ def students(plan: Plan, store: Store) -> dict[str, Trial]:
 def compute(
     trials: dict[str, Trial], images: dict[str, Any], store: Store, settings: Settings
 ) -> None:
-    """Compute and keep the landscapes that are not there yet; Ray runs."""
+    """Compute and store the landscapes that the store does not have with these settings.
+
+    Ray must be running.
+
+    Args:
+        trials: Finished trials by display name.
+        images: The images of each data set, by `sharing_key`.
+        store: The store that holds the weights and keeps the landscapes.
+        settings: Settings of the landscapes.
+    """
     import ray
 
     from pld_ray.data.datasets import sharing_key
@@ -223,7 +286,17 @@ def compute(
 
 
 def draw(trials: dict[str, Trial], store: Store, folder: Path) -> list[Path]:
-    """Write weights (PNG, PDF) and sharpness (Markdown, CSV, LaTeX) of what is kept."""
+    """Write the figure "weights" and the table "sharpness" of the stored landscapes.
+
+    Args:
+        trials: Finished trials by display name.
+        store: The store that holds the landscapes.
+        folder: Where to write; it is created if needed.
+
+    Returns:
+        The paths of the figure (PNG; the PDF is next to it) and of the table (Markdown, CSV,
+        LaTeX); empty if no landscape is stored.
+    """
     found = {name: store.landscape(trial.id) for name, trial in trials.items()}
     kept = {name: landscape for name, landscape in found.items() if landscape is not None}
     if not kept:
@@ -244,13 +317,20 @@ def draw(trials: dict[str, Trial], store: Store, folder: Path) -> list[Path]:
 
 
 LEGEND = (
-    "λ: largest eigenvalue of the Hessian over the weights, tr: its trace; under cross-entropy "
-    "(CE) and under the loss by which the student was trained. The smaller, the flatter."
+    "λ: largest eigenvalue of the Hessian with respect to the weights; tr: trace of the Hessian. "
+    "Both are under cross-entropy (CE) and under the student's own training loss. Smaller values "
+    "mean a flatter minimum."
 )
 
 
 def numbers(trials: dict[str, Trial], kept: dict[str, Any], store: Store) -> pd.DataFrame:
-    """One row a student: top1, and eigenvalue and trace under CE and its own loss."""
+    """Return one row per student: top1, and the eigenvalue and trace under CE and its own loss.
+
+    Args:
+        trials: Finished trials by display name.
+        kept: Stored landscapes by display name.
+        store: The store that holds the records.
+    """
     rows = []
     for name, landscape in kept.items():
         record = store.record(trials[name].id) or {"metrics": {}}
@@ -262,7 +342,7 @@ def numbers(trials: dict[str, Trial], kept: dict[str, Any], store: Store) -> pd.
 
 
 def printed(table: pd.DataFrame) -> pd.DataFrame:
-    """`numbers` as strings."""
+    """Format the table of `numbers` as strings."""
     heads = {
         "top1": "Top-1 %",
         "ce_top_eigenvalue": "λ, CE",
@@ -279,24 +359,31 @@ def printed(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _cell(x: float, digits: int | None) -> str:
+    """Format a number with fixed decimals, or with four significant digits for None."""
     if math.isnan(x):
         return "–"
     return _significant(x, 4) if digits is None else f"{x:.{digits}f}"
 
 
 def _significant(x: float, digits: int) -> str:
-    """Rounded to so many digits, and never as 1.4e+02."""
+    """Format a number with so many significant digits, without an exponent for large numbers."""
     return f"{float(f'{x:.{digits}g}'):,.12g}"
 
 
 def _levels(values: Any) -> Any:
-    """17 contours, evenly apart on a logarithmic scale."""
+    """Return 17 contour levels, evenly spaced on a logarithmic scale."""
     low = max(values.min(), 1e-6)
     return np.geomspace(low, max(values.max(), 1.01 * low), 17)
 
 
 def figure(kept: dict[str, Any]) -> Figure:
-    """Contours: above under CE, one scale for all; below under each one's own loss."""
+    """Draw contours of the loss: cross-entropy above, the student's own loss below.
+
+    Cross-entropy has one scale for all students; the own losses have one scale each.
+
+    Args:
+        kept: Stored landscapes by display name.
+    """
     both = any("own" in one["losses"] for one in kept.values())
     shape = (2 if both else 1), len(kept)
     drawn, axes = plt.subplots(

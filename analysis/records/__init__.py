@@ -1,4 +1,4 @@
-"""Records of trials as DataFrames, and as one table for other programs.
+"""Read the records of trials into DataFrames and export them for other programs.
 
 Enters: a plan and its store. Leaves: one row per trial or epoch.
 

@@ -1,4 +1,4 @@
-"""Trials as one table for other programs: CSV or Parquet, one row a trial, dotted columns."""
+"""Export trials for other programs as CSV or Parquet: one row per trial, with dotted columns."""
 
 from __future__ import annotations
 
@@ -17,11 +17,17 @@ FORMATS = (".csv", ".parquet")
 
 
 def frame(trials: dict[str, Trial], store: Store) -> pd.DataFrame:
-    """One row a trial.
+    """Return a table with one row per trial.
 
-    Columns: id, label, state (done, failed, stopped, begun, not begun), why, epoch, then trial.*
-    (its spec), metrics.*, seconds.* and environment.* as the record has them; of a trial that is
-    not done the metrics are those of its last epoch. Lists are JSON.
+    Args:
+        trials: Trials by id.
+        store: The store that holds their records.
+
+    Returns:
+        The columns id, label, state (done, failed, stopped, begun, not begun), why and epoch, then
+        trial.* (the spec of the trial), metrics.*, seconds.* and environment.* as in the record.
+        For a trial that is not done, the metrics are those of its last epoch. Lists are written as
+        JSON.
     """
     rows = [_row(key, trials[key], outcome) for key, outcome in store.outcomes(trials).items()]
     table = pd.json_normalize(rows)
@@ -32,10 +38,12 @@ def frame(trials: dict[str, Trial], store: Store) -> pd.DataFrame:
 
 
 def _plain(value: Any) -> Any:
+    """Convert lists and dictionaries to JSON."""
     return json.dumps(value) if isinstance(value, list | dict) else value
 
 
 def _row(key: str, trial: Trial, outcome: Outcome) -> dict[str, Any]:
+    """Return the row of one trial as a nested dictionary."""
     spec = trial.model_dump(mode="json")
     record, history = outcome.record, outcome.epochs
     row: dict[str, Any] = {"id": key, "label": trial.label, "epoch": len(history), "trial": spec}
@@ -51,13 +59,17 @@ def _row(key: str, trial: Trial, outcome: Outcome) -> dict[str, Any]:
 
 
 def check(path: Path) -> None:
-    """InputError for an ending that `write` does not know."""
+    """Check that `write` supports the suffix of the path.
+
+    Raises:
+        InputError: If the suffix is neither .csv nor .parquet.
+    """
     if path.suffix not in FORMATS:
         raise InputError(f"--to is {str(path)!r}: expected a name that ends in .csv or .parquet")
 
 
 def write(table: pd.DataFrame, path: Path) -> None:
-    """Write the table as the ending of its path says."""
+    """Write the table as CSV or Parquet, depending on the suffix of the path."""
     csv = path.suffix == ".csv"
     content = table.to_csv(index=False).encode() if csv else table.to_parquet(index=False)
     Files(path.parent).write(path.name, content)

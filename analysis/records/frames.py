@@ -1,4 +1,4 @@
-"""Records of finished trials as DataFrames, and their statistics over seeds."""
+"""Load the records of trials into DataFrames and summarize them over seeds."""
 
 from __future__ import annotations
 
@@ -10,20 +10,37 @@ from pld_ray.config.planning import Plan
 from pld_ray.config.trial import Trial
 from pld_ray.store.store import Store
 
-GROUP = ["student", "teacher", "setting", "method"]  # what seeds are averaged within
+GROUP = ["student", "teacher", "setting", "method"]  # seeds are averaged within these columns
 
 SYMBOLS = {"ce_weight": "CE", "temperature": "τ", "alpha": "α", "beta": "β", "gamma": "γ"}
 
 
 def frame(plan: Plan, store: Store) -> pd.DataFrame:
-    """One row a cell, in the plan's order; cells that are the same trial in the same place are one.
+    """Return one row per cell of a plan, in the plan's order.
 
-    Columns: id, student, teacher (as the experiment names it, also for losses without one),
-    setting (what else the grid varies), method, loss, seed, finished (bool), notes (sentences that
-    the trial left for its user), epochs, optimizer, original (the Trial that it, in a miniature,
-    stands for) and original_teacher, and every metric of the record, NaN where there is none;
-    seconds is the trial's training time, teacher_seconds what of it the teacher's forward passes
-    took, and teacher_avoided_seconds what the teacher bank spared.
+    Cells with the same trial, student, teacher, setting and method are merged into one row.
+
+    Args:
+        plan: The plan of an experiment.
+        store: The store that holds the records.
+
+    Returns:
+        A DataFrame with these columns:
+
+        - id, seed, loss, epochs, optimizer: from the trial.
+        - student, teacher: names of the networks. The teacher is the one that the experiment names,
+          also for losses that do not use it.
+        - setting: what else the grid varies.
+        - method: label of the loss, with the parameters that vary.
+        - original, original_teacher: in a miniature, the trial of the paper that this trial
+          replaces, and its teacher.
+        - finished: whether the trial has finished (bool).
+        - notes: messages of the trial to the user.
+        - every metric of the record, NaN where there is none.
+        - seconds: training time of the trial; teacher_seconds: the part of it that the teacher's
+          forward passes took; teacher_avoided_seconds: teacher time that the teacher bank saved.
+        - parameters: from the record.
+        - teacher_top1: top-1 of the teacher, if the teacher is a finished trial of the plan.
     """
     records = store.records([*(cell.trial.id for cell in plan.cells), *plan.teacher_ids])
     rows: list[dict[Any, Any]] = []
@@ -56,7 +73,7 @@ def frame(plan: Plan, store: Store) -> pd.DataFrame:
 
 
 def places(plan: Plan) -> pd.DataFrame:
-    """One row a cell: where tables put it, as student, teacher, setting, method and seed."""
+    """Return one row per cell with its place in tables: student, teacher, setting, method, seed."""
     rows = [
         {"student": cell.trial.student.name, "teacher": cell.teacher or "", "setting": setting}
         | {"method": method, "seed": cell.trial.seed}
@@ -66,7 +83,15 @@ def places(plan: Plan) -> pd.DataFrame:
 
 
 def curves(plan: Plan, store: Store) -> pd.DataFrame:
-    """One row an epoch of each cell, finished or not: the columns of GROUP, seed and metrics."""
+    """Return one row per epoch of each cell, also of cells that have not finished.
+
+    Args:
+        plan: The plan of an experiment.
+        store: The store that holds the records.
+
+    Returns:
+        A DataFrame with the columns of GROUP, seed, id and the metrics of the epoch.
+    """
     labels = frame(plan, store)[[*GROUP, "seed", "id"]]
     outcomes = store.outcomes(labels["id"])
     rows = [
@@ -78,9 +103,15 @@ def curves(plan: Plan, store: Store) -> pd.DataFrame:
 
 
 def summary(records: pd.DataFrame, metrics: list[str]) -> pd.DataFrame:
-    """Mean and standard deviation (n - 1) over seeds of each metric: columns METRIC, METRIC_std.
+    """Return the mean and standard deviation (n - 1) over seeds of each metric.
 
-    planned: cells of the group; n: finished ones. The order of the groups is the records'.
+    Args:
+        records: Records as returned by `frame`.
+        metrics: Names of the metrics.
+
+    Returns:
+        One row per group, in the order of the records, with the columns of GROUP, planned (number
+        of cells), n (number of finished cells), loss, and METRIC and METRIC_std for each metric.
     """
     groups = records.groupby(GROUP, sort=False)
     table = groups.agg(planned=("seed", "size"), n=("finished", "sum"), loss=("loss", "first"))
@@ -94,9 +125,10 @@ def summary(records: pd.DataFrame, metrics: list[str]) -> pd.DataFrame:
 
 
 def _methods(plan: Plan) -> list[str]:
-    """The loss of each cell as tables print it, with the parameters in which namesakes differ.
+    """Return the label of each cell's loss, with the parameters that vary for the same loss.
 
-    A parameter that is a word, such as standardize, is told of every loss once one varies it.
+    A parameter with string values, such as standardize, is shown for all losses that have it once
+    it varies for one of them.
     """
     losses = [trial.loss for trial in plan.shown]
     values: dict[tuple[str, str], set[Any]] = {}
@@ -119,7 +151,7 @@ def _methods(plan: Plan) -> list[str]:
 
 
 def _settings(plan: Plan) -> list[str]:
-    """What else varies from cell to cell of a pair, such as "optimizer.name lamb"."""
+    """Return the other fields that vary between cells of a pair, such as "optimizer.name lamb"."""
     pairs = [(cell.teacher, cell.trial.student.name) for cell in plan.cells]
     flat = [trial.flat for trial in plan.shown]
     values: dict[Any, set[str]] = {}

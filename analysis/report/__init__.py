@@ -1,6 +1,6 @@
-"""The report: one page of all tables, figures and trials.
+"""The report: one page with all tables, figures and trials.
 
-Enters: plans and their store. Leaves: one HTML file without links to a network, and Markdown.
+Enters: plans and their store. Leaves: one self-contained HTML file, and the same as Markdown.
 
 Uses: records, tables, figures, landscapes, pld_ray.config, pld_ray.store, pld_ray.sweep.
 """

@@ -1,7 +1,7 @@
-"""One page of all that is known: tables, figures, the spec of every trial, machines and cost.
+"""Write one page with all tables, figures, specs of trials, machines and costs.
 
-A self-contained HTML file (pictures inside, no script, no network) and the same as Markdown, whose
-pictures lie beside it.
+The page is a self-contained HTML file (embedded pictures, no scripts, no network access) and the
+same as Markdown, with the pictures next to it.
 """
 
 from __future__ import annotations
@@ -33,18 +33,37 @@ TITLE = "Plackett-Luce Distillation: reported and reproduced"
 
 @dataclass
 class Block:
-    """A table or a picture, with what stands above and below it."""
+    """A table or a picture, with its title and caption.
+
+    Attributes:
+        title: Heading above it.
+        cells: The table, as strings.
+        labels: Number of leading columns that identify the row.
+        image: Path of the picture.
+        caption: Text below it.
+    """
 
     title: str = ""
     cells: pd.DataFrame | None = None
-    labels: int = 1  # columns of the table that name its rows
+    labels: int = 1
     image: Path | None = None
     caption: str = ""
 
 
 @dataclass
 class Section:
-    """An experiment."""
+    """The section of one experiment.
+
+    Attributes:
+        name: Name of the experiment.
+        title: Heading of the section.
+        state: How many trials have finished.
+        command: The command that runs the experiment.
+        note: Note of the experiment.
+        blocks: Tables and pictures.
+        trials: The id, label, state and spec of each trial.
+        elsewhere: Ids of trials that earlier sections list.
+    """
 
     name: str
     title: str
@@ -52,14 +71,23 @@ class Section:
     command: str = ""
     note: str = ""
     blocks: list[Block] = field(default_factory=list)
-    trials: list[dict[str, str]] = field(default_factory=list)  # id, label, state, spec
-    elsewhere: list[str] = field(default_factory=list)  # ids of trials in earlier sections
+    trials: list[dict[str, str]] = field(default_factory=list)
+    elsewhere: list[str] = field(default_factory=list)
 
 
 def write(plans: list[Plan], store: Store, folder: Path) -> list[Path]:
-    """Write report.html, report.md and their pictures; returns the paths of the first two."""
+    """Write report.html, report.md and their pictures.
+
+    Args:
+        plans: The plans of the experiments, one section each.
+        store: The store that holds the records.
+        folder: Where to write; it is created if needed.
+
+    Returns:
+        The paths of report.html and report.md.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    shown: dict[str, dict[str, Any] | None] = {}  # records of the trials so far
+    shown: dict[str, dict[str, Any] | None] = {}  # records by trial id; None: not finished
     sections = [_section(plan, store, folder / plan.experiment.name, shown) for plan in plans]
     sections.append(_logits(folder / "landscape"))
     done = {key: record for key, record in shown.items() if record is not None}
@@ -78,12 +106,13 @@ def write(plans: list[Plan], store: Store, folder: Path) -> list[Path]:
     return paths
 
 
-# ---------------------------------------------------------------- what is said
+# ---------------------------------------------------------------- content
 
 
 def _section(
     plan: Plan, store: Store, folder: Path, shown: dict[str, dict[str, Any] | None]
 ) -> Section:
+    """Return the section of an experiment, and add its trials to `shown`."""
     experiment = plan.experiment
     miniature = experiment.miniature_of is not None
     found = store.outcomes(plan.trials)
@@ -119,7 +148,7 @@ def _section(
     if experiment.search is not None:
         metric = experiment.search.metric
         rows = best.of_search(search.look(experiment, store), metric)
-        section.blocks.append(Block("The best of each cell", best.printed(rows, metric), 3))
+        section.blocks.append(Block("Best settings of each cell", best.printed(rows, metric), 3))
     if frame["finished"].any():
         section.blocks += _ours(plan, store, frame, folder)
     for key, outcome in found.items():
@@ -139,14 +168,14 @@ def _section(
 
 
 def _ours(plan: Plan, store: Store, frame: pd.DataFrame, folder: Path) -> list[Block]:
-    """The comparison of an experiment's own trials, its figures and landscapes."""
+    """Return the comparison of an experiment's trials, and its figures and landscapes."""
     cells = comparison.printed(comparison.comparison(frame))
     blocks = [
         Block("All metrics", cells, comparison.labels(cells), caption=" ".join(comparison.LEGEND))
     ]
     against = comparison.printed_against(comparison.against(frame))
     if len(against):
-        blocks.append(Block("PLD against the others", against, caption=comparison.AGAINST))
+        blocks.append(Block("PLD against the other methods", against, caption=comparison.AGAINST))
     drawn = methods.draw(frame, frames.curves(plan, store), folder)
     blocks += [Block(image=path) for path in drawn]
     trials = weights.students(plan, store)
@@ -161,7 +190,7 @@ def _ours(plan: Plan, store: Store, frame: pd.DataFrame, folder: Path) -> list[B
 
 
 def _logits(folder: Path) -> Section:
-    """Figures 3 and 4, which need no training."""
+    """Return the section with figures 3 and 4, which need no training."""
     named = {"landscape_methods": "Figure 4: methods", "landscape_temperatures": "Figure 3: PLD"}
     blocks = [Block(named[path.stem], image=path) for path in logits.draw(folder)]
     title = "Losses over a plane of student logits"
@@ -169,15 +198,19 @@ def _logits(folder: Path) -> Section:
 
 
 def _machines(done: list[dict[str, Any]]) -> Block:
-    """On what the trials ran, and how many on each."""
+    """Return a table of the machines and versions, with the number of trials for each."""
     fields = ["device", "cores", "threads", "host", "python", "torch", "timm", "pld_ray"]
     rows = pd.DataFrame([record["environment"] for record in done], columns=fields)
     counted = rows.astype(str).value_counts(sort=False).rename("trials").reset_index()
-    return Block(cells=counted.astype(str), labels=len(fields), caption="Where the trials ran.")
+    return Block(
+        cells=counted.astype(str),
+        labels=len(fields),
+        caption="Machines and software versions of the trials.",
+    )
 
 
 def _costs(plans: list[Plan], done: dict[str, dict[str, Any]]) -> Block:
-    """Seconds by experiment; a trial of several counts in each."""
+    """Return a table of training time by experiment."""
     lines = []
     for plan in plans:
         parts = [done[key]["seconds"] for key in plan.trials if key in done]
@@ -196,14 +229,15 @@ def _costs(plans: list[Plan], done: dict[str, dict[str, Any]]) -> Block:
                 }
             )
     columns = ["Experiment", "Trials", "Time", "of it the teacher", "spared by the bank"]
-    caption = "Time of training, summed over trials; a trial of several experiments is in each."
+    caption = "Training time summed over trials; a trial counts in every experiment that has it."
     return Block(cells=pd.DataFrame(lines, columns=columns), caption=caption)
 
 
-# ---------------------------------------------------------------- how it is written
+# ---------------------------------------------------------------- output
 
 
 def _html(page: dict[str, Any]) -> str:
+    """Render the page as HTML."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -219,7 +253,7 @@ def _html(page: dict[str, Any]) -> str:
 
 
 def _embedded(path: Path) -> str:
-    """A picture as text, in 256 colours: a third of the bytes, and no eye sees it."""
+    """Encode a picture as base64 PNG in 256 colours, which needs a third of the bytes."""
     content = io.BytesIO()
     with Image.open(path) as image:
         image.convert("RGB").quantize(256).save(content, "PNG", optimize=True)
@@ -227,12 +261,13 @@ def _embedded(path: Path) -> str:
 
 
 def _width(path: Path) -> int:
-    """Of a picture on the page: half its pixels, for screens that have twice as many."""
+    """Return the display width of a picture: half its pixels, for high-density screens."""
     with Image.open(path) as image:
         return image.width // 2
 
 
 def _markdown(page: dict[str, Any], folder: Path) -> str:
+    """Render the page as Markdown."""
     lines = [f"# {page['title']}", f"pld-ray {page['version']}, {page['date']}. {page['summary']}"]
     for section in page["sections"]:
         lines += [f"## {section.title}", f"{section.state} · `{section.command}`", section.note]
@@ -248,6 +283,7 @@ def _markdown(page: dict[str, Any], folder: Path) -> str:
 
 
 def _block(block: Block, folder: Path) -> list[str]:
+    """Render the table, picture and caption of a block as Markdown."""
     table = "" if block.cells is None else rendering.markdown(block.cells, block.labels)
     image = ""
     if block.image is not None:

@@ -1,6 +1,6 @@
-"""Statistics of scores: intervals and paired comparisons.
+"""Statistics of scores: confidence intervals and paired comparisons.
 
-Enters: arrays of scores. Leaves: numbers. Knows nothing of trials.
+Enters: arrays of scores. Leaves: numbers. This package does not depend on trials.
 
 Uses: nothing.
 """

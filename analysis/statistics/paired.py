@@ -1,7 +1,7 @@
-"""What can be said of scores: intervals, paired comparisons. Knows nothing of how they were made.
+"""Confidence intervals of scores and paired comparisons of two methods.
 
-A comparison takes the scores of two methods on several pairs of networks, run by run: the same
-seed means the same images in the same order, so that runs are paired by construction.
+A comparison takes the scores of two methods on several pairs of networks, run by run. Runs with the
+same seed see the same images in the same order, so they are paired by construction.
 """
 
 from __future__ import annotations
@@ -16,36 +16,56 @@ from scipy import stats
 
 Scores = npt.NDArray[np.float64]
 RESAMPLES = 9999
-ENOUGH = 6  # runs: fewer have all one sign by chance more than once in 20 times (2 / 2^5)
+# Runs needed to decide. With 5, all differences have one sign by chance with p = 2 / 2^5 > 0.05.
+ENOUGH = 6
 
 
 class Comparison(NamedTuple):
-    """How much better one method is than another, over all paired runs."""
+    """How much better one method is than another, over all paired runs.
 
-    n: int  # paired runs
-    mean: float  # of the differences, each pair of networks counted alike
-    low: float  # 95 % bootstrap interval of the mean
+    Attributes:
+        n: Number of paired runs.
+        mean: Mean difference; each pair of networks has the same weight.
+        low: Lower end of the 95 % bootstrap interval of the mean.
+        high: Upper end of the 95 % bootstrap interval of the mean.
+        effect: Cohen's d of paired samples: the mean difference divided by its standard deviation.
+        p: p-value of a two-sided sign-flip permutation test.
+        probability: Probability of improvement: that a run of the first method beats a run of the
+            second.
+    """
+
+    n: int
+    mean: float
+    low: float
     high: float
-    effect: float  # Cohen's d of paired samples: mean difference over its standard deviation
-    p: float  # of a sign-flip permutation test, two-sided
-    probability: float  # of improvement: that a run of the one beats a run of the other
+    effect: float
+    p: float
+    probability: float
 
     @property
     def decided(self) -> bool:
-        """Whether the interval leaves out 0, and there are runs enough to believe it."""
+        """Whether the interval excludes 0 and there are at least ENOUGH paired runs."""
         return self.n >= ENOUGH and (self.low > 0 or self.high < 0)
 
 
 def interval(scores: Scores) -> tuple[float, float]:
-    """95 % bootstrap interval (percentile) of the mean of [n] scores; NaN for fewer than two."""
+    """Return the 95 % percentile bootstrap interval of the mean of scores [n]; NaN for n < 2."""
     return _bootstrap([scores]) if len(scores) > 1 else (math.nan, math.nan)
 
 
 def compare(ours: Mapping[Any, Scores], others: Mapping[Any, Scores]) -> Comparison | None:
-    """Scores by pair of networks, the runs of both in the same order; None where nothing is paired.
+    """Compare two methods by their paired runs.
 
-    Runs are resampled within each pair of networks, or, where pairs have one run each, the pairs
-    are. Probability of improvement: Agarwal et al. 2021, averaged over pairs of networks.
+    The bootstrap resamples runs within each pair of networks. If any pair has only one run, it
+    resamples all differences together. The probability of improvement follows Agarwal et al. 2021,
+    averaged over pairs of networks.
+
+    Args:
+        ours: Scores [n] of the first method for each pair of networks.
+        others: Scores [n] of the second method, with the runs in the same order.
+
+    Returns:
+        The comparison, or None if no pair of networks has runs of both methods.
     """
     shared = [key for key in ours if key in others and len(ours[key])]
     if not shared:
@@ -69,7 +89,7 @@ def compare(ours: Mapping[Any, Scores], others: Mapping[Any, Scores]) -> Compari
 
 
 def corrected(p: list[float]) -> list[float]:
-    """p-values corrected for being many (Benjamini and Hochberg 1995); NaN stays NaN."""
+    """Correct p-values for multiple comparisons (Benjamini and Hochberg 1995). NaN stays NaN."""
     values = np.asarray(p, dtype=float)
     known = np.isfinite(values)
     if known.any():
@@ -78,7 +98,7 @@ def corrected(p: list[float]) -> list[float]:
 
 
 def _bootstrap(samples: list[Scores]) -> tuple[float, float]:
-    """Of the mean over samples of their means."""
+    """Return the bootstrap interval of the mean over samples of their means."""
     pooled = np.concatenate(samples)
     if np.ptp(pooled) == 0:
         return float(pooled[0]), float(pooled[0])
@@ -98,6 +118,7 @@ def _bootstrap(samples: list[Scores]) -> tuple[float, float]:
 
 
 def _sign_flips(differences: Scores) -> float:
+    """Return the two-sided p-value of a sign-flip permutation test of the mean."""
     return float(
         stats.permutation_test(
             (differences,),

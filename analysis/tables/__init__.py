@@ -1,4 +1,4 @@
-"""Tables: an experiment's own, the paper's with reported numbers, and the best settings.
+"""Tables of one experiment, tables of the paper with its reported numbers, and best settings.
 
 Enters: DataFrames of records. Leaves: Markdown, CSV, LaTeX and HTML.
 

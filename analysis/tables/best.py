@@ -1,4 +1,4 @@
-"""The best settings: of each cell that a search went through, or of each loss of a plain grid."""
+"""Tables of the best settings: one row per cell of a search, or per loss of a grid."""
 
 from __future__ import annotations
 
@@ -16,7 +16,16 @@ HEADS = {"top1": "Top-1 %", "top5": "Top-5 %", "agreement": "Agreement %"}
 
 
 def of_search(progress: Sequence[SearchProgress], metric: str) -> list[dict[str, Any]]:
-    """One row a cell: its best point, what that reached and where, and the state of its trials."""
+    """Return one row per cell of a search.
+
+    Args:
+        progress: The cells of one experiment.
+        metric: Name of the column that holds the best score, such as "top1".
+
+    Returns:
+        One dictionary per cell: its place (student, teacher, setting, method), the best point, the
+        id of its trial, its score and epoch, and the number of trials by state.
+    """
     cells = tuple(each.group.cell for each in progress)
     places = frames.places(Plan(progress[0].group.experiment, cells))
     rows = []
@@ -32,7 +41,17 @@ def of_search(progress: Sequence[SearchProgress], metric: str) -> list[dict[str,
 
 
 def of_grid(frame: pd.DataFrame, metric: str = "top1") -> list[dict[str, Any]]:
-    """One row a loss of each pair: the setting with the highest mean over seeds."""
+    """Return the setting with the highest mean over seeds, per loss and (student, teacher) pair.
+
+    Args:
+        frame: Records as returned by `records.frames.frame`.
+        metric: The metric to compare; higher is better.
+
+    Returns:
+        One dictionary per loss and pair, with the mean, standard deviation and number of seeds of
+        the best setting, and the number of settings compared. Losses without a finished trial are
+        left out.
+    """
     rows: list[dict[str, Any]] = []
     table = frames.summary(frame, [metric])
     for _, group in table[table["n"] > 0].groupby(["student", "teacher", "loss"], sort=False):
@@ -43,7 +62,15 @@ def of_grid(frame: pd.DataFrame, metric: str = "top1") -> list[dict[str, Any]]:
 
 
 def printed(rows: list[dict[str, Any]], metric: str) -> pd.DataFrame:
-    """The rows as strings; three columns name them."""
+    """Format the rows of `of_search` or `of_grid` as strings.
+
+    Args:
+        rows: Rows of `of_search` or `of_grid`.
+        metric: The metric that the rows hold.
+
+    Returns:
+        A table of strings. The first three columns identify the row.
+    """
     lines = []
     for row in rows:
         pair = f"{row['teacher']} → {row['student']}" if row["teacher"] else row["student"]
@@ -66,9 +93,10 @@ def printed(rows: list[dict[str, Any]], metric: str) -> pd.DataFrame:
 
 
 def text(rows: list[dict[str, Any]], metric: str) -> str:
-    """The same as Markdown."""
+    """Format the rows of `of_search` or `of_grid` as a Markdown table."""
     return rendering.markdown(printed(rows, metric), 3)
 
 
 def _number(value: float | None, metric: str) -> str:
+    """Format a number: two decimals for percentages, four for other metrics."""
     return rendering.MISSING if value is None else f"{value:.{2 if metric in HEADS else 4}f}"

@@ -1,6 +1,6 @@
-"""The tables of an experiment's own trials: all methods and metrics, and PLD against each other.
+"""Tables of one experiment's trials: all methods and metrics, and PLD against each other method.
 
-`comparison` and `against` compute them as numbers; `text` and `write` print them: Markdown, CSV,
+`comparison` and `against` compute the numbers. `text` and `write` format them as Markdown, CSV and
 LaTeX (booktabs).
 """
 
@@ -21,17 +21,22 @@ from pld_ray.losses import REGISTRY
 
 METRICS = ["top1", "top5", "kl_teacher_student", "agreement", "ece", "seconds"]
 LEGEND = (
-    "Last epoch, mean ± standard deviation over n seeds. PLD gain: top-1 of PLD minus the",
-    "method's, paired by seed. Seconds: training, validation and teacher, one worker.",
+    "Last epoch: mean ± standard deviation over n seeds. PLD gain: top-1 of PLD minus top-1 of the",
+    "method, paired by seed. Seconds: time for training, validation and the teacher on one worker.",
 )
 
 
 def comparison(records: pd.DataFrame) -> pd.DataFrame:
-    """One row a method of each (student, teacher, setting), the teacher's own row first.
+    """Return one row per method of each (student, teacher, setting), after a row for the teacher.
 
-    Columns: those of `records.summary`, and gain: the mean over seeds of PLD's top-1 minus the
-    method's, paired by seed (the paper's tables print it as a difference of means). NaN where
-    there is no finished trial, or no single PLD row to compare with.
+    Args:
+        records: Records as returned by `records.frames.frame`.
+
+    Returns:
+        The columns of `records.frames.summary`, and `gain`: the mean over seeds of PLD's top-1
+        minus the method's, paired by seed (the paper's tables print it as a difference of means).
+        Values are NaN where no trial has finished; gains are also NaN unless there is exactly one
+        PLD row to compare with.
     """
     metrics = [*METRICS, "teacher_top1"]
     table = summary(records, metrics)
@@ -50,7 +55,7 @@ def comparison(records: pd.DataFrame) -> pd.DataFrame:
 
 
 def _gain(records: pd.DataFrame, pld: pd.Series, row: pd.Series) -> float:
-    """Mean over the seeds that both have of top-1 of PLD minus that of the method."""
+    """Return the mean top-1 of PLD minus the method's, over the seeds that both have."""
     if row["method"] == pld["method"]:
         return math.nan
 
@@ -62,10 +67,15 @@ def _gain(records: pd.DataFrame, pld: pd.Series, row: pd.Series) -> float:
 
 
 def against(records: pd.DataFrame) -> pd.DataFrame:
-    """PLD against every other method, over all seeds and pairs where both have finished.
+    """Compare PLD with every other method, over all seeds and pairs where both have finished.
 
-    Columns: method, those of paired.Comparison, corrected (p, for all rows together), decided.
-    Empty unless the records have just one PLD method.
+    Args:
+        records: Records as returned by `records.frames.frame`.
+
+    Returns:
+        One row per method with the columns method, those of `paired.Comparison`, corrected (the
+        p-value corrected over all rows) and decided. The table is empty unless the records have
+        exactly one PLD method.
     """
     places = ["teacher", "student", "setting"]
     done = records[records["finished"]]
@@ -92,11 +102,8 @@ def against(records: pd.DataFrame) -> pd.DataFrame:
     return table
 
 
-# ---------------------------------------------------------------- printed
-
-
 def printed(table: pd.DataFrame) -> pd.DataFrame:
-    """The table as strings: mean ± std, a dash where a number is missing."""
+    """Format the table of `comparison` as strings: mean ± std, or a dash for a missing number."""
 
     def pair(row: pd.Series, metric: str, digits: int, scale: float = 1) -> str:
         mean, std = row.get(metric), row.get(f"{metric}_std")
@@ -130,11 +137,12 @@ def printed(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _pair(row: pd.Series) -> str:
+    """Return "teacher → student", or the student alone for a row without a teacher."""
     return f"{row['teacher']} → {row['student']}" if row["teacher"] else str(row["student"])
 
 
 def printed_against(table: pd.DataFrame) -> pd.DataFrame:
-    """`against` as strings; bold what is decided."""
+    """Format the table of `against` as strings. Decided gains are bold."""
     lines = []
     for row in table.to_dict("records"):
         gain = signed(row["mean"])
@@ -154,15 +162,22 @@ def printed_against(table: pd.DataFrame) -> pd.DataFrame:
 
 
 AGAINST = (
-    "Top-1 of PLD minus the method's, paired by seed: the mean over pairs and seeds and its 95 % "
-    "bootstrap interval; effect: Cohen's d of the differences; p: sign-flip permutation test, "
-    "Benjamini-Hochberg corrected; P(better): that a run of PLD beats one of the method. Bold: the "
-    f"interval leaves out 0, p is below 0.05 and n is {paired.ENOUGH} or more."
+    "Gain: top-1 of PLD minus top-1 of the method, paired by seed; mean over pairs and seeds, with "
+    "the 95 % bootstrap interval. Effect: Cohen's d of the differences. p: sign-flip permutation "
+    "test with Benjamini-Hochberg correction. P(better): the probability that a run of PLD beats a "
+    "run of the method. Bold: the interval excludes 0, p is below 0.05 and n is at least "
+    f"{paired.ENOUGH}."
 )
 
 
 def text(table: pd.DataFrame, others: pd.DataFrame, experiment: Experiment) -> str:
-    """`comparison` and `against` as Markdown whose columns also line up as plain text."""
+    """Format both tables as Markdown whose columns also line up as plain text.
+
+    Args:
+        table: The table of `comparison`.
+        others: The table of `against`; it may be empty.
+        experiment: The experiment, for its title and note.
+    """
     cells = printed(table)
     title, only = experiment.title or experiment.name, table.iloc[0]
     head = [title if "Pair" in cells else f"{title}: {_pair(only)}", ""]
@@ -173,22 +188,33 @@ def text(table: pd.DataFrame, others: pd.DataFrame, experiment: Experiment) -> s
 
 
 def labels(cells: pd.DataFrame) -> int:
-    """How many columns name the row."""
+    """Return the number of leading columns that identify the row."""
     return list(cells.columns).index("Top-1 %")
 
 
 def _legend(table: pd.DataFrame, experiment: Experiment) -> list[str]:
+    """Return the lines of text below the table."""
     lines = list(LEGEND)
     done = table[table["loss"] != "teacher"]
     if done["n"].sum() < done["planned"].sum():
-        lines.append(f"{MISSING} and 'n of m': trials that have not finished.")
+        lines.append(f"{MISSING} and 'n of m' mark trials that have not finished.")
     return [*lines, *([experiment.note] if experiment.note else [])]
 
 
 def write(
     table: pd.DataFrame, others: pd.DataFrame, folder: Path, experiment: Experiment
 ) -> list[Path]:
-    """Write table.md, table.csv (full precision), table.tex and against.csv; returns the paths."""
+    """Write table.md, table.csv (full precision), table.tex and, if not empty, against.csv.
+
+    Args:
+        table: The table of `comparison`.
+        others: The table of `against`; it may be empty.
+        folder: Where to write; it is created if needed.
+        experiment: The experiment, for its title and note.
+
+    Returns:
+        The paths of the written files.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"table.{kind}" for kind in ("md", "csv", "tex")]
     paths[0].write_text(text(table, others, experiment) + "\n", encoding="utf-8")

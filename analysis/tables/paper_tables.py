@@ -1,6 +1,8 @@
-"""The paper's tables: each a short declaration over records, with the reported numbers beside ours.
+"""The tables of the paper, with the reported numbers beside ours.
 
-TABLES -> entries (ours and reported, place by place) -> gains -> Markdown, CSV, LaTeX
+Each table is a short declaration in TABLES over the records of one experiment:
+
+TABLES -> entries (ours and reported, cell by cell) -> gains -> Markdown, CSV, LaTeX
 """
 
 from __future__ import annotations
@@ -35,13 +37,19 @@ TEACHER = "Teacher"
 
 @dataclass(frozen=True)
 class PaperTable:
-    """One table: which experiment, what its rows and columns are, which metrics.
+    """Declaration of one table of the paper.
 
-    rows, columns: pair, method, epochs, optimizer or metric. gains: over which methods PLD's
-    advantage is shown, in the first metric.
+    Attributes:
+        numbers: Number of the table in the paper, or "5 and 8" for two tables in one.
+        title: Title of the table.
+        experiment: Name of the experiment that regenerates the table.
+        rows: What the rows are: pair, method, epochs, optimizer or metric.
+        columns: What the columns are: pair, method, epochs, optimizer or metric.
+        metrics: Names of the metrics in METRICS.
+        gains: Losses over which PLD's advantage is shown, in the first metric.
     """
 
-    numbers: str  # in the paper
+    numbers: str
     title: str
     experiment: str
     rows: str
@@ -51,12 +59,12 @@ class PaperTable:
 
     @property
     def name(self) -> str:
-        """For files: table-2, table-5-8."""
+        """Name of the table's files, such as table-2 or table-5-8."""
         return f"table-{self.numbers.replace(' and ', '-')}"
 
     @property
     def number(self) -> int:
-        """Its number in reported.csv; Table 5 is part of Table 8."""
+        """Number of the table in reported.csv. Table 5 is part of Table 8."""
         return int(self.numbers.split()[-1])
 
 
@@ -88,45 +96,63 @@ TABLES = (
     PaperTable("13", "Training time", "runtime", "method", "pair", ("train_minutes",)),
 )
 
-# ---------------------------------------------------------------- ours beside it
+# ---------------------------------------------------------------- our numbers and the reported ones
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One place of a table: ours, and what the paper reports."""
+    """One cell of a table: our scores and the number that the paper reports.
+
+    Attributes:
+        row: Name of the row.
+        column: Name of the column.
+        metric: Name of the metric in METRICS.
+        loss: Name of the loss in the registry, or "teacher".
+        place: The row or column that is not a method. Methods are compared within a place.
+        scores: Our scores by seed; empty if no trial has finished.
+        planned: Number of planned trials.
+        reported: The reported mean, NaN if there is none.
+        reported_std: The reported standard deviation, NaN if there is none.
+        trial: The trial of one of the seeds; None for a teacher.
+        teacher: The paper's name of the teacher.
+    """
 
     row: str
     column: str
     metric: str
-    loss: str  # its name in the registry, or teacher
-    place: str  # what a gain is measured within: the row or the column that is no method
-    scores: dict[int, float]  # by seed
+    loss: str
+    place: str
+    scores: dict[int, float]
     planned: int
     reported: float
     reported_std: float
-    trial: Trial | None = None  # with one of its seeds; None for a teacher
+    trial: Trial | None = None
     teacher: str = ""
 
     @property
     def values(self) -> Scores:
-        """[n] float64."""
+        """Our scores as an array [n], float64."""
         return np.array(list(self.scores.values()))
 
     @property
     def mean(self) -> float:
-        """Of ours; NaN if there is none."""
+        """Mean of our scores, NaN if there are none."""
         return float(self.values.mean()) if self.scores else math.nan
 
     @property
     def std(self) -> float:
-        """With n - 1; NaN for fewer than two."""
+        """Standard deviation (n - 1) of our scores, NaN for fewer than two."""
         return float(self.values.std(ddof=1)) if len(self.scores) > 1 else math.nan
 
 
 def entries(table: PaperTable, records: pd.DataFrame) -> list[Entry]:
-    """The places of a table, in the order of the records (those of its experiment).
+    """Return the cells of a table, in the order of the records.
 
-    The places of a miniature have the names of what it stands for.
+    The cells of a miniature have the names of the original networks and settings.
+
+    Args:
+        table: Declaration of the table.
+        records: Records of the table's experiment, as returned by `records.frames.frame`.
     """
     found: list[Entry] = []
     taught: set[str] = set()
@@ -177,14 +203,16 @@ def entries(table: PaperTable, records: pd.DataFrame) -> list[Entry]:
 
 
 def scores_by_seed(cells: pd.DataFrame, metric: str) -> dict[int, float]:
-    """The finished ones of some records."""
+    """Return the values of a metric by seed. Trials without a value are left out."""
     values = _metric(cells, metric)
     pairs = zip(cells["seed"].tolist(), values.tolist(), strict=True)
     return {seed: value for seed, value in pairs if not math.isnan(value)}
 
 
 def _metric(cells: pd.DataFrame, metric: str) -> pd.Series:
-    if metric == "train_minutes":  # as if each trial's teacher had been at work for it alone
+    """Return a metric of every record, NaN where there is none."""
+    # The bank saves teacher time, so it is added back: each trial counts its teacher in full.
+    if metric == "train_minutes":
         if "seconds" not in cells:
             return pd.Series(math.nan, index=cells.index)
         return (cells["seconds"] + cells["teacher_avoided_seconds"]) / 60
@@ -193,16 +221,31 @@ def _metric(cells: pd.DataFrame, metric: str) -> pd.Series:
 
 @dataclass(frozen=True)
 class Gain:
-    """PLD's advantage over a method at one place, or on average."""
+    """PLD's advantage over a method at one place, or on average.
+
+    Attributes:
+        place: The place, or "average".
+        over: Label of the method.
+        ours: Our mean over the seeds that both methods have, NaN if there are none.
+        reported: The difference of the reported means.
+    """
 
     place: str
-    over: str  # label of the method
-    ours: float  # mean over the seeds that both have
+    over: str
+    ours: float
     reported: float
 
 
 def gains(table: PaperTable, found: list[Entry]) -> list[Gain]:
-    """At every place of a table, then their averages ("average"), for each method in its gains."""
+    """Return PLD's gains over each method in `table.gains`.
+
+    Args:
+        table: Declaration of the table.
+        found: The cells of the table.
+
+    Returns:
+        For each method: the gain at every place, then their average under the place "average".
+    """
     result = []
     for over in table.gains:
         rows = []
@@ -216,22 +259,25 @@ def gains(table: PaperTable, found: list[Entry]) -> list[Gain]:
             shared = [pld.scores[s] - other.scores[s] for s in pld.scores if s in other.scores]
             ours = float(np.mean(shared)) if shared else math.nan
             rows.append(Gain(place, REGISTRY[over].label, ours, pld.reported - other.reported))
-        # of all places or not at all: an average of what happens to be there is another number
+        # The average is NaN if any place is missing: an average of only some places would not be
+        # comparable with the reported one.
         ours, known = (float(np.mean([getattr(g, f) for g in rows])) for f in ("ours", "reported"))
         result += [*rows, Gain("average", REGISTRY[over].label, ours, known)]
     return result
 
 
-# ---------------------------------------------------------------- printed
+# ---------------------------------------------------------------- formatting
 
 
 def _number(value: float, std: float) -> str:
+    """Format a number as mean±std."""
     if math.isnan(value):
         return MISSING
     return f"{value:.2f}" + ("" if math.isnan(std) else f"±{std:.2f}")
 
 
 def _cell(entry: Entry | None, alone: bool, compare: bool, best: bool) -> str:
+    """Format one cell: ours [reported, difference]."""
     if entry is None:
         return ""
     reported = _number(entry.reported, entry.reported_std)
@@ -249,9 +295,14 @@ def _cell(entry: Entry | None, alone: bool, compare: bool, best: bool) -> str:
 
 
 def best(found: list[Entry], entry: Entry) -> bool:
-    """Whether the entry beats every other method at its place, and its interval says so.
+    """Return whether the entry is better than every other method at its place.
 
-    The 95 % interval of the paired differences must leave out 0, with as many runs as that takes.
+    For each other method, the 95 % interval of the paired differences must exclude 0, and there
+    must be at least `paired.ENOUGH` paired runs.
+
+    Args:
+        found: The cells of the table.
+        entry: One of them.
     """
     if len(entry.scores) < paired.ENOUGH or entry.loss == "teacher":
         return False
@@ -272,9 +323,14 @@ def best(found: list[Entry], entry: Entry) -> bool:
 
 
 def printed(table: PaperTable, found: list[Entry], miniature: bool) -> pd.DataFrame:
-    """The table as strings: ours, and in brackets what is reported and our difference from it.
+    """Format the table as strings: our number [reported number, difference].
 
-    Where nothing has been run: the reported table. In a miniature there is nothing to subtract.
+    If no trial has finished, the cells hold the reported numbers alone.
+
+    Args:
+        table: Declaration of the table.
+        found: The cells of the table.
+        miniature: Whether the trials are those of a miniature. If so, differences are left out.
     """
     alone = not any(entry.scores for entry in found)
     rows = list(dict.fromkeys(entry.row for entry in found))
@@ -292,7 +348,13 @@ def printed(table: PaperTable, found: list[Entry], miniature: bool) -> pd.DataFr
 
 
 def printed_gains(table: PaperTable, found: list[Entry], miniature: bool) -> pd.DataFrame:
-    """PLD's gains as strings, in the same form."""
+    """Format PLD's gains as strings: our gain [reported gain].
+
+    Args:
+        table: Declaration of the table.
+        found: The cells of the table.
+        miniature: Whether the trials are those of a miniature. The gains do not depend on it.
+    """
     alone = not any(entry.scores for entry in found)
     lines: dict[str, dict[str, str]] = {}
     for gain in gains(table, found):
@@ -305,31 +367,43 @@ def printed_gains(table: PaperTable, found: list[Entry], miniature: bool) -> pd.
 
 
 def legend(table: PaperTable, found: list[Entry], miniature: bool) -> str:
-    """What the numbers are, in a sentence or two."""
+    """Return the text below the table that explains the numbers.
+
+    Args:
+        table: Declaration of the table.
+        found: The cells of the table.
+        miniature: Whether the trials are those of a miniature.
+    """
     metrics = ", ".join(METRICS[metric] for metric in table.metrics)
     if not any(entry.scores for entry in found):
-        return f"{metrics}, as reported; no trial of {table.experiment} has finished here."
+        return f"{metrics}, as reported; no trial of {table.experiment} has finished."
     if miniature:
         text = (
-            f"{metrics}: ours ± std [reported]. A miniature: small data, few epochs and, where "
-            "they would be too large, smaller networks than those named. It shows that the way to "
-            "the table works; its numbers do not compare with the reported ones."
+            f"{metrics}: ours ± std [reported]. This is a miniature: it has little data and few "
+            "epochs, and smaller networks where the named ones are too large. It shows that the "
+            "whole pipeline works. Its numbers are not comparable with the reported ones."
         )
     else:
-        text = f"{metrics}: ours ± std [reported, difference]; {MISSING}: not finished."
+        text = f"{metrics}: ours ± std [reported, difference]; {MISSING}: no finished trial."
     if "train_minutes" in table.metrics:
-        text += " Minutes count the teacher's forward passes that the bank spared."
+        text += " Minutes include the time of the teacher's forward passes that the bank saved."
     return text
 
 
 def title(table: PaperTable, miniature: bool) -> str:
-    """As a heading."""
+    """Return the heading of the table, such as "Table 2: Homogeneous pairs"."""
     plural = "Tables" if "and" in table.numbers else "Table"
     return f"{plural} {table.numbers}: {table.title}" + (" (miniature)" if miniature else "")
 
 
 def text(table: PaperTable, found: list[Entry], miniature: bool) -> str:
-    """The table, its gains and what they are, as Markdown."""
+    """Format the table, PLD's gains and the legend as Markdown.
+
+    Args:
+        table: Declaration of the table.
+        found: The cells of the table.
+        miniature: Whether the trials are those of a miniature.
+    """
     cells, advantage = printed(table, found, miniature), printed_gains(table, found, miniature)
     parts = [title(table, miniature), rendering.markdown(cells, 1)]
     if len(advantage):
@@ -338,7 +412,17 @@ def text(table: PaperTable, found: list[Entry], miniature: bool) -> str:
 
 
 def write(table: PaperTable, found: list[Entry], miniature: bool, folder: Path) -> list[Path]:
-    """Write the table as Markdown, CSV (long form, full precision) and LaTeX; returns the paths."""
+    """Write the table as Markdown, CSV (long form, full precision) and LaTeX.
+
+    Args:
+        table: Declaration of the table.
+        found: The cells of the table.
+        miniature: Whether the trials are those of a miniature.
+        folder: Where to write; it is created if needed.
+
+    Returns:
+        The paths of the written files.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{table.name}.{kind}" for kind in ("md", "csv", "tex")]
     paths[0].write_text(text(table, found, miniature) + "\n", encoding="utf-8")
@@ -371,11 +455,11 @@ def write(table: PaperTable, found: list[Entry], miniature: bool, folder: Path) 
 
 
 def experiments() -> list[str]:
-    """All shipped experiments: those of the paper's tables in its order, then the others."""
+    """Return the names of all shipped experiments: the paper's tables in order, then the others."""
     shipped = sorted(path.stem for path in experiments_folder().glob("*.yaml"))
     return list(dict.fromkeys([*(table.experiment for table in TABLES), *shipped]))
 
 
 def of_experiment(name: str) -> list[PaperTable]:
-    """The tables that an experiment (or its miniature) regenerates."""
+    """Return the tables that an experiment or its miniature regenerates."""
     return [table for table in TABLES if table.experiment == name.removesuffix("-smoke")]

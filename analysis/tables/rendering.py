@@ -1,6 +1,6 @@
-"""Tables of strings as Markdown that also lines up as plain text, LaTeX (booktabs) and HTML.
+"""Format tables of strings as Markdown, LaTeX (booktabs) and HTML.
 
-A cell in **two stars** is bold.
+The Markdown also lines up as plain text. A cell in **two stars** is bold.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import pandas as pd
 
 MISSING = "–"
 
-SIGNS = {  # what LaTeX has no letter for
+SIGNS = {  # characters that are commands in LaTeX
     "±": r"$\pm$",
     "τ": r"$\tau$",
     "α": r"$\alpha$",
@@ -26,12 +26,17 @@ SIGNS = {  # what LaTeX has no letter for
 
 
 def signed(value: float) -> str:
-    """A difference with two digits and its sign."""
+    """Format a difference with its sign and two decimals; NaN becomes a dash."""
     return MISSING if math.isnan(value) else f"{round(value, 2) + 0.0:+.2f}".replace("-", "−")
 
 
 def markdown(cells: pd.DataFrame, labels: int) -> str:
-    """Strings under their column names; the first `labels` columns to the left, numbers right."""
+    """Format a table of strings as Markdown.
+
+    Args:
+        cells: The table.
+        labels: The number of leading columns to align left; the others are aligned right.
+    """
     lines = [list(cells.columns), *cells.astype(str).values.tolist()]
     widths = [max(3, *(len(line[i]) for line in lines)) for i in range(len(lines[0]))]
 
@@ -49,7 +54,12 @@ def markdown(cells: pd.DataFrame, labels: int) -> str:
 
 
 def latex(cells: pd.DataFrame, labels: int) -> str:
-    """The same as a booktabs tabular."""
+    """Format a table of strings as a LaTeX tabular with booktabs rules.
+
+    Args:
+        cells: The table.
+        labels: The number of leading columns to align left; the others are aligned right.
+    """
     styled = (
         cells.style.hide(axis="index").format(escape="latex").format_index(escape="latex", axis=1)
     )
@@ -62,7 +72,12 @@ def latex(cells: pd.DataFrame, labels: int) -> str:
 
 
 def html(cells: pd.DataFrame, labels: int) -> str:
-    """The same as an HTML table; columns of numbers have the class n."""
+    """Format a table of strings as an HTML table.
+
+    Args:
+        cells: The table.
+        labels: The number of leading columns that are text; the others have the class n.
+    """
 
     def row(values: list[str], tag: str) -> str:
         parts = [
@@ -77,6 +92,7 @@ def html(cells: pd.DataFrame, labels: int) -> str:
 
 
 def _escape(text: str) -> str:
+    """Escape a text for HTML and make **starred** parts bold."""
     from html import escape
 
     return re.sub(r"\*\*(.+?)\*\*", r"<strong>\1</strong>", escape(text))

@@ -1,4 +1,4 @@
-"""`python -m pld_ray.cli`, the same as `pld-ray`."""
+"""Run the command line with `python -m pld_ray.cli`; it is the same as `pld-ray`."""
 
 from pld_ray.cli.main import main
 

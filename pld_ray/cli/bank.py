@@ -1,4 +1,4 @@
-"""`pld-ray bank`: list, delete and compute the teacher bank."""
+"""The commands `pld-ray bank`: list, delete and compute teacher banks."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from pld_ray.cli.options import Address, ExperimentName, Overrides, Smoke, Stora
 from pld_ray.errors import InputError, nearest
 
 bank_app = typer.Typer(
-    help="The teacher bank: logits of teachers, kept so that no trial computes them again.",
+    help="List, delete or compute the teacher bank: stored teacher logits that trials share.",
     no_args_is_help=True,
 )
 
 
 @bank_app.command("ls")
 def bank_ls(storage: Storage = "results") -> None:
-    """List the banks: whose logits, on which images, how many views, how large."""
+    """List the banks with their teacher, dataset, split, seed, number of views and size."""
     from pld_ray.cli import estimate
     from pld_ray.store.store import Store
 
@@ -28,22 +28,26 @@ def bank_ls(storage: Storage = "results") -> None:
 @bank_app.command("rm")
 def bank_rm(
     keys: Annotated[
-        list[str] | None, typer.Argument(metavar="KEY...", help="As ls has it.")
+        list[str] | None,
+        typer.Argument(metavar="KEY...", help="Keys of banks, as pld-ray bank ls shows them."),
     ] = None,
     everything: Annotated[bool, typer.Option("--all", help="Delete every bank.")] = False,
     storage: Storage = "results",
 ) -> None:
-    """Delete banks. Records and weights stay; a trial that needs a bank computes it again."""
+    """Delete banks. A trial that needs a deleted bank computes it again.
+
+    Records and weights of trials are not deleted.
+    """
     from pld_ray.store.store import Store
     from pld_ray.units import in_bytes
 
     store = Store(storage)
     banks = store.banks()
     if bool(keys) == everything:
-        raise InputError("bank rm: expected the keys of banks (pld-ray bank ls), or --all")
+        raise InputError("bank rm: expected either keys of banks (see pld-ray bank ls) or --all")
     for key in keys or []:
         if key not in banks:
-            hint = nearest(key, banks) if banks else "there is none"
+            hint = nearest(key, banks) if banks else "it holds no banks"
             raise InputError(f"bank rm {key}: no such bank in {store.uri}; {hint}")
     chosen = list(dict.fromkeys(keys or banks))
     for key in chosen:
@@ -60,7 +64,10 @@ def bank_build(
     storage: Storage = "results",
     address: Address = None,
 ) -> None:
-    """Compute all teacher logits of an experiment on the whole cluster, before its trials run."""
+    """Compute all teacher logits of an experiment before its trials run.
+
+    The whole cluster is used. Teachers that are not trained yet are trained first.
+    """
     from pld_ray.config.planning import Cell, Plan
 
     plan, store = session.opened(experiment, overrides, smoke, storage)

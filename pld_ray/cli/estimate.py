@@ -1,4 +1,4 @@
-"""How much work a plan is: in epochs, and in hours where records of like trials say how fast."""
+"""Estimate and print the work in a plan: epochs, and time where similar trials have finished."""
 
 from __future__ import annotations
 
@@ -14,9 +14,18 @@ from pld_ray.units import duration, in_bytes
 
 
 def seconds(plan: Plan, store: Store, done: set[str]) -> dict[str, float]:
-    """Seconds each trial takes on one worker group, by the finished trials that are like it.
+    """Estimate the seconds that each trial takes, from finished trials that are similar.
 
-    Like it: same student, teacher, data and batch size. Trials with no like are left out.
+    Trials are similar if they have the same student, teacher, data, batch size and number of
+    workers. The time is proportional to the number of epochs.
+
+    Args:
+        plan: The plan whose trials are estimated.
+        store: The store with the records of finished trials.
+        done: Ids of the finished trials.
+
+    Returns:
+        Wall seconds by trial id. Trials without a similar finished trial are left out.
     """
     measured: dict[Any, float] = {}
     for key, trial in plan.trials.items():
@@ -32,12 +41,19 @@ def seconds(plan: Plan, store: Store, done: set[str]) -> dict[str, float]:
 
 
 def _kind(trial: Trial) -> tuple[Any, ...]:
+    """Return the settings that similar trials have in common."""
     data = trial.data.model_dump_json()
     return trial.student.name, trial.teacher_name, data, trial.batch_size, trial.workers
 
 
 def for_programs(plan: Plan, store: Store, done: set[str]) -> dict[str, Any]:
-    """The plan as plain values: what `show` prints, and the spec of every trial."""
+    """Return the plan as plain values for `--json`: what `show` prints and all trial settings.
+
+    Args:
+        plan: The plan to describe.
+        store: The store with the records of finished trials.
+        done: Ids of the finished trials.
+    """
     estimate = seconds(plan, store, done)
     rows = [
         {
@@ -55,7 +71,12 @@ def for_programs(plan: Plan, store: Store, done: set[str]) -> dict[str, Any]:
 
 
 def show_shared(plans: list[Plan], done: set[str]) -> None:
-    """Print how much work several experiments are, and how much of it they share."""
+    """Print the work in several experiments, and how much of it they share.
+
+    Args:
+        plans: One plan per experiment.
+        done: Ids of the finished trials.
+    """
     seen: dict[str, Trial] = {}
     rows = []
     for plan in plans:
@@ -69,56 +90,74 @@ def show_shared(plans: list[Plan], done: set[str]) -> None:
     epochs = sum(trial.epochs for trial in seen.values())
     apart = sum(trial.epochs for plan in plans for trial in plan.trials.values())
     print(
-        f"\n{cells} cells, {len(seen)} unique trials: {trials - len(seen)} trials and "
-        f"{apart - epochs:,} of {apart:,} epochs ({1 - epochs / apart:.0%}) less than apart, "
-        f"since experiments share them"
+        f"\n{cells} cells, {len(seen)} unique trials: sharing saves {trials - len(seen)} "
+        f"trials and {apart - epochs:,} of {apart:,} epochs ({1 - epochs / apart:.0%})"
     )
     print(f"{len(seen.keys() & done)} done, {len(seen.keys() - done)} to run")
 
 
 def show(plan: Plan, store: Store, done: set[str]) -> None:
-    """Print the trials, and a sum of the work at the end."""
+    """Print one line per trial and the total work.
+
+    Args:
+        plan: The plan to print.
+        store: The store with the records of finished trials.
+        done: Ids of the finished trials.
+    """
     estimate = seconds(plan, store, done)
     rows = []
     for key, trial in plan.trials.items():
         teacher = trial.teacher
         taught_by = teacher.id if isinstance(teacher, Trial) else teacher and teacher.weights
-        role = "is one" if key in plan.teacher_ids else taught_by or ""
+        role = "is a teacher" if key in plan.teacher_ids else taught_by or ""
         state = "done" if key in done else "to run"
         takes = duration(estimate[key]) if key in estimate else ""
         rows.append((key, plan.labels[key], role, trial.epochs, state, takes))
-    print(aligned(("id", "trial", "teacher", "epochs", "state", "takes"), rows))
+    print(aligned(("id", "trial", "teacher", "epochs", "state", "time"), rows))
     left = [key for key in plan.trials if key not in done]
     epochs = sum(plan.trials[key].epochs for key in left)
     print(
-        f"\n{len(plan.cells)} cells, {len(plan.trials)} unique trials, teachers among them "
-        f"{len(plan.teacher_ids)}: {len(plan.trials) - len(left)} done, {len(left)} to run"
+        f"\n{len(plan.cells)} cells, {len(plan.trials)} unique trials (teachers: "
+        f"{len(plan.teacher_ids)}): {len(plan.trials) - len(left)} done, {len(left)} to run"
         + (f" ({epochs:,} epochs)" if left else "")
     )
     known = [estimate[key] for key in left if key in estimate]
     if known:
-        rest = f", {len(left) - len(known)} trials not yet timed" if len(known) < len(left) else ""
-        print(f"about {duration(sum(known))} of one worker's time{rest}")
+        rest = (
+            f"; {len(left) - len(known)} trials have no estimate" if len(known) < len(left) else ""
+        )
+        print(f"about {duration(sum(known))} if they run one after another{rest}")
 
 
 def show_search(progress: list[SearchProgress]) -> None:
-    """Print how far a search is, and what comes after it."""
+    """Print the progress of a search and the step after it.
+
+    Args:
+        progress: The progress in each cell of the grid.
+    """
     experiment = progress[0].group.experiment
     unique = {each.group.key: each for each in progress}.values()
     drawn, coming = sum(len(e.drawn) for e in unique), sum(e.to_draw for e in unique)
     left = sum(len(each.open) for each in unique)
-    after = f"its best on {len(experiment.seeds)} seeds" if experiment.seeds else "nothing"
+    after = f"the best settings on {len(experiment.seeds)} seeds" if experiment.seeds else "nothing"
     if left or coming:
         print(
-            f"the search of {len(unique)} cells: {drawn} trials known, {left} of them to run, "
-            f"{coming} to be drawn; after it {after}"
+            f"search over {len(unique)} cells: {drawn} trials drawn, {left} of them to run, "
+            f"{coming} still to draw; next: {after}"
         )
     else:
-        print(f"the search of {len(unique)} cells is over, after {drawn} trials")
+        print(f"the search over {len(unique)} cells is finished after {drawn} trials")
 
 
 def aligned(head: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
-    """Rows under their heads, numbers to the right; rich takes seconds for 10,000 of them."""
+    """Format rows as a text table with right-aligned integers.
+
+    rich is not used here because it takes seconds for 10,000 rows.
+
+    Args:
+        head: The column names.
+        rows: The rows; the types in the first row decide the alignment of the columns.
+    """
     numeric = [bool(rows) and isinstance(value, int) for value in (rows or [head])[0]]
     cells = [head, *([str(value) for value in row] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
@@ -132,7 +171,7 @@ def aligned(head: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
 
 
 def bank_row(bank: PlannedBank) -> dict[str, Any]:
-    """A planned bank for programs; sizes in bytes."""
+    """Return a planned bank as plain values for `--json`, with sizes in bytes."""
     trial = bank.trial
     return {
         "teacher": trial.teacher_name,
@@ -147,7 +186,7 @@ def bank_row(bank: PlannedBank) -> dict[str, Any]:
 
 
 def bank_line(banks: Iterable[PlannedBank]) -> str:
-    """What the teacher bank of a plan takes, in one line."""
+    """Return one line with the size of the teacher bank of a plan."""
     banks = list(banks)
     most = max(bank.views for bank in banks)
     total, kept = sum(bank.bytes for bank in banks), sum(bank.kept for bank in banks)
@@ -159,7 +198,7 @@ def bank_line(banks: Iterable[PlannedBank]) -> str:
 
 
 def show_banks(store: Store) -> None:
-    """Print what banks a store holds."""
+    """Print the banks of a store and their total size."""
     banks = store.banks()
     known = [(store.bank(key), key, files) for key, files in banks.items()]
     rows = [(about, key, files) for about, key, files in known if about is not None]

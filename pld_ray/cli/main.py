@@ -1,4 +1,4 @@
-"""The command `pld-ray`. Heavy imports wait until a command needs them."""
+"""The entry point of the command `pld-ray`. Commands import heavy modules when they need them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import typer
 
-from pld_ray.cli import plan, results, run  # noqa: F401 - they register their commands
+from pld_ray.cli import plan, results, run  # noqa: F401 - the imports register the commands
 from pld_ray.cli.bank import bank_app
 from pld_ray.cli.options import app
 from pld_ray.errors import InputError
@@ -17,7 +17,7 @@ app.add_typer(bank_app, name="bank")
 
 
 class _Stopped(BaseException):
-    """SIGINT or SIGTERM came; typer would make something else of a KeyboardInterrupt."""
+    """Raised on SIGINT or SIGTERM. KeyboardInterrupt is not used, because typer catches it."""
 
 
 def _stop(number: int, frame: Any) -> None:
@@ -25,7 +25,11 @@ def _stop(number: int, frame: Any) -> None:
 
 
 def main() -> None:
-    """Entry point: bad input is one sentence and exit code 2, a stop from outside 130 or 143."""
+    """Run the command line.
+
+    Bad input prints one sentence and exits with code 2. Storage errors exit with code 1. SIGINT
+    exits with code 130 and SIGTERM with code 143.
+    """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _stop)
     try:
@@ -33,9 +37,9 @@ def main() -> None:
     except InputError as error:
         typer.echo(f"pld-ray: {error}", err=True)
         sys.exit(2)
-    except OSError as error:  # a full disk, a storage that is away
-        typer.echo(f"pld-ray: {error}; the same command goes on from what is kept", err=True)
+    except OSError as error:  # for example a full disk or an unreachable storage
+        typer.echo(f"pld-ray: {error}; run the same command again to resume", err=True)
         sys.exit(1)
     except _Stopped as stopped:
-        typer.echo("stopped; the same command goes on from here", err=True)
+        typer.echo("stopped; run the same command again to resume", err=True)
         sys.exit(128 + stopped.args[0])

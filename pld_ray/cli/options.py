@@ -1,4 +1,4 @@
-"""The command-line application, and the options that several commands share."""
+"""The command-line application and the options that several commands share."""
 
 from __future__ import annotations
 
@@ -8,33 +8,50 @@ from typing import Annotated
 import typer
 
 app = typer.Typer(
-    help="Knowledge-distillation experiments on Ray: run grids, make tables, plot landscapes.",
+    help="Run knowledge-distillation experiments on Ray, and write tables, figures and reports.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
 )
 
 ExperimentName = Annotated[
-    str, typer.Argument(metavar="EXPERIMENT", help="A YAML file, or a shipped one by name: demo.")
+    str,
+    typer.Argument(
+        metavar="EXPERIMENT",
+        help="Path of a YAML file, or name of a shipped experiment such as demo.",
+    ),
 ]
 Experiments = Annotated[
     list[str],
-    typer.Argument(metavar="EXPERIMENT...", help="YAML files, or shipped ones by name: demo."),
+    typer.Argument(
+        metavar="EXPERIMENT...",
+        help="Paths of YAML files, or names of shipped experiments such as demo.",
+    ),
 ]
 Smoke = Annotated[
-    bool, typer.Option("--smoke", help="In miniature: the same cells, so small that 2 cores do.")
+    bool,
+    typer.Option(
+        "--smoke", help="Run a miniature with the same cells, small enough for 2 CPU cores."
+    ),
 ]
 Overrides = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="FIELD=VALUE", help="Override, e.g. loss.temperature=2."),
+    typer.Option(
+        "--set",
+        metavar="FIELD=VALUE",
+        help="Override a field, e.g. loss.temperature=2. May be repeated.",
+    ),
 ]
 Storage = Annotated[
     str,
+    typer.Option(envvar="PLD_RAY_STORAGE", help="Folder or URI where results are stored."),
+]
+Address = Annotated[
+    str | None,
     typer.Option(
-        envvar="PLD_RAY_STORAGE", help="Where records and weights are kept: a folder or a URI."
+        help="Address of the Ray cluster to join. By default, use or start Ray on this machine."
     ),
 ]
-Address = Annotated[str | None, typer.Option(help="Ray cluster to join; default: start Ray here.")]
 Out = Annotated[
-    Path | None, typer.Option(help="Folder to write to [default: STORAGE/reports/EXPERIMENT].")
+    Path | None, typer.Option(help="Folder to write to. The default is STORAGE/reports/EXPERIMENT.")
 ]

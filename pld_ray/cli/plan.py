@@ -1,4 +1,4 @@
-"""`pld-ray plan` and `status`: what there is to run, and how far it is."""
+"""The commands `pld-ray plan` and `pld-ray status`: show the work and its progress."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ def plan(
     overrides: Overrides = None,
     smoke: Smoke = False,
     storage: Storage = "results",
-    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
 ) -> None:
-    """Show the unique trials, teachers first, which are done, and an estimate of the work.
+    """Show the unique trials, their state, and an estimate of the work.
 
-    Of several experiments: how many trials each has, and how many they share.
+    Teachers come first. With several experiments, show how many trials
+    each one has and how many trials they share.
     """
     from pld_ray.cli import estimate
     from pld_ray.data import datasets
@@ -37,8 +38,8 @@ def plan(
     try:
         banks = bank_plan.planned(trials.values(), datasets.size, store)
         unknown = ""
-    except InputError as error:  # a plan can be made where the data is not
-        banks, unknown = {}, f"teacher bank: of unknown size: {error}"
+    except InputError as error:  # planning also works on a machine without the dataset
+        banks, unknown = {}, f"teacher bank: size unknown: {error}"
     if as_json:
         found = [estimate.for_programs(planned, store, done) for planned in plans]
         sizes = [estimate.bank_row(bank) for bank in banks.values()]
@@ -62,7 +63,10 @@ def status(
     smoke: Smoke = False,
     storage: Storage = "results",
 ) -> None:
-    """List what is done, begun, failed (and why) and missing; exit code 1 if anything failed."""
+    """List each trial with its state: done, begun, failed (with the reason) or missing.
+
+    The exit code is 1 if any trial has failed.
+    """
     planned, store = session.opened(experiment, overrides, smoke, storage)
     failed = 0
     width = max(map(len, planned.labels.values()), default=0)

@@ -18,7 +18,8 @@ def tables(
     experiments: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[EXPERIMENT...]", help="As for run; none: all that the paper has tables of."
+            metavar="[EXPERIMENT...]",
+            help="Paths or names of experiments. By default, all that have a table in the paper.",
         ),
     ] = None,
     overrides: Overrides = None,
@@ -26,7 +27,10 @@ def tables(
     storage: Storage = "results",
     out: Out = None,
 ) -> None:
-    """Write and print tables, the paper's numbers beside ours: Markdown, CSV, LaTeX."""
+    """Print tables and write them as Markdown, CSV and LaTeX.
+
+    Tables of the paper show the reported numbers beside the measured ones.
+    """
     from analysis.tables import paper_tables
 
     for name in experiments or dict.fromkeys(table.experiment for table in paper_tables.TABLES):
@@ -39,9 +43,9 @@ def best(
     overrides: Overrides = None,
     smoke: Smoke = False,
     storage: Storage = "results",
-    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
 ) -> None:
-    """Show the best settings that a search, or a grid, has found so far, for each loss."""
+    """Show the best settings that a search or a grid has found so far for each loss."""
     from analysis.records import frames
     from analysis.tables import best
     from pld_ray.sweep import search
@@ -54,7 +58,7 @@ def best(
     else:
         rows = best.of_search(search.look(plan.experiment, store), metric)
     if not rows:
-        raise InputError(f"{plan.experiment.name}: no trial has finished: run it first")
+        raise InputError(f"{plan.experiment.name}: no trial has finished; run the experiment first")
     typer.echo(json.dumps(rows, indent=1) if as_json else best.text(rows, metric))
 
 
@@ -66,10 +70,12 @@ def figures(
     storage: Storage = "results",
     out: Out = None,
 ) -> None:
-    """Plot accuracies and learning curves: PNG and PDF."""
+    """Plot accuracies and learning curves as PNG and PDF files."""
     planned, store = session.opened(experiment, overrides, smoke, storage)
     if not planned.cells:
-        raise InputError(f"{planned.experiment.name}: its search is not over: run it first")
+        raise InputError(
+            f"{planned.experiment.name}: its search is not finished; run the experiment first"
+        )
     session.say(
         "figures", session.draw_figures(planned, store, session.reports(planned, store, out))
     )
@@ -79,22 +85,34 @@ def figures(
 def landscape(
     experiment: Annotated[
         str | None,
-        typer.Argument(metavar="[EXPERIMENT]", help="Its trained students; none: over logits."),
+        typer.Argument(
+            metavar="[EXPERIMENT]",
+            help="Experiment with trained students. By default, plot over logits.",
+        ),
     ] = None,
     overrides: Overrides = None,
     smoke: Smoke = False,
     storage: Storage = "results",
     address: Address = None,
     out: Annotated[Path | None, typer.Option(help="Folder to write to.")] = None,
-    classes: Annotated[int, typer.Option(min=3, help="Logits: length of the vectors.")] = 10,
-    points: Annotated[int, typer.Option(min=3, help="Students: points along a side.")] = 21,
-    reach: Annotated[float, typer.Option(min=0.01, help="Students: a and b up to it.")] = 1.0,
-    images: Annotated[int, typer.Option(min=1, help="Students: training images.")] = 512,
-    seed: Annotated[int, typer.Option(min=0, help="Of logits and directions.")] = 0,
+    classes: Annotated[int, typer.Option(min=3, help="Number of classes (logits only).")] = 10,
+    points: Annotated[
+        int, typer.Option(min=3, help="Number of points along each axis (students only).")
+    ] = 21,
+    reach: Annotated[
+        float,
+        typer.Option(min=0.01, help="Range of each axis, from -REACH to REACH (students only)."),
+    ] = 1.0,
+    images: Annotated[
+        int, typer.Option(min=1, help="Number of training images (students only).")
+    ] = 512,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the logits or directions.")] = 0,
 ) -> None:
-    """Plot losses over a plane: of student logits (the paper's figures 3 and 4), or of weights.
+    """Plot losses over a plane of student logits or of student weights.
 
-    With an experiment: around its trained students, with the sharpness of each minimum.
+    Without an experiment, the plane is in logit space (Figures 3 and 4 of
+    the paper). With an experiment, the planes are around the weights of its
+    trained students, and the sharpness of each minimum is computed.
     """
     if experiment is None:
         from analysis.landscapes import logits
@@ -109,7 +127,7 @@ def landscape(
 
     trials = weights.students(plan, store)
     if not trials:
-        raise InputError(f"{plan.experiment.name}: no trial has finished: run it first")
+        raise InputError(f"{plan.experiment.name}: no trial has finished; run the experiment first")
     settings = weights.Settings(points, reach, images, seed)
     with Console().status(f"{len(trials)} students: starting Ray"):
         from pld_ray.sweep import checks, cluster
@@ -130,14 +148,22 @@ def landscape(
 def report(
     experiments: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[EXPERIMENT...]", help="As for run; none: all that are shipped."),
+        typer.Argument(
+            metavar="[EXPERIMENT...]",
+            help="Paths or names of experiments. By default, all that are shipped.",
+        ),
     ] = None,
     overrides: Overrides = None,
     smoke: Smoke = False,
     storage: Storage = "results",
-    out: Annotated[Path | None, typer.Option(help="Folder [default: STORAGE/reports].")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder to write to. The default is STORAGE/reports.")
+    ] = None,
 ) -> None:
-    """Write one self-contained HTML page of all tables, figures and trials; and Markdown."""
+    """Write one self-contained HTML page with all tables, figures and trials.
+
+    The same report is also written as Markdown.
+    """
     from analysis.report import page
     from analysis.tables import paper_tables
 
@@ -152,14 +178,17 @@ def report(
 def export(
     experiments: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[EXPERIMENT...]", help="As for run; none: all trials there are."),
+        typer.Argument(
+            metavar="[EXPERIMENT...]",
+            help="Paths or names of experiments. By default, all stored trials.",
+        ),
     ] = None,
     overrides: Overrides = None,
     smoke: Smoke = False,
     storage: Storage = "results",
-    to: Annotated[Path, typer.Option(help="File to write: .csv or .parquet.")] = Path("trials.csv"),
+    to: Annotated[Path, typer.Option(help="File to write, .csv or .parquet.")] = Path("trials.csv"),
 ) -> None:
-    """Write one table of trials, their specs, metrics and seconds, for other programs."""
+    """Write one table with the settings, metrics and times of trials, for other programs."""
     from analysis.records import export
     from pld_ray.store.store import Store
 
@@ -179,19 +208,21 @@ def export(
 
 @app.command()
 def student(
-    trial: Annotated[str, typer.Argument(metavar="TRIAL", help="The id of a finished trial.")],
-    to: Annotated[Path | None, typer.Option(help="Folder to write to [default: TRIAL].")] = None,
-    onnx: Annotated[bool, typer.Option("--onnx", help="As ONNX instead.")] = False,
+    trial: Annotated[str, typer.Argument(metavar="TRIAL", help="Id of a finished trial.")],
+    to: Annotated[
+        Path | None, typer.Option(help="Folder to write to. The default is the id of the trial.")
+    ] = None,
+    onnx: Annotated[bool, typer.Option("--onnx", help="Write an ONNX file instead.")] = False,
     storage: Storage = "results",
 ) -> None:
-    """Write a trained student as the folder that timm loads (local-dir:FOLDER), or as ONNX."""
+    """Write a trained student as a folder that timm loads (local-dir:FOLDER), or as ONNX."""
     from pld_ray.store.store import Store
 
     store = Store(storage)
     trials = store.trials()
     if trial not in trials:
-        hint = nearest(trial, trials) if trials else "there is none"
+        hint = nearest(trial, trials) if trials else "it holds no trials"
         raise InputError(f"student {trial}: no such trial in {store.uri}; {hint}")
     from pld_ray.models import export
 
-    session.say("student", export.write(trials[trial], store, to or Path(trial), onnx))
+    session.say("student", export.export_student(trials[trial], store, to or Path(trial), onnx))

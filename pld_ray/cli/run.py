@@ -1,4 +1,4 @@
-"""`pld-ray run`: train what is missing, then write tables and figures."""
+"""The command `pld-ray run`: train the missing trials, then write tables and figures."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pld_ray.cli.options import Address, Experiments, Out, Overrides, Smoke, Sto
 
 
 class Logger(StrEnum):
-    """What can follow a run."""
+    """The loggers that can receive the metrics of a run."""
 
     tensorboard = "tensorboard"
     mlflow = "mlflow"
@@ -29,10 +29,15 @@ def run(
     address: Address = None,
     out: Out = None,
     log: Annotated[
-        list[Logger] | None, typer.Option(help="Send every epoch there too; may be repeated.")
+        list[Logger] | None,
+        typer.Option(help="Also send the metrics of every epoch to this logger. May be repeated."),
     ] = None,
 ) -> None:
-    """Run the trials that have no record yet, then write the tables and the figures."""
+    """Run the trials that have no record yet, then write tables and figures.
+
+    To resume after an interruption, run the same command again. The exit
+    code is 1 if any trial has failed.
+    """
     failed = False
     for plan, store in [session.opened(name, overrides, smoke, storage) for name in experiments]:
         if plan.experiment.search is not None:

@@ -1,6 +1,6 @@
-"""What the commands share: an experiment opened with its store, trained, and printed.
+"""Functions that several commands share: open an experiment, train it, and print its results.
 
-Heavy imports wait until they are needed.
+Heavy modules are imported inside the functions that need them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,18 @@ if TYPE_CHECKING:
 
 
 def pending_trials(plan: Plan, store: Store) -> dict[str, Trial]:
-    """The trials that have no record yet, and the teachers of these whose weights are damaged."""
+    """Return the trials of a plan that have to run.
+
+    These are the trials without a record, and the teachers of these trials if the weights of the
+    teacher are damaged.
+
+    Args:
+        plan: The plan of an experiment.
+        store: The store with the records and weights.
+
+    Returns:
+        The trials by id, in the order of the plan.
+    """
     from pld_ray.config.trial import Trial
 
     finished = store.finished(plan.trials)
@@ -34,7 +45,18 @@ def pending_trials(plan: Plan, store: Store) -> dict[str, Trial]:
 
 
 def planned_banks(trials: dict[str, Trial], store: Store) -> dict[str, PlannedBank]:
-    """The banks that trials need; says how large, and refuses what does not fit the disk."""
+    """Return the banks that trials need, and print their size.
+
+    Args:
+        trials: The trials that will run, by id.
+        store: The store in which the banks are kept.
+
+    Returns:
+        The banks by their planned key.
+
+    Raises:
+        InputError: If the banks do not fit on the disk.
+    """
     from pld_ray.cli import estimate
     from pld_ray.data import datasets
     from pld_ray.distill import bank_plan
@@ -49,14 +71,24 @@ def planned_banks(trials: dict[str, Trial], store: Store) -> dict[str, PlannedBa
 def run_search(
     experiment: Experiment, store: Store, address: str | None, log: Sequence[str] = ()
 ) -> bool:
-    """Run what is left of a search; whether a trial failed that could succeed another time."""
+    """Run the remaining trials of a search.
+
+    Args:
+        experiment: An experiment with a search.
+        store: The store with the points and records of the search.
+        address: Address of a Ray cluster, or None.
+        log: Names of the loggers that receive the metrics.
+
+    Returns:
+        Whether a trial failed that could succeed when it is run again.
+    """
     from pld_ray.config.planning import Plan
     from pld_ray.config.trial import Trial
     from pld_ray.sweep import search
 
     progress = search.look(experiment, store)
     if all(each.over for each in progress):
-        typer.echo(f"{experiment.name}: the search is over")
+        typer.echo(f"{experiment.name}: the search is finished")
         return False
     cells = [each.group.cell.trial for each in progress]
     teachers = [cell.teacher for cell in cells if isinstance(cell.teacher, Trial)]
@@ -77,9 +109,18 @@ def train(
     progress: Sequence[SearchProgress] = (),
     log: Sequence[str] = (),
 ) -> dict[str, str]:
-    """Run trials under the live view; returns, and prints, why some failed.
+    """Run trials with a live progress view, and print the reasons of failures.
 
-    log: names of loggers that are to follow them.
+    Args:
+        plan: The plan to which the trials belong.
+        pending: The trials to run, by id.
+        store: The store for records, weights and banks.
+        address: Address of a Ray cluster, or None.
+        progress: The progress of a search, if the trials belong to one.
+        log: Names of the loggers that receive the metrics.
+
+    Returns:
+        The reasons of the failed trials, by id.
     """
     from rich.console import Console
 
@@ -99,21 +140,31 @@ def train(
         failures = runner.run(plan, ready, store, view, address, progress, followed)
     for logger in followed:
         if logger.problem:
-            typer.echo(f"--log {logger.name} ended early: {logger.problem}", err=True)
+            typer.echo(f"--log {logger.name} stopped early: {logger.problem}", err=True)
     for key, reason in failures.items():
         typer.echo(f"failed: {view.labels[key]}: {reason} ({store.folder(key)})", err=True)
     return failures
 
 
 def ray_log(store: Store) -> Path:
-    """Where what is not ours to print goes."""
+    """Return the path of the file that collects the messages of Ray and other libraries."""
     return Path(store.uri if store.local else ".") / "ray.log"
 
 
 def opened(
     experiment: str, overrides: list[str] | None, smoke: bool, storage: str
 ) -> tuple[Plan, Store]:
-    """An experiment with overrides, as a plan, and the store of its results."""
+    """Load an experiment and open the store of its results.
+
+    Args:
+        experiment: Path of a YAML file, or name of a shipped experiment.
+        overrides: Overrides of the form FIELD=VALUE.
+        smoke: Whether to load the miniature of the experiment.
+        storage: Folder or URI of the store.
+
+    Returns:
+        The plan of the experiment and the store.
+    """
     from pld_ray.config.experiment import load_experiment
     from pld_ray.store.store import Store
 
@@ -122,7 +173,7 @@ def opened(
 
 
 def planned(experiment: Experiment, store: Store) -> Plan:
-    """The trials of an experiment; of a search as far as it has come."""
+    """Return the plan of an experiment. For a search, it has the trials known so far."""
     from pld_ray.config.planning import plan
     from pld_ray.sweep import search
 
@@ -130,13 +181,22 @@ def planned(experiment: Experiment, store: Store) -> Plan:
 
 
 def reports(plan: Plan, store: Store, out: Path | None) -> Path:
-    """The folder for tables and figures."""
+    """Return the folder for tables and figures: `out`, or by default a folder in the store."""
     root = Path(store.uri if store.local else "results")
     return out or root / "reports" / plan.experiment.name
 
 
 def write_tables(plan: Plan, store: Store, out: Path | None) -> Path:
-    """Print and write the tables; returns their folder."""
+    """Print and write the tables of an experiment.
+
+    Args:
+        plan: The plan of the experiment.
+        store: The store with the records.
+        out: Folder to write to, or None for the default.
+
+    Returns:
+        The folder that holds the tables.
+    """
     from analysis.records import frames
     from analysis.tables import best, comparison, paper_tables
     from pld_ray.sweep import search
@@ -144,7 +204,7 @@ def write_tables(plan: Plan, store: Store, out: Path | None) -> Path:
     folder = reports(plan, store, out)
     if (sought := plan.experiment.search) is not None:
         rows = best.of_search(search.look(plan.experiment, store), sought.metric)
-        typer.echo("\nThe best of each cell\n\n" + best.text(rows, sought.metric))
+        typer.echo("\nBest settings of each cell\n\n" + best.text(rows, sought.metric))
         if not plan.cells:
             return folder
     frame = frames.frame(plan, store)
@@ -165,7 +225,7 @@ def write_tables(plan: Plan, store: Store, out: Path | None) -> Path:
 
 
 def draw_figures(plan: Plan, store: Store, folder: Path) -> list[Path]:
-    """Draw the figures; returns their paths."""
+    """Draw the figures of an experiment into a folder and return their paths."""
     from analysis.figures import methods, paper_figures
     from analysis.records import frames
 
@@ -177,7 +237,12 @@ def draw_figures(plan: Plan, store: Store, folder: Path) -> list[Path]:
 
 
 def say(kind: str, paths: list[Path]) -> None:
-    """Print what was written, a line each."""
+    """Print one line per written file.
+
+    Args:
+        kind: What the files are, such as "tables".
+        paths: The files; paths below the working directory are shortened.
+    """
     for path in paths:
         shown: Any = path
         if path.is_absolute() and path.is_relative_to(Path.cwd()):

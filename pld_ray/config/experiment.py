@@ -1,4 +1,4 @@
-"""From a YAML file to trials: an experiment, its grid, and the plan.
+"""Experiments: reads a YAML file, its recipe and the `--set` overrides into an `Experiment`.
 
 recipe < base < grid < --set  ->  Trial (validated)  ->  Plan (unique, teachers first)
 """
@@ -20,11 +20,18 @@ from pld_ray.errors import InputError, nearest
 
 
 class Smoke(Part):
-    """How an experiment is shrunk to a miniature with the same cells (`--smoke`).
+    """Settings that shrink an experiment to a miniature with the same cells (`--smoke`).
 
-    base is merged over the experiment's, and search over its search; grid replaces entries of as
-    many values, models replaces networks by name (without timm's tag). Teachers are trained, since
-    no weights fit.
+    Teachers are always trained in a miniature, because existing weights do not fit the small
+    networks.
+
+    Attributes:
+        base: Settings that are merged over the experiment's `base`.
+        grid: Entries that replace those of the experiment's `grid`. Each has as many values as
+            the entry that it replaces.
+        models: The networks that replace others, by the name of the replaced network (without
+            timm's tag).
+        search: Settings that are merged over the experiment's `search`.
     """
 
     base: dict[str, Any] = {"epochs": 2, "data": {"limit": 256}, "workers": 1}
@@ -34,18 +41,34 @@ class Smoke(Part):
 
 
 class Experiment(Part):
-    """One YAML file: a question, the settings all its trials share, and what it varies."""
+    """One YAML file: a question, the settings that all trials share, and those that vary.
+
+    Attributes:
+        name: The name of the experiment; by default the name of its file.
+        title: The title of the experiment for people.
+        note: A text that is printed under the tables.
+        recipe: The name of a YAML file in `recipes/` whose settings `base` overrides.
+        base: The settings of a trial that all trials share.
+        grid: The fields that vary, and their values (see `planning.plan`).
+        seeds: The seeds for which each cell of the grid runs. With a search, these are the seeds
+            on which the best settings are compared; the default is then an empty list.
+        resources: The resources that trials request from the cluster.
+        search: The search for the best settings of each cell.
+        overrides: Values of trial fields that override `base` and `grid`; `--set` adds to them.
+        smoke: The settings of the miniature.
+        miniature_of: The original experiment if this one is a miniature.
+    """
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     title: str = ""
-    note: str = ""  # printed under its tables
+    note: str = ""
     recipe: str | None = None
     base: dict[str, Any] = {}
     grid: dict[str, list[Any]] = {}
     seeds: list[int] = [0]
     resources: Resources = Resources()
     search: Search | None = None
-    overrides: dict[str, Any] = {}  # of trial fields, over base and grid; as --set makes them
+    overrides: dict[str, Any] = {}
     smoke: Smoke = Smoke()
     miniature_of: Experiment | None = None
 
@@ -59,20 +82,20 @@ class Experiment(Part):
     @model_validator(mode="after")
     def _seeds(self) -> Experiment:
         if self.search is None and not self.seeds:
-            raise ValueError("seeds is []: expected at least one")
+            raise ValueError("seeds is []: expected at least one seed")
         if self.search is not None and self.search.seed in self.seeds:
             raise ValueError(
-                f"search.seed is {self.search.seed}, and so is one of seeds: the best settings are "
-                "compared on seeds that chose none of them"
+                f"search.seed is {self.search.seed}, which is also one of seeds: the best settings "
+                "must be compared on seeds that the search does not use"
             )
         return self
 
 
-# ---------------------------------------------------------------- YAML to experiment
-
-
 def experiments_folder() -> Path:
-    """Where the shipped experiments lie: inside the wheel, or beside the package in a checkout."""
+    """Return the folder of the shipped experiments.
+
+    The folder is inside the package in an installed wheel, and beside the package in a checkout.
+    """
     package = Path(__file__).parents[1]
     inside = package / "experiments"
     return inside if inside.is_dir() else package.parent / "experiments"
@@ -81,11 +104,20 @@ def experiments_folder() -> Path:
 def load_experiment(
     source: str | Path, overrides: tuple[str, ...] = (), smoke: bool = False
 ) -> Experiment:
-    """The experiment in a YAML file, or the shipped one of that name, with `--set` overrides.
+    """Load an experiment and apply `--set` overrides.
 
-    smoke: its miniature. An override is "field=value", the value read as YAML. It replaces what
-    base and grid say of the field. A field of the experiment itself (seeds, grid.FIELD,
-    resources.FIELD) is set there.
+    Args:
+        source: The path of a YAML file, or the name of a shipped experiment.
+        overrides: Texts of the form "field=value"; the value is parsed as YAML. A field of a
+            trial overrides `base` and `grid`. A field of the experiment itself (`seeds`,
+            `grid.FIELD`, `resources.FIELD`) is set in the experiment.
+        smoke: Whether to return the miniature of the experiment.
+
+    Returns:
+        The validated experiment.
+
+    Raises:
+        InputError: The file does not exist or is not valid, or an override is not valid.
     """
     path = Path(source)
     if not path.is_file() and path.suffix not in (".yaml", ".yml"):
@@ -118,21 +150,27 @@ def load_experiment(
         else:
             everywhere[field] = value
     if set(everywhere) & {"seed"}:
-        raise InputError("--set seed: set seeds, a list, such as seeds=[0,1,2]")
+        raise InputError("--set seed: set seeds instead, which is a list, such as seeds=[0,1,2]")
     changed["overrides"] = everywhere
     found = validated(Experiment, changed, str(path))
     return miniature(found) if smoke else found
 
 
 def miniature(experiment: Experiment) -> Experiment:
-    """The experiment shrunk as its `smoke` says: the same cells, so small that a laptop runs it."""
+    """Shrink an experiment by its `smoke` settings, so that a laptop can run it.
+
+    The miniature has the same cells as the original.
+
+    Raises:
+        InputError: An entry of `smoke.grid` has another number of values than that of `grid`.
+    """
     smoke = experiment.smoke
     grid = experiment.grid | smoke.grid
     for key, values in smoke.grid.items():
         if len(values) != len(experiment.grid.get(key, [])):
             raise InputError(
                 f"{experiment.name}: smoke.grid.{key} has {len(values)} values: expected as many "
-                f"as grid.{key} has, {len(experiment.grid.get(key, []))}"
+                f"values as grid.{key} has, {len(experiment.grid.get(key, []))}"
             )
     for key in grid:
         fields, rows = axis(key, grid[key], experiment.name)
@@ -161,7 +199,7 @@ def miniature(experiment: Experiment) -> Experiment:
 
 
 def _smaller(field: str, value: Any, models: dict[str, Model]) -> Any:
-    """What stands for a student or teacher in a miniature; other fields as they are."""
+    """Return the value of a field in a miniature: replaced for networks, else unchanged."""
     entry = named(field, value)
     if field not in ("student", "teacher") or not isinstance(entry, dict) or "name" not in entry:
         return value
@@ -173,6 +211,7 @@ def _smaller(field: str, value: Any, models: dict[str, Model]) -> Any:
 
 
 def _find_recipe(name: str, experiment: Path) -> Path:
+    """Return the path of a recipe: beside the experiment, else among the shipped ones."""
     folders = [experiment.parent / "recipes", experiments_folder() / "recipes"]
     for folder in folders:
         if (folder / f"{name}.yaml").is_file():

@@ -1,4 +1,4 @@
-"""Entries of an experiment's grid: fields, and the rows of values that they take."""
+"""Entries of an experiment's grid: parses each into its fields and their rows of values."""
 
 from __future__ import annotations
 
@@ -10,10 +10,24 @@ from pld_ray.errors import InputError
 
 
 def axis(key: str, values: Any, where: str) -> tuple[tuple[str, ...], list[tuple[Any, ...]]]:
-    """A grid entry as (fields, rows); a row holds one value for each field."""
+    """Parse an entry of a grid.
+
+    Args:
+        key: A field, or several fields separated by commas, such as "teacher, student".
+        values: The values of the field, or one list of values per row if there are several fields.
+        where: The name of the experiment, for error messages.
+
+    Returns:
+        The fields, and the rows: each row holds one value per field.
+
+    Raises:
+        InputError: `values` is not a list, is empty, or has a row of the wrong length.
+    """
     fields = tuple(field.strip() for field in key.split(","))
     if not isinstance(values, list) or not values:
-        raise InputError(f"{where}: grid.{key} is {values!r}: expected a list of values")
+        raise InputError(
+            f"{where}: grid.{key} is {values!r}: expected a list with at least one value"
+        )
     if fields == ("loss",):
         return fields, [(loss,) for value in values for loss in each_loss(value)]
     if len(fields) == 1:
@@ -27,7 +41,15 @@ def axis(key: str, values: Any, where: str) -> tuple[tuple[str, ...], list[tuple
 
 
 def each_loss(loss: Any) -> Iterator[Any]:
-    """A loss entry with lists inside as the losses it stands for."""
+    """Yield the losses of a loss entry: all combinations of the lists inside it.
+
+    Args:
+        loss: The name of a loss, or a mapping whose values may be lists, such as
+            `{name: kd, temperature: [1, 4]}`.
+
+    Yields:
+        Losses whose parameters are single values.
+    """
     if not isinstance(loss, dict):
         yield loss
         return

@@ -1,19 +1,28 @@
-"""Settings over settings, field by field."""
+"""Merges nested settings field by field."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-_REPLACED = {"data", "student", "teacher", "loss"}  # another name there: another thing altogether
+# another name in these fields replaces the whole entry: its parameters fit no other name
+_REPLACED = {"data", "student", "teacher", "loss"}
 _NAMED = _REPLACED | {"optimizer", "schedule"}
 
 
 def merge(low: dict[str, Any], high: Mapping[str, Any]) -> dict[str, Any]:
-    """`high` over `low`, field by field; neither is changed.
+    """Merge `high` over `low` field by field, without changing either.
 
-    Another loss, network or dataset replaces the lower one with its parameters; another optimizer
-    or schedule keeps those that `high` does not name (the learning rate, say).
+    If the name of a loss, network or dataset differs, the entry of `high` replaces the whole entry
+    of `low`. If the name of an optimizer or schedule differs, the parameters that `high` does not
+    set (for example the learning rate) are kept from `low`.
+
+    Args:
+        low: The settings with lower priority.
+        high: The settings with higher priority.
+
+    Returns:
+        A new mapping with the merged settings.
     """
     merged = dict(low)
     for key, value in high.items():
@@ -27,12 +36,23 @@ def merge(low: dict[str, Any], high: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def named(key: str, value: Any) -> Any:
-    """The string x as {name: x}, where a field has a name."""
+    """Expand the string x to {name: x} if the field `key` holds a named entry.
+
+    Args:
+        key: The field of a trial, such as "loss".
+        value: The value of the field.
+
+    Returns:
+        The mapping with the name, or `value` unchanged.
+    """
     return {"name": value} if key in _NAMED and isinstance(value, str) else value
 
 
 def nest(field: str, value: Any) -> dict[str, Any]:
-    """A dotted field and its value as nested mappings."""
+    """Convert a dotted field and its value to nested mappings.
+
+    For example, "optimizer.lr" and 0.1 become `{"optimizer": {"lr": 0.1}}`.
+    """
     for part in reversed(field.split(".")):
         value = {part: value}
     return value

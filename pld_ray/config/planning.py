@@ -1,4 +1,4 @@
-"""From an experiment to its plan: every point of the grid, for every seed, as unique trials."""
+"""Expands an experiment into its plan: one trial per grid point and seed, without duplicates."""
 
 from __future__ import annotations
 
@@ -22,12 +22,19 @@ from pld_ray.losses import REGISTRY
 
 
 class TeacherEntry(Part):
-    """What YAML says of a teacher.
+    """The entry of a teacher in YAML.
 
-    weights: "train" (train it under the experiment's base settings, changed by `train`),
-    "pretrained" (timm's; the default for a name with a tag) or a safetensors file. logits: kept in
-    the bank as float16 or float32, or computed "live" in every step. views: how many different
-    augmentations of an image the students see; default: one an epoch.
+    Attributes:
+        name: The name of the network in timm.
+        args: Further arguments for `timm.create_model`.
+        weights: "train" (train the teacher under the experiment's base settings, changed by
+            `train`), "pretrained" (timm's weights), or the path of a safetensors file. The default
+            is "pretrained" for a name with a tag, else "train".
+        train: Settings of the teacher's own training, merged over the experiment's `base`.
+        logits: The type in which the bank stores the teacher's logits, or "live" to compute them
+            in every step.
+        views: The number of different augmentations of an image that the students see; by
+            default one per epoch.
     """
 
     name: str
@@ -39,7 +46,12 @@ class TeacherEntry(Part):
 
 
 class Cell(NamedTuple):
-    """One point of the grid: a trial, and the teacher named there even if its loss needs none."""
+    """One point of the grid, for one seed.
+
+    Attributes:
+        trial: The trial to run.
+        teacher: The name of the teacher in the grid, even if the trial's loss needs no teacher.
+    """
 
     trial: Trial
     teacher: str | None
@@ -47,10 +59,14 @@ class Cell(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """The cells of an experiment and the unique trials behind them, teachers first.
+    """The cells of an experiment and their unique trials, teachers first.
 
-    searched: trials of a search, which no table shows. points: of cells that a search has chosen,
-    the trials by which tables name them; they stand for points of the grid.
+    Attributes:
+        experiment: The experiment.
+        cells: The points of the grid, for every seed.
+        searched: The trials of a search; tables do not show them.
+        points: After a search, one trial per cell: the cell as the grid has it, without the values
+            that the search has chosen. Tables take the names of rows from these trials.
     """
 
     experiment: Experiment
@@ -60,7 +76,7 @@ class Plan:
 
     @cached_property
     def originals(self) -> tuple[Cell, ...]:
-        """What the cells of a miniature stand for, one by one; else the cells themselves."""
+        """The original of each cell if this is a plan of a miniature, else the cells themselves."""
         original = self.experiment.miniature_of
         if original is None or original.search is not None:
             return self.cells
@@ -68,12 +84,12 @@ class Plan:
 
     @cached_property
     def shown(self) -> tuple[Trial, ...]:
-        """For each cell the trial by which tables name it."""
+        """For each cell, the trial from which tables take the name of the row."""
         return self.points or tuple(cell.trial for cell in self.cells)
 
     @cached_property
     def trials(self) -> dict[str, Trial]:
-        """Unique trials by id: teachers first, a teacher's own teacher before it."""
+        """The unique trials by id: teachers come first, each after its own teacher."""
         found: dict[str, Trial] = {}
 
         def add(trial: Trial) -> None:
@@ -88,7 +104,10 @@ class Plan:
 
     @cached_property
     def labels(self) -> dict[str, str]:
-        """A name for people of each trial: of namesakes, with the settings in which they differ."""
+        """A readable name for each trial, by id.
+
+        Trials with the same label get the settings in which they differ.
+        """
         alike: dict[str, list[Trial]] = {}
         for trial in self.trials.values():
             alike.setdefault(trial.label, []).append(trial)
@@ -103,20 +122,28 @@ class Plan:
 
     @cached_property
     def teacher_ids(self) -> set[str]:
-        """Ids of the trials that teach another one of this plan."""
+        """The ids of the trials that are the teacher of another trial in this plan."""
         return {t.teacher.id for t in self.trials.values() if isinstance(t.teacher, Trial)}
 
 
-# ---------------------------------------------------------------- expanding
-
-Settings = list[tuple[str, Any]]  # fields and their values; the later ones win
+Settings = list[tuple[str, Any]]  # fields and their values; later entries override earlier ones
 
 
 def plan(experiment: Experiment) -> Plan:
     """Expand an experiment: every combination of its grid, for every seed.
 
-    A grid key is a field ("loss.temperature"), or several at once ("teacher, student") whose
-    values are lists of as many. `loss.PARAMETER` is left out for the losses that have none such.
+    A key of the grid is a field ("loss.temperature") or several fields ("teacher, student"). With
+    several fields, each value is a list with one value per field. A field `loss.PARAMETER` does
+    not apply to losses without this parameter.
+
+    Args:
+        experiment: The experiment to expand.
+
+    Returns:
+        The plan, with one cell per combination and seed.
+
+    Raises:
+        InputError: A setting of the experiment is not valid.
     """
     cells: list[Cell] = []
     for settings in combinations(experiment):
@@ -125,7 +152,11 @@ def plan(experiment: Experiment) -> Plan:
 
 
 def combinations(experiment: Experiment) -> list[Settings]:
-    """What the grid says of each of its points; the loss comes before its parameters."""
+    """Return the settings of each point of the grid, with the loss before its parameters.
+
+    Raises:
+        InputError: An entry of the grid is not valid, or none of the losses has a parameter.
+    """
     where = experiment.name
     axes = [axis(key, values, where) for key, values in experiment.grid.items()]
     if not any(fields == ("loss",) for fields, _ in axes):
@@ -147,9 +178,9 @@ def combinations(experiment: Experiment) -> list[Settings]:
 def _check_loss_parameters(
     experiment: Experiment, points: list[Settings], fields: Iterable[str]
 ) -> None:
-    """InputError for a field loss.PARAMETER that none of the experiment's losses has."""
+    """Raise InputError for a field loss.PARAMETER that none of the experiment's losses has."""
     losses = {_loss_name([*settings, *experiment.overrides.items()]) for settings in points}
-    if unknown := losses - REGISTRY.keys():  # the trial itself will say so
+    if unknown := losses - REGISTRY.keys():  # the validation of the trial reports it
         return
     names = {name for loss in losses - unknown for name in REGISTRY[loss].model_fields}
     for field in fields:
@@ -157,11 +188,12 @@ def _check_loss_parameters(
         if first == "loss" and parameter and parameter not in names:
             raise InputError(
                 f"{experiment.name}: {field}: none of its losses ({', '.join(sorted(losses))}) "
-                f"has it; {nearest(parameter, names - {'name'})}"
+                f"has this parameter; {nearest(parameter, names - {'name'})}"
             )
 
 
 def _loss_name(settings: Settings) -> str:
+    """Return the name of the loss after all settings are applied, or "" if none sets it."""
     name = ""
     for field, value in settings:
         if field in ("loss", "loss.name"):
@@ -173,7 +205,20 @@ def _loss_name(settings: Settings) -> str:
 def build(
     experiment: Experiment, settings: Settings, seeds: Iterable[int], base: Mapping[str, Any] = {}
 ) -> list[Cell]:
-    """The cells of one point of the grid; `base` is merged over the experiment's."""
+    """Build the cells of one point of the grid.
+
+    Args:
+        experiment: The experiment.
+        settings: The fields and values of the point.
+        seeds: The seeds; there is one cell per seed.
+        base: Settings that are merged over the experiment's `base`.
+
+    Returns:
+        The cells, in the order of `seeds`.
+
+    Raises:
+        InputError: A setting is not valid.
+    """
     raw = merge(experiment.base, base)
     for field, value in [*settings, *experiment.overrides.items()]:
         first, _, parameter = field.partition(".")
@@ -187,7 +232,7 @@ def build(
 
 
 def _teacher(entry: Any, raw: dict[str, Any], experiment: Experiment) -> dict[str, Any]:
-    """The fields of a trial that YAML's teacher stands for, for a student with settings `raw`."""
+    """Return the fields of a trial that its teacher entry defines; `raw` are its settings."""
     if entry is None:
         return {}
     where = f"{experiment.name}: teacher"
@@ -216,14 +261,16 @@ def _teacher(entry: Any, raw: dict[str, Any], experiment: Experiment) -> dict[st
 
 
 def _cell(raw: dict[str, Any], taught: dict[str, Any], where: str) -> Cell:
-    """The validated trial of one cell, without what makes no difference to it.
+    """Return the validated cell, with the fields that do not affect its trial set to defaults.
 
-    A loss that needs no teacher gets none, but the same views of the images as the others; one that
-    compares features reads no kept logits.
+    A loss that needs no teacher gets no teacher, but it keeps the same views of the images as the
+    other losses. A loss that compares features reads no stored logits.
     """
     for field in ("teacher_logits", "views"):
         if field in raw:
-            raise InputError(f"{where}: {field}: set teacher.{field.removeprefix('teacher_')}")
+            raise InputError(
+                f"{where}: {field}: set teacher.{field.removeprefix('teacher_')} instead"
+            )
     trial = validated(Trial, raw | taught, where)
     unused: dict[str, Any] = {}
     if not trial.loss.needs_teacher:
@@ -236,6 +283,7 @@ def _cell(raw: dict[str, Any], taught: dict[str, Any], where: str) -> Cell:
 
 
 def _sha256(path: str, where: str) -> str:
+    """Return the SHA-256 of a weights file; InputError if the file cannot be read."""
     try:
         state = Path(path).stat()
         return _digest(path, state.st_mtime_ns, state.st_size)
@@ -248,6 +296,6 @@ def _sha256(path: str, where: str) -> str:
 
 @cache
 def _digest(path: str, mtime: int, size: int) -> str:
-    """Read once however many cells name the file; anew when it has changed."""
+    """Return the SHA-256 of a file; cached until its modification time or size changes."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

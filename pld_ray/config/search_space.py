@@ -1,7 +1,7 @@
-"""What a search draws from: ranges of fields, and the next point of them.
+"""The settings of a search: the ranges of its fields, and the points that it draws from them.
 
-A random or grid search is a pure function of (seed, cell, number): its trials are known before any
-of them runs. Optuna's next point depends on what was found so far, and on nothing else.
+A random or grid search is a pure function of (seed, cell, number), so its trials are known before
+any of them runs. Optuna's next point depends only on the search and on the results so far.
 """
 
 from __future__ import annotations
@@ -16,14 +16,21 @@ from pydantic import Field, model_validator
 from pld_ray.config.validation import Part
 from pld_ray.errors import InputError
 
-DIGITS = 4  # of a number drawn: enough to tell trials apart, few enough to read
+DIGITS = 4  # significant digits of a drawn number: enough to tell trials apart, and readable
 
-# as the history of a trial names them
+# the names are those in the history of a trial
 Metric = Literal["top1", "top5", "val_loss", "ece", "kl_teacher_student", "agreement", "train_loss"]
 
 
 class Range(Part):
-    """The values of one field: a mapping with one of these keys; bounds are part of the range."""
+    """The values of one field in a search: a mapping with exactly one of these keys.
+
+    Attributes:
+        uniform: The bounds of a uniform distribution.
+        loguniform: The bounds of a distribution that is uniform in the logarithm.
+        integer: The lowest and highest integer, both included; the key in YAML is `int`.
+        choice: A list of values.
+    """
 
     uniform: tuple[float, float] | None = None
     loguniform: tuple[float, float] | None = None
@@ -33,22 +40,24 @@ class Range(Part):
     @model_validator(mode="after")
     def _one(self) -> Range:
         if len(self.model_fields_set) != 1:
-            raise ValueError("expected one of uniform, loguniform, int and choice: int: [1, 8]")
+            raise ValueError(
+                "expected one of uniform, loguniform, int and choice, such as int: [1, 8]"
+            )
         bounds = self.uniform or self.loguniform or self.integer
         if bounds and bounds[0] >= bounds[1]:
-            raise ValueError(f"{list(bounds)}: expected the lower bound first")
+            raise ValueError(f"{list(bounds)}: expected the lower bound first, then a higher one")
         if self.loguniform and self.loguniform[0] <= 0:
             raise ValueError(f"loguniform {list(self.loguniform)}: expected bounds above 0")
         return self
 
     def values(self) -> list[Any] | None:
-        """All values, if they can be told."""
+        """Return all values of `int` or `choice`, or None for a continuous range."""
         if self.integer:
             return list(range(self.integer[0], self.integer[1] + 1))
         return self.choice
 
     def draw(self, dice: random.Random) -> Any:
-        """One value."""
+        """Draw one value with the random generator `dice`."""
         if self.integer:
             return dice.randint(*self.integer)
         if self.choice:
@@ -61,29 +70,38 @@ class Range(Part):
 
     @property
     def bounds(self) -> tuple[float, float]:
-        """Of a range of numbers."""
+        """The lower and upper bound of a `uniform` or `loguniform` range."""
         bounds = self.uniform or self.loguniform
         assert bounds is not None
         return bounds
 
     def rounded(self, value: float) -> float:
-        """To DIGITS digits, inside the bounds."""
+        """Round a value to DIGITS significant digits, and clip it to the bounds."""
         low, high = self.bounds
         return min(max(float(f"{value:.{DIGITS}g}"), low), high)
 
 
 class Search(Part):
-    """How an experiment looks for the best settings of each cell of its grid.
+    """The search for the best settings of each cell of an experiment's grid.
 
-    space: fields of a trial, and their ranges; loss.PARAMETER is left out for losses that have none
-    such, LOSS.PARAMETER is for that loss alone. algorithm: random, grid (all combinations), or
-    optuna (TPE). num_trials: for each cell. scheduler: stops trials that do worse than others of
-    their cell after as many epochs; asha, its several brackets (hyperband, asynchronous) or the
-    median rule; none of them before grace_epochs. time_budget: seconds of training for each cell.
-    metric, mode: of the last epoch. seed: of what is drawn, and of all trials of the search. base:
-    settings of these trials alone, such as data.holdout.
+    After the search, the best settings of each cell are trained and compared on the experiment's
+    `seeds`, which the search does not use.
 
-    `seeds` of the experiment are then fresh ones, on which the best of each cell are compared.
+    Attributes:
+        space: The fields of a trial that are searched, and their ranges. A field `loss.PARAMETER`
+            does not apply to losses without this parameter; `LOSS.PARAMETER` applies to that loss
+            only.
+        algorithm: "random", "grid" (all combinations) or "optuna" (TPE).
+        num_trials: The number of trials per cell. "grid" does not require it.
+        scheduler: The rule that stops a trial that does worse than the others of its cell after
+            the same number of epochs: "asha", "hyperband" (asynchronous, with several brackets),
+            "median" (the median stopping rule) or "none".
+        grace_epochs: The number of epochs before which no trial is stopped.
+        time_budget: The seconds of training per cell.
+        metric: The metric that is compared, taken from the last epoch.
+        mode: Whether a higher ("max") or lower ("min") value of the metric is better.
+        seed: The seed of the drawn points, and of all trials of the search.
+        base: Settings of the trials of the search only, such as `data.holdout`.
     """
 
     space: dict[str, Range] = Field(min_length=1)
@@ -104,15 +122,24 @@ class Search(Part):
                 if values.values() is None:
                     raise ValueError(f"space.{field}: algorithm grid needs choice or int")
         elif self.num_trials is None:
-            raise ValueError(f"num_trials: algorithm {self.algorithm} needs to know how many")
+            raise ValueError(f"num_trials: algorithm {self.algorithm} needs a number of trials")
         return self
 
 
-Point = dict[str, Any]  # a value for each field
+Point = dict[str, Any]  # one value per field
 
 
 def points(search: Search, space: dict[str, Range], cell: str) -> list[Point]:
-    """All points of a random or grid search of a cell, without repetitions."""
+    """Return all points of a random or grid search of one cell, without duplicates.
+
+    Args:
+        search: The settings of the search.
+        space: The fields that apply to this cell, and their ranges.
+        cell: The key of the cell; it is part of the random seed.
+
+    Returns:
+        At most `search.num_trials` points.
+    """
     if search.algorithm == "grid":
         columns = [values.values() or [] for values in space.values()]
         rows = itertools.product(*columns)
@@ -121,7 +148,7 @@ def points(search: Search, space: dict[str, Range], cell: str) -> list[Point]:
     assert search.num_trials is not None
     found = []
     for number in range(search.num_trials if space else 1):
-        for again in range(100):  # a small space has few points
+        for again in range(100):  # a small space may have no further points
             dice = random.Random(f"{search.seed} {cell} {number} {again}")
             point = {field: values.draw(dice) for field, values in space.items()}
             if point not in found:
@@ -130,16 +157,31 @@ def points(search: Search, space: dict[str, Range], cell: str) -> list[Point]:
     return found
 
 
-# a point so far, what it reached (None: unknown, or it failed), and whether it still runs
+# a point, its score (None if it is unknown or the trial failed), and whether the trial still runs
 Tried = tuple[Point, float | None, bool]
 
 
 def suggest(search: Search, space: dict[str, Range], cell: str, tried: list[Tried]) -> Point:
-    """Optuna's next point (TPE), given those so far, running ones among them."""
+    """Suggest the next point with Optuna's TPE sampler.
+
+    Args:
+        search: The settings of the search.
+        space: The fields that apply to this cell, and their ranges.
+        cell: The key of the cell; it is part of the random seed.
+        tried: The points so far with their scores, including those of running trials.
+
+    Returns:
+        The next point; the same arguments give the same point.
+
+    Raises:
+        InputError: Optuna is not installed.
+    """
     try:
         import optuna
     except ImportError:
-        raise InputError("search.algorithm is 'optuna': pip install 'pld-ray[optuna]'") from None
+        raise InputError(
+            "search.algorithm is 'optuna', which is not installed: pip install 'pld-ray[optuna]'"
+        ) from None
     from optuna.distributions import (
         BaseDistribution,
         CategoricalDistribution,
@@ -154,7 +196,7 @@ def suggest(search: Search, space: dict[str, Range], cell: str, tried: list[Trie
         if values.integer:
             return IntDistribution(*values.integer)
         if values.choice:
-            return CategoricalDistribution(range(len(values.choice)))  # it takes no lists
+            return CategoricalDistribution(range(len(values.choice)))  # no lists allowed
         return FloatDistribution(*values.bounds, log=values.loguniform is not None)
 
     def inside(field: str, value: Any) -> Any:

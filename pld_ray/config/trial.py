@@ -1,7 +1,7 @@
-"""What a trial is: one training run, fully specified, known by the hash of what it says.
+"""Trials: one training run, fully specified and identified by a hash of its settings.
 
-A teacher that has to be trained is itself a Trial inside the student's. Nothing here imports torch
-or Ray. How a YAML file becomes trials stands in experiment.py.
+A teacher that has to be trained is itself a `Trial` inside the student's trial. This file imports
+neither torch nor Ray. experiment.py and planning.py turn a YAML file into trials.
 """
 
 from __future__ import annotations
@@ -27,25 +27,37 @@ from pld_ray.losses import REGISTRY, LossParams
 
 
 class Model(Part):
-    """A network by its timm name, with further arguments for `timm.create_model`."""
+    """A network.
+
+    Attributes:
+        name: The name of the network in timm.
+        args: Further arguments for `timm.create_model`.
+    """
 
     name: str
     args: dict[str, Any] = {}
 
 
-IN_MEMORY = ("digits", "cifar10", "cifar100")  # datasets that come as arrays
-
-
 class Data(Part):
-    """A dataset by name and the augmentation of its training images.
+    """A dataset and the augmentation of its training images.
 
-    name: digits, cifar10, cifar100, imagenet, folder:PATH or parquet:PATH. root: where an existing
-    copy of cifar, or imagenet, lies. image_size: resize (shorter side) and centre-crop to this many
-    pixels. pad: zero padding before a random crop, in pixels. random_resized_crop: train on random
-    parts of the images, resized to image_size; they then stay encoded until a batch needs them, and
-    the centre of a validation image is crop_pct of its shorter side. mean, std: per channel, in
-    [0, 1]; default: measured on the training images. holdout: validate on the last so many training
-    images instead, and do not train on them. limit: keep the first so many of those that are left.
+    Attributes:
+        name: "digits", "cifar10", "cifar100", "imagenet", "folder:PATH" or "parquet:PATH".
+        root: The folder of an existing copy of CIFAR or ImageNet. By default CIFAR is downloaded,
+            and ImageNet is expected in the folder `imagenet`.
+        image_size: Resize the shorter side to this many pixels, and crop the centre.
+        pad: The zero padding before a random crop, in pixels.
+        flip: Whether training images are mirrored horizontally at random.
+        random_resized_crop: Whether to train on random parts of the images, resized to
+            `image_size`. The images then stay encoded until a batch needs them.
+        crop_pct: With `random_resized_crop`, the side of the central crop of a validation image
+            as a fraction of the image's shorter side.
+        mean: The mean of each channel, in [0, 1]; by default measured on the training images.
+        std: The standard deviation of each channel, in [0, 1]; by default measured on the training
+            images.
+        holdout: Validate on this many of the last training images instead, and do not train on
+            them.
+        limit: Keep only this many of the first training images, after `holdout`.
     """
 
     name: str
@@ -66,9 +78,9 @@ class Data(Part):
         for field in ("mixup", "cutmix"):
             if isinstance(value, dict) and field in value:
                 raise ValueError(
-                    f"{field}: augmentation that mixes samples is not supported: a ranking begins "
-                    "with the one true label, and teacher logits are kept for each image; "
-                    "pad and flip are"
+                    f"{field}: augmentation that mixes samples is not supported, because a ranking "
+                    "starts with the one true label and teacher logits are stored per image: "
+                    "use pad and flip"
                 )
         return value
 
@@ -76,25 +88,30 @@ class Data(Part):
     def _consistent(self) -> Data:
         if self.random_resized_crop:
             if self.image_size is None:
-                raise ValueError("random_resized_crop needs image_size: the side to resize to")
-            if self.name in IN_MEMORY:
-                raise ValueError(
-                    f"random_resized_crop: {self.name} has small images; pad and flip are for them"
-                )
+                raise ValueError("random_resized_crop needs image_size, the side to resize to")
             if self.pad:
-                raise ValueError("pad: not together with random_resized_crop")
+                raise ValueError("pad: cannot be combined with random_resized_crop")
         elif self.crop_pct != 1:
-            raise ValueError("crop_pct: goes with random_resized_crop")
+            raise ValueError("crop_pct: needs random_resized_crop")
         return self
 
     @property
     def augmented(self) -> bool:
-        """Whether an image looks different from epoch to epoch."""
+        """Whether an image can look different in different epochs."""
         return self.pad > 0 or self.flip or self.random_resized_crop
 
 
 class Optimizer(Part):
-    """timm's optimizer factory: any name it knows, and further arguments for it."""
+    """The arguments of timm's optimizer factory.
+
+    Attributes:
+        name: The name of an optimizer in timm.
+        lr: The learning rate.
+        weight_decay: The weight decay.
+        momentum: The momentum.
+        betas: The betas of Adam and similar optimizers; by default those of the optimizer.
+        args: Further arguments for the factory.
+    """
 
     name: str = "adamw"
     lr: float = Field(1e-3, gt=0)
@@ -105,32 +122,53 @@ class Optimizer(Part):
 
 
 class Schedule(Part):
-    """timm's scheduler factory, stepped every update."""
+    """The arguments of timm's scheduler factory; the scheduler steps after every update.
+
+    Attributes:
+        name: The name of a schedule in timm, or "constant".
+        warmup_epochs: The length of the warm-up, in epochs.
+        warmup_lr: The learning rate at the start of the warm-up.
+        min_lr: The lower bound of the learning rate.
+        decay_rate: The factor of each decay ("multistep", "step"), or the power ("poly").
+        milestones: The epochs of the decays ("multistep").
+        decay_epochs: The number of epochs between decays ("step").
+    """
 
     name: Literal["cosine", "multistep", "step", "poly", "constant"] = "cosine"
     warmup_epochs: float = Field(0, ge=0)
     warmup_lr: float = Field(0.0, ge=0)
     min_lr: float = Field(0.0, ge=0)
     decay_rate: float = Field(0.1, gt=0, le=1)
-    milestones: tuple[int, ...] = ()  # multistep: epochs
-    decay_epochs: float = Field(30, gt=0)  # step: every so many epochs
+    milestones: tuple[int, ...] = ()
+    decay_epochs: float = Field(30, gt=0)
 
 
 class Weights(Part):
-    """A teacher that is not trained here: timm's pretrained weights or a safetensors file."""
+    """A teacher with existing weights.
+
+    Attributes:
+        name: The name of the network in timm.
+        args: Further arguments for `timm.create_model`.
+        weights: "pretrained" (timm's weights) or the path of a safetensors file.
+        sha256: The SHA-256 of that file. It identifies the teacher, wherever the file is.
+    """
 
     name: str
     args: dict[str, Any] = {}
-    weights: str  # "pretrained" or the path of a safetensors file
-    sha256: str | None = None  # of that file: the teacher's identity, wherever it lies
+    weights: str
+    sha256: str | None = None
 
 
 class Resources(Part):
-    """What trials take of the cluster; none of it changes a result.
+    """The resources that trials request from the cluster; they do not change any result.
 
-    gpus_per_worker: by default one where the cluster has any; fractions share one. concurrent: so
-    many trials at once, also where they do not fit yet, for clusters that grow when asked;
-    default: as many as fit. patience: seconds without a step after which a worker hangs.
+    Attributes:
+        cpus_per_worker: The number of CPUs per worker.
+        gpus_per_worker: The number of GPUs per worker; by default one if the cluster has any. With
+            a fraction, several workers share a GPU.
+        concurrent: The number of trials that run at once, even if they do not fit yet, for
+            clusters that grow on request; by default as many as fit.
+        patience: The seconds without a step after which a worker is considered hung.
     """
 
     cpus_per_worker: float = Field(1, gt=0)
@@ -142,13 +180,13 @@ class Resources(Part):
     @classmethod
     def _whole_gpus(cls, gpus: float | None) -> float | None:
         if gpus is not None and gpus > 1 and gpus != int(gpus):
-            said = "expected a whole number of GPUs, or a part of one"
+            said = "expected a whole number of GPUs, or a fraction of one"
             raise PydanticCustomError("gpus", said)
         return gpus
 
 
 def _loss(value: Any) -> LossParams:
-    """The settings of a loss, by its name in the registry; the string x means {name: x}."""
+    """Validate the settings of a loss by its name; the string x is short for {name: x}."""
     if isinstance(value, LossParams):
         return value
     value = {"name": value} if isinstance(value, str) else value
@@ -171,23 +209,45 @@ Loss = Annotated[SerializeAsAny[LossParams], PlainValidator(_loss)]
 
 
 class Trial(Part):
-    """One training run, fully specified."""
+    """One training run, fully specified.
+
+    Attributes:
+        data: The dataset and its augmentation.
+        student: The network to train.
+        teacher: The teacher: a trial if it has to be trained, or existing weights.
+        teacher_logits: The type in which the bank stores the teacher's logits. With "live", the
+            teacher's forward pass runs in every step instead.
+        views: The number of different augmentations of an image: epoch e uses the same images and
+            teacher logits as epoch e mod `views`. By default every epoch has its own.
+        loss: The loss and its parameters.
+        optimizer: The optimizer.
+        schedule: The schedule of the learning rate.
+        epochs: The number of epochs.
+        batch_size: The global batch size; it is split evenly among the workers.
+        drop_last: Whether to drop the last batch of an epoch if it is smaller.
+        clip_grad: The maximum norm of the gradient; by default it is not clipped.
+        ema: The decay of an exponential moving average of the weights; by default none is kept.
+        precision: The precision of the forward passes; "auto" is bfloat16 on CUDA.
+        channels_last: Whether images use the channels-last memory format.
+        compile: Whether to compile the student with `torch.compile`.
+        workers: The number of workers that train the student together.
+        seed: The random seed.
+    """
 
     data: Data
     student: Model
     teacher: Trial | Weights | None = None
-    # how they are kept in the bank; "live": the teacher's forward pass in every step instead
     teacher_logits: Literal["float16", "float32", "live"] = "float16"
-    views: int | None = Field(None, ge=1)  # epoch e sees images and teacher as in epoch e mod views
+    views: int | None = Field(None, ge=1)
     loss: Loss
     optimizer: Optimizer = Optimizer()
     schedule: Schedule = Schedule()
     epochs: int = Field(ge=1)
-    batch_size: int = Field(128, ge=1)  # global: each of the workers takes its share
+    batch_size: int = Field(128, ge=1)
     drop_last: bool = False
     clip_grad: float | None = Field(None, gt=0)
     ema: float | None = Field(None, gt=0, lt=1)
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on CUDA
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
     channels_last: bool = True
     compile: bool = False
     workers: int = Field(1, ge=1)
@@ -205,35 +265,35 @@ class Trial(Part):
         return self
 
     def view(self, epoch: int) -> int:
-        """Which augmentation of the images an epoch sees: 0 if there is but one."""
+        """Return the index of the augmentation that an epoch uses: 0 if there is only one."""
         if not self.data.augmented:
             return 0
         return epoch % self.views if self.views else epoch
 
     @cached_property
     def id(self) -> str:
-        """16 hex digits: the hash of the canonical spec."""
+        """The hash of the canonical settings, as 16 hex digits."""
         text = json.dumps(canonical(self), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     @property
     def teacher_name(self) -> str | None:
-        """The name of the teacher's network."""
+        """The name of the teacher's network, or None without a teacher."""
         teacher = self.teacher.student if isinstance(self.teacher, Trial) else self.teacher
         return teacher.name if teacher else None
 
     def model_copy(self, **kwargs: Any) -> Trial:
-        """As pydantic's; the copy has an id of its own."""
+        """Copy the trial as pydantic does, and let the copy compute its own id."""
         copied = super().model_copy(**kwargs)
         copied.__dict__.pop("id", None)
         return copied
 
     @property
     def flat(self) -> dict[str, Any]:
-        """Its settings by dotted field, but for student, teacher, loss and seed."""
+        """The settings by dotted field, without teacher, loss, seed and the student's name."""
         dump = self.model_dump(mode="json", exclude={"teacher", "loss", "seed"})
         dump["student"].pop("name")
-        if self.teacher is None or self.loss.needs_features:  # no logits to be kept
+        if self.teacher is None or self.loss.needs_features:  # no logits are stored
             dump.pop("teacher_logits")
         flat: dict[str, Any] = {}
         for field, value in dump.items():
@@ -245,7 +305,7 @@ class Trial(Part):
 
     @property
     def label(self) -> str:
-        """A short name for people; not unique."""
+        """A short, readable name; it is not unique."""
         parameters = self.loss.model_dump(exclude={"name"}, exclude_defaults=True)
         said = "".join(f" {name} {_short(value)}" for name, value in parameters.items())
         return f"{self.loss.name}{said} {self.student.name} seed {self.seed}"
@@ -255,11 +315,21 @@ def _short(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-NOT_IDENTITY = {"root", "compile"}  # where things lie and how fast they run changes no result
+NOT_IDENTITY = {"root", "compile"}  # fields that do not change the result of a trial
 
 
 def canonical(trial: Trial) -> dict[str, Any]:
-    """The spec without defaults (so that new fields keep old ids) and with one form per number."""
+    """Return the settings in the canonical form that defines the id of a trial.
+
+    Default values are left out, so that ids stay the same when fields are added. Whole numbers have
+    one form: 1.0 becomes 1.
+
+    Args:
+        trial: The trial.
+
+    Returns:
+        Plain values that can be written as JSON.
+    """
 
     def clean(value: Any) -> Any:
         if isinstance(value, dict):
@@ -272,5 +342,5 @@ def canonical(trial: Trial) -> dict[str, Any]:
 
     dump = trial.model_dump(mode="json", exclude_defaults=True)
     if isinstance(trial.teacher, Weights) and trial.teacher.sha256:
-        dump["teacher"].pop("weights")  # the file's content is the identity, not its path
+        dump["teacher"].pop("weights")  # the file's content identifies it, not its path
     return {"format": 1, **clean(dump)}

@@ -1,4 +1,4 @@
-"""Validation of settings, and its errors as one sentence for the user."""
+"""Validation of settings, with errors as one sentence for the user."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from pydantic import (
 
 from pld_ray.errors import InputError, nearest
 
-# ---------------------------------------------------------------- the parts of a trial
-
 
 class Part(BaseModel):
-    """A part of a spec: immutable, unknown fields forbidden; the string x means {name: x}."""
+    """Base class of settings: immutable, and unknown fields are errors.
+
+    If a subclass has a field `name`, the string x is short for `{name: x}`.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -28,17 +29,23 @@ class Part(BaseModel):
         return {"name": value} if isinstance(value, str) and "name" in cls.model_fields else value
 
 
-# ---------------------------------------------------------------- errors in one sentence
-
 _Model = TypeVar("_Model", bound=BaseModel)
 
 
 def validated(model: type[_Model], raw: Any, where: str) -> _Model:
     """Validate plain values as a model.
 
+    Args:
+        model: The pydantic model.
+        raw: The plain values, as parsed from YAML.
+        where: The source of the values, such as the path of a file, for error messages.
+
+    Returns:
+        An instance of `model`.
+
     Raises:
-        InputError: One sentence that begins with `where` and names the first wrong field, its
-            value, and what would be accepted.
+        InputError: The values are not valid. The message is one sentence that starts with `where`
+            and names the first wrong field, its value, and the accepted values.
     """
     try:
         return model.model_validate(raw)
@@ -47,7 +54,15 @@ def validated(model: type[_Model], raw: Any, where: str) -> _Model:
 
 
 def sentence(error: ValidationError, model: type[BaseModel]) -> str:
-    """The first thing that is wrong: the field, its value, and what would be accepted."""
+    """Describe the first error of a validation in one sentence.
+
+    Args:
+        error: The error that pydantic raised.
+        model: The model that was validated.
+
+    Returns:
+        The sentence: the field, its value, and the accepted values.
+    """
     first = error.errors()[0]
     loc = [str(part) for part in first["loc"]]
     path = ".".join(loc)
@@ -60,7 +75,7 @@ def sentence(error: ValidationError, model: type[BaseModel]) -> str:
             known = re.findall(r"'([^']*)'", context["expected"])
             return f"{path} is {value!r}; {nearest(str(value), known)}"
         case "missing":
-            return f"{path}: missing, and it has no default"
+            return f"{path}: the field is missing and has no default"
         case "loss":
             return f"{path}{first['msg']}"
         case "value_error":
@@ -73,7 +88,7 @@ def sentence(error: ValidationError, model: type[BaseModel]) -> str:
 
 
 def _parent(model: type[BaseModel], loc: list[str]) -> type[BaseModel]:
-    """The part of a model that holds the last field of a location."""
+    """Return the (nested) model that holds the last field of a location."""
     for name in loc[:-1]:
         field = model.model_fields.get(name)
         kinds = (field.annotation, *get_args(field.annotation)) if field is not None else ()

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-TRIES = 10  # of a crop, before the largest central one is taken
-AREA = (0.08, 1.0)  # of the image
+TRIES = 10  # draws of a random crop before the largest central crop is used instead
+AREA = (0.08, 1.0)  # area of a crop as a fraction of the image
 RATIO = (3 / 4, 4 / 3)  # width over height
 
 Draws = npt.NDArray[np.float64]
@@ -23,23 +23,49 @@ Box = tuple[int, int, int, int]  # left, top, right, bottom
 
 
 def crop_draws(seed: int, view: int, index: Ints) -> Draws:
-    """Numbers [B, TRIES, 4] in [0, 1) for the random resized crops of some images."""
+    """Draw the random numbers for the random resized crops of a batch.
+
+    Args:
+        seed: The random seed.
+        view: The index of the augmentation.
+        index: The indices of samples, [B].
+
+    Returns:
+        Numbers in [0, 1), float64 [B, TRIES, 4].
+    """
     bits = np.stack([random_bits(seed, view, index, f"crop{i}") for i in range(TRIES)], 1)
     fields = bits[..., None] >> (np.arange(4, dtype=np.uint64) * np.uint64(16))
     return (fields & np.uint64(0xFFFF)).astype(np.float64) / 2**16
 
 
 def centre(width: int, height: int, part: float) -> tuple[float, float, float, float]:
-    """The central square whose side is `part` of the shorter side of the image."""
+    """Return the central square of an image.
+
+    Args:
+        width: The width of the image in pixels.
+        height: The height of the image in pixels.
+        part: The side of the square as a fraction of the shorter side of the image.
+
+    Returns:
+        Left, top, right and bottom of the square in pixels.
+    """
     side = min(width, height) * part
     left, top = (width - side) / 2, (height - side) / 2
     return left, top, left + side, top + side
 
 
 def crop(width: int, height: int, draws: list[list[float]]) -> Box:
-    """The first of the tries that fits: a part of the area, of a ratio, somewhere in the image.
+    """Return the first random crop that fits into the image, as in RandomResizedCrop (torchvision).
 
-    draws: of each try four numbers in [0, 1). As torchvision's RandomResizedCrop has it.
+    If no crop fits, the largest central crop within the bounds of the aspect ratio is returned.
+
+    Args:
+        width: The width of the image in pixels.
+        height: The height of the image in pixels.
+        draws: Numbers in [0, 1), [TRIES, 4]: area, aspect ratio, horizontal and vertical position.
+
+    Returns:
+        Left, top, right and bottom of the crop in pixels.
     """
     for area, ratio, x, y in draws:
         pixels = width * height * (AREA[0] + area * (AREA[1] - AREA[0]))
@@ -54,17 +80,34 @@ def crop(width: int, height: int, draws: list[list[float]]) -> Box:
 
 
 def below(bits: Hashes, shift: int, limit: int) -> Ints:
-    """A number in [0, limit) from the bits above `shift`."""
+    """Convert 16 random bits to an integer in [0, limit).
+
+    Args:
+        bits: Random bits, uint64 [B].
+        shift: The position of the lowest of the 16 bits.
+        limit: The exclusive upper bound.
+
+    Returns:
+        Integers, int64 [B].
+    """
     field = (bits >> np.uint64(shift)) & np.uint64(0xFFFF)
     return (field % np.uint64(limit)).astype(np.int64)
 
 
 def crop_and_flip(images: Tensor, pad: int, top: Tensor, left: Tensor, flip: Tensor) -> Tensor:
-    """Zero-pad by `pad`, crop at (top, left), mirror where flip is 1.
+    """Zero-pad images, crop them to their original size, and mirror some of them.
 
-    images uint8 [B, H, W, channels]; top, left in [0, 2 pad], flip in {0, 1}: int64 [B].
+    Args:
+        images: Images, uint8 [B, H, W, channels].
+        pad: The padding on each side in pixels.
+        top: The top of each crop in the padded image, in [0, 2 pad], int64 [B].
+        left: The left side of each crop in the padded image, in [0, 2 pad], int64 [B].
+        flip: 1 for images that are mirrored horizontally, else 0, int64 [B].
+
+    Returns:
+        Images, uint8 [B, H, W, channels].
     """
-    import torch  # here, because a plan needs this module and must not wait for torch
+    import torch  # imported here, because a plan needs this module but must not load torch
 
     batch, height, width, _ = images.shape
     rows = top[:, None] + torch.arange(height, device=images.device)  # [B, H]

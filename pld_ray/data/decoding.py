@@ -1,4 +1,4 @@
-"""Image files to arrays: decoding and resizing."""
+"""Decodes and resizes image files."""
 
 from __future__ import annotations
 
@@ -19,7 +19,16 @@ from pld_ray.errors import InputError
 
 
 def keep_encoded(data: Data, sources: list[Any], root: str) -> EncodedImages:
-    """Paths below `root`, or the contents of files, as they are."""
+    """Wrap encoded images, which are decoded later.
+
+    Args:
+        data: The settings of the dataset; `image_size` must be set.
+        sources: The paths of the files, or their contents.
+        root: The folder of the dataset. Paths relative to it are the names of the images.
+
+    Returns:
+        The encoded images.
+    """
     assert data.image_size is not None
     shorter = math.ceil(data.image_size / data.crop_pct)
     paths = contents = None
@@ -39,7 +48,19 @@ IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tif
 
 
 def decode_images(data: Data, sources: list[Any], names: list[str]) -> Bytes:
-    """Files or their contents to uint8 [N, H, W, 3], resized where image_size is set."""
+    """Decode images, and resize them if `data.image_size` is set.
+
+    Args:
+        data: The settings of the dataset.
+        sources: The paths of the files, or their contents.
+        names: The names of the images, for error messages.
+
+    Returns:
+        Images, uint8 [N, H, W, 3].
+
+    Raises:
+        InputError: A file is not an image, or the images differ in size or are not square.
+    """
     from PIL import Image
 
     def read(item: tuple[Any, str]) -> Bytes:
@@ -53,18 +74,29 @@ def decode_images(data: Data, sources: list[Any], names: list[str]) -> Bytes:
     images = in_parallel(read, zip(sources, names, strict=True))
     shapes = {image.shape for image in images}
     if len(shapes) > 1 or any(shape[0] != shape[1] for shape in shapes):
-        raise InputError(f"data {data.name!r}: its images differ in size: set data.image_size")
+        raise InputError(
+            f"data {data.name!r}: its images differ in size or are not square: set data.image_size"
+        )
     return np.stack(images) if images else NO_IMAGES
 
 
 def in_parallel(function: Callable[[Any], Any], items: Any) -> Any:
-    """map(function, items) as a list, on several threads."""
+    """Apply a function to all items on several threads, and return the list of results."""
     with ThreadPoolExecutor() as pool:
         return list(pool.map(function, items))
 
 
 def resize(image: Bytes, size: int | None) -> Bytes:
-    """Bicubic resize of the shorter side to `size`, centre crop; [H, W(, 3)] to [size, size, 3]."""
+    """Resize the shorter side of an image to `size` (bicubic), and crop the centre.
+
+    Args:
+        image: An image, uint8 [H, W, 3] or [H, W].
+        size: The side in pixels.
+
+    Returns:
+        The image, uint8 [size, size, 3]. It is returned unchanged if `size` is None or if it
+        already has this size.
+    """
     if size is None or image.shape[:2] == (size, size):
         return image
     from PIL import Image

@@ -1,7 +1,7 @@
-"""Images that stay encoded, on disk or in memory, until a batch needs them: ImageNet's way.
+"""Images that stay encoded, on disk or in memory, until a batch needs them, for large datasets.
 
-A random resized crop is a pure function of (seed, view, index) like all else that is random; what
-of an image it shows is decoded straight to its final size.
+A random resized crop is a pure function of (seed, view, index), like all other random choices. The
+crop of an image is resized directly to its final size.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import numpy.typing as npt
 from pld_ray.data.augmentation import Draws, centre, crop
 from pld_ray.errors import InputError
 
-AHEAD = 2  # batches that are decoded before they are asked for
+AHEAD = 2  # batches that are decoded in advance
 _In = TypeVar("_In")
 _Out = TypeVar("_Out")
 
@@ -31,23 +31,31 @@ _Out = TypeVar("_Out")
 class EncodedImages:
     """One split of encoded images, with the length and shape of the decoded array.
 
-    sources: paths, or the contents of the files. names: what tells the images apart and, with
-    their bytes, changes when they do. Arrays, so that all processes of a node share them.
+    All data are arrays, so that the processes of a node share them.
+
+    Attributes:
+        paths: The paths of the files, or None if `contents` holds the images.
+        contents: The concatenated contents of the files, or None if there are paths.
+        ends: The total bytes up to and including each image, int64 [N].
+        names: The names of the images: relative paths, or SHA-256 hashes of the contents.
+        size: The side of a decoded image in pixels.
+        shorter: The shorter side of the whole image before the centre crop of `size`, in pixels.
+        begin: The position of the first image in `contents`, in bytes.
     """
 
     paths: npt.NDArray[np.bytes_] | None
-    contents: npt.NDArray[np.uint8] | None  # one after another, where there are no paths
-    ends: npt.NDArray[np.int64]  # the total bytes up to and with each image
+    contents: npt.NDArray[np.uint8] | None
+    ends: npt.NDArray[np.int64]
     names: npt.NDArray[np.bytes_]
-    size: int  # pixels of a side when decoded
-    shorter: int  # side of the whole image before its centre is cut out
-    begin: int = 0  # where the bytes of the first one begin
+    size: int
+    shorter: int
+    begin: int = 0
 
     def __len__(self) -> int:
         return len(self.ends)
 
     def __getitem__(self, rows: slice) -> EncodedImages:
-        """Some images, one after another."""
+        """Return a contiguous slice of the images."""
         paths = None if self.paths is None else self.paths[rows]
         first = rows.indices(len(self))[0]
         begin = int(self.ends[first - 1]) if first else self.begin
@@ -56,22 +64,35 @@ class EncodedImages:
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
-        """Of the decoded array."""
+        """The shape of the decoded array, (N, size, size, 3)."""
         return len(self), self.size, self.size, 3
 
     @cached_property
     def digest(self) -> bytes:
-        """A hash of names and sizes: contents may be too many bytes to read them all."""
+        """A hash of names and sizes; hashing the contents could mean reading too many bytes."""
         return hashlib.sha256(self.names.tobytes() + self.ends.tobytes()).digest()
 
     def decode(
         self, index: npt.NDArray[np.int64], draws: Draws | None = None
     ) -> npt.NDArray[np.uint8]:
-        """uint8 [B, size, size, 3]; cut as `draws` [B, TRIES, 4] in [0, 1) say, or the centre."""
+        """Decode a batch of images on several threads.
+
+        Args:
+            index: The indices of the images, [B].
+            draws: Numbers in [0, 1) for random resized crops, [B, TRIES, 4] (see `crop_draws`);
+                None for the centre crop.
+
+        Returns:
+            Images, uint8 [B, size, size, 3].
+
+        Raises:
+            InputError: A file cannot be read as an image.
+        """
         cuts: Iterable[Any] = [None] * len(index) if draws is None else draws.tolist()
         return np.stack(list(_pool().map(self._one, index.tolist(), cuts)))
 
     def _one(self, i: int, draws: list[list[float]] | None) -> npt.NDArray[np.uint8]:
+        """Decode the image with index i, uint8 [size, size, 3]."""
         from PIL import Image
 
         source: Any
@@ -95,7 +116,15 @@ class EncodedImages:
 
 
 def prefetch(function: Callable[[_In], _Out], items: Iterable[_In]) -> Iterator[_Out]:
-    """map(function, items), AHEAD of them computed beside the caller's own work."""
+    """Apply a function to items in order, and compute AHEAD results in advance on a thread.
+
+    Args:
+        function: The function.
+        items: Its arguments.
+
+    Yields:
+        The result for each item, in order.
+    """
     waiting: deque[Any] = deque()
     with ThreadPoolExecutor(1) as pool:
         try:
@@ -112,5 +141,5 @@ def prefetch(function: Callable[[_In], _Out], items: Iterable[_In]) -> Iterator[
 
 @cache
 def _pool() -> ThreadPoolExecutor:
-    """As many threads as this process has cores: Ray says it in OMP_NUM_THREADS."""
+    """Return a pool with one thread per core of this process (OMP_NUM_THREADS, set by Ray)."""
     return ThreadPoolExecutor(int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1))

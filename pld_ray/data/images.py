@@ -1,4 +1,4 @@
-"""What a dataset is once it is loaded: images, labels and their statistics."""
+"""The types of a loaded dataset: images, labels and their statistics."""
 
 from __future__ import annotations
 
@@ -20,24 +20,37 @@ Split = tuple[Pixels, Ints]  # images, labels [N]
 
 @dataclass(frozen=True)
 class Images:
-    """A dataset: images uint8 [N, H, W, channels], labels int64 [N] in [0, classes)."""
+    """A loaded dataset.
+
+    Attributes:
+        train: The training images, uint8 [N, H, W, channels].
+        train_labels: The training labels, int64 [N], in [0, classes).
+        val: The validation images, uint8 [N, H, W, channels].
+        val_labels: The validation labels, int64 [N], in [0, classes).
+        classes: The number of classes.
+        mean: The mean of each channel, in [0, 1].
+        std: The standard deviation of each channel, in [0, 1].
+    """
 
     train: Pixels
     train_labels: Ints
     val: Pixels
     val_labels: Ints
     classes: int
-    mean: tuple[float, ...]  # per channel, in [0, 1]
+    mean: tuple[float, ...]
     std: tuple[float, ...]
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """(classes, channels, image size): what a network must be made for."""
+        """(classes, channels, image size): the sizes that a network needs."""
         return self.classes, self.train.shape[3], self.train.shape[1]
 
     @cached_property
     def fingerprint(self) -> str:
-        """16 hex digits: the hash of all that the dataset holds, wherever it came from."""
+        """The hash of images, labels and statistics, as 16 hex digits.
+
+        It does not depend on where the dataset is stored. Encoded images enter by name and size.
+        """
         digest = hashlib.sha256(repr((self.classes, self.mean, self.std)).encode())
         for array in (self.train, self.train_labels, self.val, self.val_labels):
             digest.update(str(array.shape).encode())
@@ -49,7 +62,13 @@ class Images:
 
 
 class Size(NamedTuple):
-    """How many images of each split, and how many classes."""
+    """The size of a dataset.
+
+    Attributes:
+        train: The number of training images.
+        val: The number of validation images.
+        classes: The number of classes.
+    """
 
     train: int
     val: int

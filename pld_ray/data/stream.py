@@ -1,4 +1,4 @@
-"""The stream: batches of augmented images as a pure function of (seed, view, index)."""
+"""Batches of augmented images, as a pure function of (seed, view, index)."""
 
 from __future__ import annotations
 
@@ -16,10 +16,17 @@ from pld_ray.data.sampling import Ints, random_bits
 
 
 class Stream:
-    """Batches of a dataset on a device, normalised.
+    """Batches of normalised images on a device.
 
-    On an accelerator a uint8 array is moved to the device once; on the CPU all trials share it.
-    Encoded images are decoded batch by batch, ahead of their use.
+    On an accelerator, a uint8 array is copied to the device once. On the CPU, all trials share the
+    array. Encoded images are decoded batch by batch, in advance.
+
+    Args:
+        images: The dataset.
+        data: The settings of the augmentation.
+        seed: The random seed of the augmentation.
+        device: The device of the batches.
+        layout: The memory format of the batches.
     """
 
     def __init__(
@@ -46,7 +53,15 @@ class Stream:
         self.shift = (-mean / std).to(device)
 
     def train(self, shares: Iterable[Ints], view: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Augmented images [B, channels, H, W] float32 and labels [B] of each share of samples."""
+        """Yield augmented training batches.
+
+        Args:
+            shares: The indices of samples of each batch, [B]: this worker's share of the batch.
+            view: The index of the augmentation.
+
+        Yields:
+            Images, float32 [B, channels, H, W], and labels, int64 [B].
+        """
         shares = list(shares)
         for index, images in zip(shares, self._gather("train", shares, view), strict=True):
             pad, flip = self.data.pad, self.data.flip
@@ -60,11 +75,18 @@ class Stream:
             yield self._normalise(images), self.labels["train"][self._put(index)]
 
     def val(self, shares: Iterable[Ints]) -> Iterator[Tensor]:
-        """Validation images [B, channels, H, W] float32, not augmented, of each share."""
+        """Return an iterator over validation batches, without augmentation.
+
+        Args:
+            shares: The indices of samples of each batch, [B].
+
+        Returns:
+            An iterator over images, float32 [B, channels, H, W].
+        """
         return map(self._normalise, self._gather("val", shares, 0))
 
     def _gather(self, split: str, shares: Iterable[Ints], view: int) -> Iterator[Tensor]:
-        """uint8 [B, H, W, channels] of each share, on the device."""
+        """Yield the images of each share on the device, uint8 [B, H, W, channels]."""
         pixels = self.pixels[split]
         if isinstance(pixels, EncodedImages):
             drawn = split == "train"
@@ -83,9 +105,10 @@ class Stream:
                 yield torch.from_numpy(pixels[index])
 
     def _put(self, x: Ints) -> Tensor:
+        """Copy an array to the device."""
         return torch.from_numpy(x).to(self.device, non_blocking=True)
 
     def _normalise(self, images: Tensor) -> Tensor:
-        """uint8 [B, H, W, channels] to float32 [B, channels, H, W] in the layout asked for."""
+        """Normalise uint8 [B, H, W, channels] to float32 [B, channels, H, W] in the layout."""
         x = (images * self.scale + self.shift).permute(0, 3, 1, 2)
         return x.contiguous(memory_format=self.layout)

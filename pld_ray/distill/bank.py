@@ -11,10 +11,9 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
-import ray
 import torch
 from torch import Tensor
 
@@ -30,6 +29,19 @@ from pld_ray.losses import teacher_order
 from pld_ray.store.store import Store
 
 AHEAD = 16  # chunks that a process may compute before it needs them
+
+
+class Ledger(Protocol):
+    """Gives each chunk to one process at a time to compute; see `pld_ray.sweep.ledger`."""
+
+    def claim(self, store: str, chunks: list[str], holder: str, patience: float) -> str | None:
+        """Return the first chunk that no other process computes, or None after a while."""
+
+    def renew(self, store: str, chunk: str, holder: str) -> None:
+        """Say that the holder still computes the chunk."""
+
+    def release(self, store: str, chunk: str, holder: str, computed: bool) -> None:
+        """Say that the chunk is in the store, or could not be computed."""
 
 
 @dataclass
@@ -51,7 +63,7 @@ class Bank:
     # shares of samples and a view to what the teacher sees
     images: Callable[[Iterable[Ints], int], Iterator[Tensor]]
     clock: Clock
-    ledger: Any  # the Ray actor that says who computes what; None: nobody else does
+    ledger: Ledger | None  # says who computes what; None: no other process does
     holder: str  # this process's name there
 
     def __post_init__(self) -> None:
@@ -151,11 +163,10 @@ class Bank:
         name = names[0]
         if self.ledger is not None:
             with self.clock("waiting"):
-                name = ray.get(
-                    self.ledger.claim.remote(self.store.uri, names, self.holder, patience)
-                )
-            if name is None:
+                claimed = self.ledger.claim(self.store.uri, names, self.holder, patience)
+            if claimed is None:
                 return
+            name = claimed
         computed = False
         try:
             if self.store.missing_chunks([name]):  # else it was made just before the claim
@@ -163,13 +174,13 @@ class Bank:
             computed = True
         finally:
             if self.ledger is not None:
-                self.ledger.release.remote(self.store.uri, name, self.holder, computed)
+                self.ledger.release(self.store.uri, name, self.holder, computed)
 
     def _compute(self, name: str) -> None:
         view, number = (int(part.split(".")[0]) for part in name.split("/")[1:])
         samples = self._samples(view, number)
         self.store.start_bank(self.key, self.about)
-        self.teacher.load()  # before the clock runs: it is not what computing logits takes
+        _ = self.teacher.module  # loaded before the clock runs: loading is no forward pass
         parts = []
         with self.clock("teacher"):
             if self.clock.cuda:
@@ -179,7 +190,7 @@ class Bank:
                 parts.append(self.teacher(x).cpu())
                 self.clock.alive()
                 if self.ledger is not None:
-                    self.ledger.renew.remote(self.store.uri, name, self.holder)
+                    self.ledger.renew(self.store.uri, name, self.holder)
             seconds = time.perf_counter() - started
         rows = bank_format.pack(torch.cat(parts).numpy(), self.row)
         self.store.write_chunk(name, bank_format.encode(rows, seconds))
@@ -212,13 +223,15 @@ def _gather(chunks: dict[int, Array], chunk: Ints, row: Ints) -> Array:
 
 
 def open_banks(
-    teacher: Teacher, stream: Stream, clock: Clock, ledger: Any, holder: str
+    teacher: Teacher, stream: Stream, clock: Clock, ledger: Ledger | None, holder: str
 ) -> tuple[Bank, Bank]:
     """The banks of the training and the validation images, as a trial's worker reads them."""
     trial, images, digest = teacher.trial, teacher.images, teacher.digest()
 
     def bank(split: Split, labels: Ints, views: int, batch: int, shown: Any) -> Bank:
-        spec = bank_format.spec(trial, split, digest, images.fingerprint, teacher.bfloat16)
+        spec = bank_format.spec(
+            trial, split, digest, images.fingerprint, teacher.precision == "bfloat16"
+        )
         return Bank(
             spec=spec,
             about=bank_format.about(spec, trial, len(labels), images.classes),
@@ -245,10 +258,10 @@ def open_banks(
     )
 
 
-def fill(trial: Trial, images: Images, store: Store, ledger: Any, holder: str) -> None:
+def fill(trial: Trial, images: Images, store: Store, ledger: Ledger | None, holder: str) -> None:
     """Compute what is missing in the banks that a trial reads, and that nobody else computes."""
     device = pick_device()
-    stream = Stream(images, trial.data, trial.seed, device, memory_format(trial))
+    stream = Stream(images, trial.data, trial.seed, device, memory_format(trial.channels_last))
     teacher = Teacher(trial, images, store, device)
     for bank in open_banks(teacher, stream, Clock(device), ledger, holder):
         bank.fill()

@@ -1,16 +1,16 @@
-"""The teacher bank: a teacher's logits for every view of every image, each computed once.
+"""The format of the teacher bank: the stored logits of a teacher for every view of every image.
 
-What the stream shows in epoch e of a seed is the same in every trial, so a grid needs the teacher's
-logits for it once. They are kept in the store:
+All trials with the same seed see the same augmented images in epoch e. A grid therefore needs the
+teacher's logits of these images only once. The store keeps them in three levels:
 
     bank     one teacher on one split of one dataset, under one augmentation and seed; its key is
-             the hash of all that the logits depend on (`BankSpec`)
-    view     one augmentation of all images (an epoch, unless `views` says otherwise), in the order
-             in which that epoch of the seed takes them: so a trial reads it from front to back
-    chunk    some 2,048 consecutive samples of a view, one file: rows, seconds spent, checksum
+             the hash of everything that the logits depend on (`BankSpec`)
+    view     one augmentation of all images (one epoch, unless `views` is set), in the sample order
+             of that epoch, so that a trial reads the view from front to back
+    chunk    about 2,048 consecutive samples of a view in one file: rows, seconds spent, checksum
 
-This file says what a bank is, how large, and who computes what (the Ledger); teacher.py computes
-and reads. Nothing here needs torch.
+This module defines the keys of banks, the types of rows and the files of chunks. bank.py computes
+and reads the chunks. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -28,45 +28,82 @@ from pld_ray.config.trial import Trial
 from pld_ray.config.validation import Part
 from pld_ray.data.sampling import Ints, order
 
-ROWS = 2048  # of a chunk, rounded up to whole batches
-VAL_BATCH = 512  # validation images in a forward pass, of teacher and student
-ORDER_FROM = 4096  # classes from which the teacher's order is kept too; 1000 are sorted in 3 us
+ROWS = 2048  # samples per chunk, rounded up to whole batches
+VAL_BATCH = 512  # validation images per forward pass, for the teacher and for the student
+# With this many classes or more, the teacher's order is stored too. Sorting 1000 takes only 3 us.
+ORDER_FROM = 4096
 
 Array = npt.NDArray[Any]
 Split = Literal["train", "val"]
 
-# ---------------------------------------------------------------- which bank
-
 
 class BankSpec(Part):
-    """All that the logits of a bank depend on."""
+    """Everything that the logits of a bank depend on.
+
+    Attributes:
+        model: Name of the teacher's network.
+        args: Further arguments of the network.
+        weights: SHA-256 of the teacher's weights.
+        images: Fingerprint of the dataset.
+        split: "train" or "val".
+        pad: Zero padding before the random crop, in pixels.
+        flip: Whether images are flipped at random.
+        seed: Seed of the augmentation. It is 0 if there is no augmentation, because all seeds then
+            see the same images.
+        bfloat16: Whether the teacher's forward pass runs in bfloat16.
+        logits: Type in which the logits are stored.
+        rows: Number of samples per chunk.
+        random_resized_crop: Whether the images are random resized crops.
+    """
 
     model: str
     args: dict[str, Any]
-    weights: str  # of the teacher: their sha256
-    images: str  # the fingerprint of the dataset
+    weights: str
+    images: str
     split: Split
     pad: int
     flip: bool
-    seed: int  # 0 where nothing is augmented: all seeds then see the same
-    bfloat16: bool  # the precision of the forward pass
+    seed: int
+    bfloat16: bool
     logits: Literal["float16", "float32"]
     rows: int
     random_resized_crop: bool = False
 
     @property
     def key(self) -> str:
-        """16 hex digits; fields with a default, which came later, leave older keys as they were."""
+        """Return the key of the bank: 16 hexadecimal digits.
+
+        Fields at their default value are not hashed, so a new field with a default does not change
+        existing keys.
+        """
         content = self.model_dump_json(exclude_defaults=True)
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
     def order(self, view: int, size: int) -> Ints:
-        """The samples of a view in the order in which they are kept."""
+        """Return the sample indices of a view in the order in which they are stored.
+
+        Args:
+            view: Index of the view.
+            size: Number of samples in the split.
+
+        Returns:
+            A permutation of 0 .. size - 1.
+        """
         return order(self.seed, view, size)
 
 
 def spec(trial: Trial, split: Split, weights: str, images: str, bfloat16: bool) -> BankSpec:
-    """The bank that a trial reads. Validation logits are few: they are kept in float32."""
+    """Return the specification of the bank that a trial reads.
+
+    Validation logits are always stored in float32, because there are few of them.
+
+    Args:
+        trial: A trial with a teacher whose logits are stored.
+        split: "train" or "val".
+        weights: SHA-256 of the teacher's weights.
+        images: Fingerprint of the dataset.
+        bfloat16: Whether the teacher's forward pass runs in bfloat16.
+    """
     assert trial.teacher is not None and trial.teacher_logits != "live"
     model = trial.teacher.student if isinstance(trial.teacher, Trial) else trial.teacher
     train = split == "train"
@@ -87,7 +124,14 @@ def spec(trial: Trial, split: Split, weights: str, images: str, bfloat16: bool) 
 
 
 def about(spec: BankSpec, trial: Trial, size: int, classes: int) -> dict[str, Any]:
-    """What the store says of a bank, for people and for `planned`."""
+    """Return the description that the store keeps with a bank, for users and for `bank_plan`.
+
+    Args:
+        spec: The specification of the bank.
+        trial: A trial that reads the bank.
+        size: Number of samples in the split.
+        classes: Number of classes.
+    """
     teacher = trial.teacher
     return {
         "teacher": spec.model,
@@ -101,7 +145,10 @@ def about(spec: BankSpec, trial: Trial, size: int, classes: int) -> dict[str, An
 
 
 def planned_key(trial: Trial, split: Split) -> str:
-    """Stands for a bank before its teacher's weights and the images are known."""
+    """Return a key for a bank before the teacher's weights and the images are known.
+
+    The settings of the teacher and of the dataset replace their hashes.
+    """
     assert trial.teacher is not None
     images = trial.data.model_dump_json(exclude={"root", "pad", "flip"})
     weights = trial.teacher.model_dump_json()
@@ -109,24 +156,29 @@ def planned_key(trial: Trial, split: Split) -> str:
 
 
 def views(trial: Trial) -> int:
-    """How many views of the training images a trial sees."""
+    """Return the number of views of the training images that a trial sees."""
     return min(trial.views or trial.epochs, trial.epochs) if trial.data.augmented else 1
 
 
 def uses_bank(trial: Trial) -> bool:
-    """Whether a trial reads a bank."""
+    """Return whether a trial reads a bank."""
     kept = trial.teacher_logits != "live" and not trial.loss.needs_features
     return trial.teacher is not None and kept
 
 
-# ---------------------------------------------------------------- rows and chunks
-
-
 def row_type(classes: int, logits: str) -> np.dtype[Any]:
-    """What is kept of one sample: float32 logits [C], or float16 ones below their maximum.
+    """Return the numpy type of one stored sample.
 
-    Below the maximum, because a loss sees differences of logits, and float16 is the more exact the
-    smaller they are: the difference d to the best class is off by at most 2^-11 d.
+    float32 logits are stored as they are. float16 logits are stored as differences to their
+    maximum (`peak`): a loss depends only on differences of logits, and float16 is more precise for
+    small numbers. The difference d to the best class has an error of at most 2^-11 d.
+
+    Args:
+        classes: Number of classes C.
+        logits: "float16" or "float32".
+
+    Returns:
+        A structured type with the field "logits" [C] and, for float16, the field "peak".
     """
     if logits == "float32":
         return np.dtype([("logits", "<f4", (classes,))])
@@ -134,17 +186,17 @@ def row_type(classes: int, logits: str) -> np.dtype[Any]:
 
 
 def order_type(classes: int) -> np.dtype[Any]:
-    """One row of the teacher's order, as `teacher_order` makes it."""
+    """Return the numpy type of one row of the teacher's order, as `teacher_order` computes it."""
     small = "u1" if classes <= 2**8 else "<i2" if classes <= 2**15 else "<i4"
     return np.dtype([("order", small, (classes,))])
 
 
 def pack(logits: Array, row: np.dtype[Any]) -> Array:
-    """Logits float32 [N, C] to rows [N]."""
+    """Convert float32 logits [N, C] to rows [N] of the type `row`."""
     rows = np.empty(len(logits), row)
     if "peak" in (row.fields or ()):
         rows["peak"] = logits.max(1)
-        with np.errstate(over="ignore", invalid="ignore"):  # -inf stays -inf
+        with np.errstate(over="ignore", invalid="ignore"):  # logits of -inf stay -inf
             rows["logits"] = logits - rows["peak"][:, None]
     else:
         rows["logits"] = logits
@@ -152,20 +204,35 @@ def pack(logits: Array, row: np.dtype[Any]) -> Array:
 
 
 def unpack(rows: Array) -> Array:
-    """Rows [N] to logits float32 [N, C]."""
+    """Convert rows [N] to float32 logits [N, C]."""
     if "peak" not in (rows.dtype.fields or ()):
         return np.ascontiguousarray(rows["logits"])
     return rows["logits"].astype(np.float32) + rows["peak"][:, None]
 
 
 def encode(rows: Array, seconds: float) -> bytes:
-    """The file of a chunk: rows, the seconds they took (float64), a checksum of both (CRC-32)."""
+    """Return the content of a chunk file: the rows, the seconds (float64) and a CRC-32 of both.
+
+    Args:
+        rows: The rows of the chunk [N].
+        seconds: Time that it took to compute the logits.
+    """
     content = rows.tobytes() + struct.pack("<d", seconds)
     return content + struct.pack("<I", zlib.crc32(content))
 
 
 def decode(content: Array, row: np.dtype[Any], count: int) -> tuple[Array, float] | None:
-    """Rows [count], without a copy, and their seconds; None where the file is damaged."""
+    """Decode the content of a chunk file.
+
+    Args:
+        content: The bytes of the file, as a uint8 array.
+        row: The type of a row.
+        count: Number of rows that the chunk should have.
+
+    Returns:
+        The rows [count], which share the memory of `content`, and the seconds that it took to
+        compute them; None if the file is damaged.
+    """
     end = count * row.itemsize
     if len(content) != end + 12:
         return None

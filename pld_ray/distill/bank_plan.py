@@ -1,4 +1,4 @@
-"""How large the teacher bank of a plan is, and whether it fits the disk."""
+"""Compute the size of the teacher bank that a plan needs, and check that it fits on the disk."""
 
 from __future__ import annotations
 
@@ -21,31 +21,38 @@ from pld_ray.errors import InputError
 from pld_ray.store.store import Store
 from pld_ray.units import in_bytes
 
-SPARE = 0.05  # of the disk's free bytes are left to others
-
-
-# ---------------------------------------------------------------- how large
+SPARE = 0.05  # fraction of the free disk space that is left to other programs
 
 
 @dataclass
 class PlannedBank:
-    """A bank that trials of a plan need."""
+    """A bank that trials of a plan need.
 
-    trial: Trial  # one of them
+    Attributes:
+        trial: One of the trials that need the bank; none of them has more views.
+        split: "train" or "val".
+        views: Number of views that the bank has when it is complete.
+        view_bytes: Size of the logits of one view, in bytes.
+        order_bytes: Size of the teacher's order of one view, in bytes; 0 if it is not stored.
+        ranked_views: Number of views for which a loss needs the teacher's order.
+        kept: Bytes that the store already has.
+    """
+
+    trial: Trial
     split: Split
     views: int
     view_bytes: int
-    order_bytes: int  # of a view, too; 0: none is kept
-    ranked_views: int = 0  # views that a loss ranks
-    kept: int = 0  # bytes that are there already
+    order_bytes: int
+    ranked_views: int = 0
+    kept: int = 0
 
     @property
     def bytes(self) -> int:
-        """Of all its views."""
+        """The size of all views, in bytes."""
         return self.takes(self.views)
 
     def takes(self, most: int) -> int:
-        """Bytes, of so many views at most."""
+        """Return the size in bytes if the bank has at most `most` views."""
         ordered = min(self.ranked_views, most) * self.order_bytes
         return min(self.views, most) * self.view_bytes + ordered
 
@@ -53,7 +60,16 @@ class PlannedBank:
 def planned(
     trials: Iterable[Trial], size: Callable[[Data], Size], store: Store
 ) -> dict[str, PlannedBank]:
-    """The banks that trials need, by `planned_key`."""
+    """Return the banks that trials need.
+
+    Args:
+        trials: The trials of one or more plans.
+        size: Returns the number of images and classes of a dataset.
+        store: The store that may already have parts of the banks.
+
+    Returns:
+        The banks by their `planned_key`.
+    """
     size = cache(size)
     found: dict[str, PlannedBank] = {}
     for trial in trials:
@@ -82,7 +98,16 @@ def planned(
 
 
 def check_disk_space(banks: Iterable[PlannedBank], store: Store) -> None:
-    """Raise InputError if the banks do not fit the disk of a local store."""
+    """Check that the banks fit on the disk of a local store.
+
+    Args:
+        banks: The banks that a plan needs.
+        store: The store in which they are kept.
+
+    Raises:
+        InputError: If the banks are larger than the free space. The message says how many views
+            would fit.
+    """
     banks, free = list(banks), store.files.free_bytes()
     if free is None:
         return

@@ -1,42 +1,46 @@
-"""Where and in which precision a trial computes, and the seconds spent in its parts."""
+"""Device, precision and memory layout, and the seconds that the parts of a step take."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Literal
 
 import torch
-import torch.distributed as dist
 
-from pld_ray.config.trial import Trial
+Precision = Literal["float32", "bfloat16"]  # of forward passes; weights are float32
 
 
 def pick_device() -> torch.device:
-    """The CUDA device of this process if there is one, else the CPU."""
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    if dist.is_initialized():
-        from ray.train.torch import get_device
-
-        return get_device()
-    return torch.device("cuda")
+    """Return the CUDA device of this process if there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def uses_bfloat16(trial: Trial, device: torch.device) -> bool:
-    """Whether forward passes run in bfloat16 under autocast."""
-    return trial.precision == "bfloat16" or (trial.precision == "auto" and device.type == "cuda")
+def pick_precision(precision: str, device: torch.device) -> Precision:
+    """Return "float32" or "bfloat16"; "auto" means bfloat16 on CUDA."""
+    wide = precision == "float32" or (precision == "auto" and device.type != "cuda")
+    return "float32" if wide else "bfloat16"
 
 
-def memory_format(trial: Trial) -> torch.memory_format:
-    """The layout of images and convolutions."""
-    return torch.channels_last if trial.channels_last else torch.contiguous_format
+def autocast(device: torch.device, precision: Precision) -> torch.autocast:
+    """Return a context in which forward passes run in this precision."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
+
+
+def memory_format(channels_last: bool) -> torch.memory_format:
+    """Return the memory layout of images and convolutions."""
+    return torch.channels_last if channels_last else torch.contiguous_format
 
 
 class Clock:
-    """Seconds spent in each named part; on CUDA measured by events, without stopping the device.
+    """Seconds that each part of a training step takes.
 
-    alive: called at the beginning of each part.
+    On CUDA they are measured by events, which do not make the host wait for the device.
+
+    Args:
+        device: The device that does the work.
+        alive: Called at the beginning of each part: a sign that the process does not hang.
     """
 
     def __init__(self, device: torch.device, alive: Callable[[], None] = lambda: None) -> None:
@@ -47,7 +51,7 @@ class Clock:
 
     @contextmanager
     def __call__(self, part: str) -> Iterator[None]:
-        """Count the time inside the `with` block to `part`."""
+        """Add the time inside the `with` block to `part`."""
         self.alive()
         if self.cuda:
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -61,11 +65,11 @@ class Clock:
             self.add(part, time.perf_counter() - started)
 
     def add(self, part: str, seconds: float) -> None:
-        """Count seconds that were measured, or estimated, elsewhere."""
+        """Add seconds that were measured or estimated elsewhere."""
         self.seconds[part] = self.seconds.get(part, 0.0) + seconds
 
     def read(self) -> dict[str, float]:
-        """Seconds by part since the last reading."""
+        """Return the seconds of each part since the last call."""
         if self.cuda:
             torch.cuda.synchronize()
         for part, begin, end in self.events:

@@ -1,4 +1,7 @@
-"""What every loss has in common: its arguments checked, any leading dimensions, the reduction."""
+"""The base class of all losses on logits, and helpers that these losses share.
+
+The base class checks the arguments, flattens leading dimensions to rows and reduces the losses.
+"""
 
 from __future__ import annotations
 
@@ -12,21 +15,36 @@ REDUCTIONS = ("mean", "sum", "none")
 
 
 class Options(TypedDict, total=False):
-    """Arguments that every loss's constructor takes beside its own."""
+    """Arguments that the constructor of every loss on logits takes in addition to its own.
+
+    Attributes:
+        ignore_index: Label of the positions that are ignored; None ignores nothing. Default: -100.
+        reduction: "mean", "sum" or "none". Default: "mean".
+    """
 
     ignore_index: int | None
     reduction: str
 
 
 class DistillationLoss(nn.Module, ABC):
-    """A loss of student logits [..., C], teacher logits [..., C] and int64 labels [...].
+    """Base class of losses on student logits [..., C], teacher logits [..., C] and labels [...].
 
-    The leading dimensions are as many as there are: [B, C] for images, [B, L, C] for the tokens of
-    a sequence; every position is a sample. Positions whose label is `ignore_index` (None: there
-    are none) take no part, whatever finite logits they have. `reduction`: "mean" is the mean over
-    the samples, weighted by `sample_weight` if given, and 0 if there is none; "sum" the weighted
-    sum; "none" the weighted losses [...], 0 where ignored. float16 and bfloat16 logits give a
-    float32 loss. Teacher and weights are constants: gradients go to the student alone.
+    There can be any number of leading dimensions: [B, C] for images, [B, L, C] for the tokens of a
+    sequence. Every position is one sample. float16 and bfloat16 logits give a float32 loss.
+    Teacher logits and sample weights are constants: only the student receives gradients.
+
+    Args:
+        ignore_index: Positions with this label do not contribute to the loss, whatever finite
+            logits they have. None ignores nothing. Default: -100.
+        reduction: "mean" returns the mean over the samples, weighted by `sample_weight` if given,
+            and 0 if there are no samples. "sum" returns the weighted sum. "none" returns the
+            weighted losses [...], which are 0 at ignored positions. Default: "mean".
+
+    Attributes:
+        notes: Messages for the user about the data that the loss has seen.
+
+    Raises:
+        ValueError: `reduction` is not one of these values.
     """
 
     def __init__(self, **options: Unpack[Options]) -> None:
@@ -35,18 +53,28 @@ class DistillationLoss(nn.Module, ABC):
         self.reduction = options.get("reduction", "mean")
         if self.reduction not in REDUCTIONS:
             raise ValueError(f"reduction is {self.reduction!r}: expected one of {REDUCTIONS}")
-        self.notes: list[str] = []  # what a user should know of the data that was seen
+        self.notes: list[str] = []
 
     def notice(self, teacher: Tensor) -> None:
-        """Look at teacher logits [N, C] for what a user should be told, and add it to `notes`."""
+        """Inspect teacher logits [N, C] and add a message to `notes` if the user should know it.
+
+        By default, this does nothing.
+        """
 
     @abstractmethod
     def losses(
         self, student: Tensor, teacher: Tensor, labels: Tensor, kept: Tensor | None
     ) -> Tensor:
-        """[N, C], [N, C], [N] to the losses [N]; `kept`: bool [N], or None if all samples count.
+        """Return the loss of every sample.
 
-        Labels are in [0, C) at ignored samples too, and the losses there may be any finite number.
+        Args:
+            student: Student logits [N, C].
+            teacher: Teacher logits [N, C].
+            labels: Labels [N]. They are in [0, C) at ignored samples too.
+            kept: bool [N], False at ignored samples; None if all samples count.
+
+        Returns:
+            Losses [N]. At ignored samples they may be any finite number.
         """
 
     def forward(
@@ -57,9 +85,20 @@ class DistillationLoss(nn.Module, ABC):
         *,
         sample_weight: Tensor | None = None,
     ) -> Tensor:
-        """Student and teacher logits [..., C], labels and weights [...] to a scalar, or [...].
+        """Compute the loss.
 
-        Raises ValueError for shapes, types or (on the CPU) label values that do not fit.
+        Args:
+            student_logits: Student logits [..., C], floating point.
+            teacher_logits: Teacher logits [..., C], or None for a loss that uses no teacher.
+            labels: Class indices [...], int64.
+            sample_weight: Weights of the samples [...].
+
+        Returns:
+            A scalar, or the losses [...] if the reduction is "none".
+
+        Raises:
+            ValueError: The shapes or types do not fit, or a label is out of range. Label values
+                are checked on the CPU only.
         """
         student, teacher, rows, kept = self._rows(student_logits, teacher_logits, labels)
         losses = self.losses(student, teacher, rows, kept)
@@ -68,7 +107,7 @@ class DistillationLoss(nn.Module, ABC):
     def _rows(
         self, student: Tensor, teacher: Any, labels: Tensor
     ) -> tuple[Tensor, Any, Tensor, Tensor | None]:
-        """Arguments checked and flattened to rows, ignored labels replaced by 0; and `kept`."""
+        """Check the arguments, flatten them to rows, replace ignored labels by 0; add `kept`."""
         ignoring = _check_inputs(student, teacher, labels, self.ignore_index)
         if student.ndim != 2:
             classes = student.shape[-1]
@@ -85,7 +124,7 @@ class DistillationLoss(nn.Module, ABC):
     def _reduced(
         self, losses: Tensor, kept: Tensor | None, weight: Tensor | None, labels: Tensor
     ) -> Tensor:
-        """Losses [N] of rows, weighted and reduced."""
+        """Weight and reduce the losses [N] of the rows."""
         if kept is not None:
             losses = losses.where(kept, 0)
         if weight is not None:
@@ -110,33 +149,34 @@ class DistillationLoss(nn.Module, ABC):
 
 
 def at_least_float32(logits: Tensor) -> torch.dtype:
-    """The type in which losses of these logits are computed."""
+    """Return the type in which the losses of these logits are computed."""
     return torch.promote_types(logits.dtype, torch.float32)
 
 
 def transformed() -> bool:
-    """Whether torch.compile or torch.func is at work: tensors then have no values to look at."""
+    """Return whether torch.compile or torch.func is active: tensors then have no concrete value."""
     return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 
 def _check_inputs(
     student: Tensor, teacher: Tensor | None, labels: Tensor, ignore_index: int | None
 ) -> bool:
-    """Raise ValueError for what does not fit; return whether any label may be `ignore_index`.
+    """Raise ValueError for invalid inputs; return whether any label may be `ignore_index`.
 
-    Label values are looked at on the CPU only: on an accelerator that would stall every step.
+    Label values are checked on the CPU only, because the check would stall an accelerator at
+    every step.
     """
     if student.ndim < 2 or student.numel() == 0:
         raise ValueError(
-            f"student_logits: expected shape [batch, classes] or [..., classes], none of them 0, "
-            f"got {list(student.shape)}"
+            f"student_logits: expected shape [batch, classes] or [..., classes] without empty "
+            f"dimensions, got {list(student.shape)}"
         )
     if not student.is_floating_point():
-        raise ValueError(f"student_logits: expected floating point, got {student.dtype}")
+        raise ValueError(f"student_logits: expected a floating-point type, got {student.dtype}")
     if teacher is not None and teacher.shape != student.shape:
         raise ValueError(
             f"teacher_logits: expected the student's shape {list(student.shape)}, "
-            f"got {list(teacher.shape)} (student and teacher must share their classes)"
+            f"got {list(teacher.shape)} (student and teacher must have the same classes)"
         )
     if labels.shape != student.shape[:-1] or labels.dtype != torch.int64:
         raise ValueError(
@@ -161,18 +201,27 @@ def _check_inputs(
 
 
 def soften(logits: Tensor, temperature: float) -> Tensor:
-    """logits / temperature; without a copy at temperature 1."""
+    """Return logits / temperature, without a copy if the temperature is 1."""
     return logits if temperature == 1 else logits / temperature
 
 
 def standardize_logits(logits: Tensor) -> Tensor:
-    """Z-score each row of [N, C] (Sun et al. 2024, "Logit standardization in KD", eq. 9)."""
+    """Z-score each row of logits [N, C] (Sun et al. 2024, "Logit standardization in KD", eq. 9)."""
     std, mean = torch.std_mean(logits, -1, keepdim=True)
     return (logits - mean) / (std + 1e-7)
 
 
 def standardize_pair(student: Tensor, teacher: Tensor, mode: str) -> tuple[Tensor, Tensor]:
-    """Standardize both logits, the teacher's alone, or none, as `mode` says."""
+    """Standardize the logits of student and teacher, as `mode` says.
+
+    Args:
+        student: Student logits [N, C].
+        teacher: Teacher logits [N, C].
+        mode: "both", "teacher" (only the teacher's logits) or "none".
+
+    Returns:
+        The logits of student and teacher.
+    """
     if mode == "both":
         student = standardize_logits(student)
     return student, teacher if mode == "none" else standardize_logits(teacher)

@@ -1,4 +1,4 @@
-"""DKD: the KD divergence split into its target-class and non-target-class parts."""
+"""DKD: the divergence of KD is split into a target-class part and a non-target-class part."""
 
 from __future__ import annotations
 
@@ -22,11 +22,29 @@ from pld_ray.losses.registry import register_loss
 
 @register_loss("dkd", label="DKD")
 class DKDLoss(DistillationLoss):
-    """w CE + tau^2 (alpha TCKD + beta NCKD); Zhao et al. 2022, eq. 7.
+    """Decoupled knowledge distillation (Zhao et al. 2022, eq. 7).
 
-    TCKD: KL of the two-way distributions (label, rest). NCKD: KL of the softmax over the classes
-    other than the label. With `warmup_epochs` W the distilled part is multiplied by
-    min((epoch + 1) / W, 1), the epoch as last told to `set_epoch` (authors' code: W = 20).
+        loss = ce_weight CE + warmup tau^2 (alpha TCKD + beta NCKD)
+
+    TCKD is KL(teacher || student) of the two-way distributions (label, rest). NCKD is the same
+    divergence of the softmax over the classes other than the label. Both use logits / tau. The
+    factor warmup is min((epoch + 1) / W, 1) with W = `warmup_epochs`, and 1 if W is 0.
+
+    Args:
+        temperature: Temperature tau of both distributions, above 0. Default: 4.
+        ce_weight: Weight of the cross-entropy with the labels, at least 0. Default: 1.
+        alpha: Weight of TCKD, at least 0. Default: 1.
+        beta: Weight of NCKD, at least 0. Default: 8.
+        warmup_epochs: Epochs W over which the weight of the distillation terms rises to 1, at
+            least 0. `set_epoch` sets the current epoch. The authors' code uses 20. Default: 0.
+        standardize: Which logits are z-scored first: "none", "both" or "teacher". Cross-entropy
+            uses the original student logits. Default: "none".
+        **options: `ignore_index` and `reduction`, see `DistillationLoss`.
+
+    Example:
+        loss = DKDLoss(beta=8.0, warmup_epochs=20)
+        loss.set_epoch(epoch)  # at the start of every epoch
+        loss(student_logits, teacher_logits, labels)
     """
 
     def __init__(
@@ -49,13 +67,13 @@ class DKDLoss(DistillationLoss):
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
-        """Tell the loss which epoch (from 0) it is in, for its warm-up."""
+        """Set the current epoch, counted from 0, for the warm-up."""
         self.warmup = min((epoch + 1) / self.warmup_epochs, 1.0) if self.warmup_epochs else 1.0
 
     def losses(
         self, student: Tensor, teacher: Tensor, labels: Tensor, kept: Tensor | None
     ) -> Tensor:
-        """[N, C] student and teacher logits and [N] labels to the losses [N]."""
+        """Return the losses [N]; see `DistillationLoss.losses`."""
         z, t = standardize_pair(student, teacher, self.standardize)
         target_p, others_p = _split(soften(t, self.temperature), labels)
         target_q, others_q = _split(soften(z, self.temperature), labels)
@@ -68,9 +86,10 @@ class DKDLoss(DistillationLoss):
 
 
 def _split(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of (label, rest) [N, 2], and of the other classes [N, C].
+    """Return the log-probabilities of (label, rest) [N, 2], and of the other classes [N, C].
 
-    The latter has the label too, with a probability of 0 whose logarithm is finite.
+    The second tensor also has a column for the label: its probability is 0 and its logarithm is
+    finite.
     """
     index = labels[:, None]
     others = logits.scatter(1, index, torch.finfo(logits.dtype).min / 4)

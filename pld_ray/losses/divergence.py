@@ -1,4 +1,4 @@
-"""Knowledge distillation: a divergence between the softened distributions, mixed with CE."""
+"""Knowledge distillation: a divergence between softened distributions plus cross-entropy."""
 
 from __future__ import annotations
 
@@ -21,17 +21,39 @@ from pld_ray.losses.registry import register_loss
 
 
 def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """KL(p || q) of each row, from log-probabilities [N, C] to [N]; 0 log 0 is 0."""
+    """Return KL(p || q) of each row.
+
+    Args:
+        log_p: Log-probabilities [N, C]. They may be -inf: 0 log 0 is 0.
+        log_q: Log-probabilities [N, C].
+
+    Returns:
+        Divergences [N].
+    """
     return (log_p.exp() * (log_p.clamp_min(-1e30) - log_q)).sum(1)
 
 
 @register_loss("kd", label="KD")
 class KDLoss(DistillationLoss):
-    """w CE + (1 - w) tau^2 D, with p = softmax(teacher / tau), q = softmax(student / tau).
+    """Knowledge distillation (Hinton et al. 2015) with a choice of divergences.
 
-    D is KL(p || q) ("forward_kl": Hinton et al. 2015), KL(q || p) ("reverse_kl") or
-    (KL(p || m) + KL(q || m)) / 2 with m = (p + q) / 2 ("jensen_shannon"): paper, Table 11.
-    With `standardize` the divergence sees z-scored logits and CE the student's own (Sun et al.).
+        loss = w CE + (1 - w) tau^2 D(p, q)
+
+    Here w is `ce_weight`, p = softmax(teacher / tau) and q = softmax(student / tau).
+
+    Args:
+        temperature: Temperature tau of both distributions, above 0. Default: 4.
+        ce_weight: Weight w of the cross-entropy with the labels, in [0, 1]. Default: 0.1.
+        divergence: "forward_kl" is KL(p || q), as in Hinton et al. 2015. "reverse_kl" is
+            KL(q || p). "jensen_shannon" is (KL(p || m) + KL(q || m)) / 2 with m = (p + q) / 2.
+            Table 11 of the paper compares them. Default: "forward_kl".
+        standardize: Which logits are z-scored before the divergence: "none", "both" or "teacher".
+            Cross-entropy uses the original student logits (Sun et al. 2024). Default: "none".
+        **options: `ignore_index` and `reduction`, see `DistillationLoss`.
+
+    Example:
+        loss = KDLoss(temperature=4.0, ce_weight=0.1)
+        loss(student_logits, teacher_logits, labels)
     """
 
     def __init__(
@@ -51,7 +73,7 @@ class KDLoss(DistillationLoss):
     def losses(
         self, student: Tensor, teacher: Tensor, labels: Tensor, kept: Tensor | None
     ) -> Tensor:
-        """[N, C] student and teacher logits and [N] labels to the losses [N]."""
+        """Return the losses [N]; see `DistillationLoss.losses`."""
         z, t = standardize_pair(student, teacher, self.standardize)
         log_p = F.log_softmax(soften(t, self.temperature), 1)
         log_q = F.log_softmax(soften(z, self.temperature), 1)

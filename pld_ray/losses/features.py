@@ -1,11 +1,12 @@
-"""Losses on features: AT, FitNet, PKT, RKD, SP and VID, each beside cross-entropy.
+"""Losses on features: AT, FitNet, PKT, RKD, SP and VID, each combined with cross-entropy.
 
     loss = ATLoss()
-    loss.connect(student_features, teacher_features)      # once, before the optimizer is made
+    loss.connect(student_features, teacher_features)  # once, before the optimizer is created
     loss(student_logits, labels, student_features, teacher_features)
 
-Weights are those with which the field compares them on CIFAR-100 (the CRD and mdistiller
-repositories). What some of them have to learn is part of the loss, never of the student.
+The default weights are the usual ones for comparisons on CIFAR-100 (the CRD and mdistiller
+repositories). Learnable parts, such as the regressor of FitNet, belong to the loss and not to the
+student.
 """
 
 from __future__ import annotations
@@ -24,40 +25,76 @@ from pld_ray.losses.registry import register_loss
 
 
 class Features(NamedTuple):
-    """What a network computes on the way to its logits, for a batch of B images."""
+    """Intermediate features of a network for a batch of B images.
 
-    stages: list[Tensor]  # [B, channels, h, w] of each stage but the stem
-    pooled: Tensor  # [B, width]: what the last linear layer sees
+    Attributes:
+        stages: Feature maps [B, channels, h, w] of the stages, without the stem.
+        pooled: Input of the last linear layer [B, width].
+    """
+
+    stages: list[Tensor]
+    pooled: Tensor
 
 
 class FeatureLoss(nn.Module, ABC):
-    """ce_weight CE + weight * distance(features of student and teacher), a mean over the batch.
+    """Base class of losses on features: ce_weight CE + distance(student, teacher).
 
-    Teacher features are constants. All is computed in float32. Raises ValueError, in `connect` and
-    when called, for features that cannot be compared.
+    The loss is a mean over the batch and is computed in float32. Only the student and the learnable
+    parts of the loss receive gradients. `connect` and the forward pass raise ValueError if the
+    features cannot be compared.
+
+    Args:
+        ce_weight: Weight of the cross-entropy with the labels, at least 0.
+
+    Attributes:
+        name: The name of the loss in YAML; `register_loss` sets it.
+        notes: Messages for the user, as in `DistillationLoss`.
     """
 
-    name = ""  # in YAML; the decorator sets it
+    name = ""
 
     def __init__(self, ce_weight: float) -> None:
         super().__init__()
         self.ce_weight = ce_weight
-        self.notes: list[str] = []  # as DistillationLoss has them
+        self.notes: list[str] = []
 
     def notice(self, teacher: Tensor) -> None:
-        """As DistillationLoss has it; teacher logits do not matter here."""
+        """Do nothing. Losses on logits inspect the teacher logits here."""
 
     def connect(self, student: Features, teacher: Features) -> None:
-        """Make what has to be learnt, for features of these shapes."""
+        """Create the learnable parts of the loss for features of these shapes.
+
+        Args:
+            student: Features of the student, for any batch size.
+            teacher: Features of the teacher, for the same batch.
+
+        Raises:
+            ValueError: The features cannot be compared.
+        """
 
     @abstractmethod
     def distance(self, student: Features, teacher: Features) -> Tensor:
-        """The weighted distance, a scalar."""
+        """Return the weighted distance between the features, a scalar.
+
+        Args:
+            student: Features of the student, float32.
+            teacher: Features of the teacher, float32, without gradients.
+        """
 
     def forward(
         self, student_logits: Tensor, labels: Tensor, student: Features, teacher: Features
     ) -> Tensor:
-        """Student logits [B, C], labels int64 [B] and the features of both to a scalar."""
+        """Compute the loss.
+
+        Args:
+            student_logits: Student logits [B, C].
+            labels: Class indices [B], int64.
+            student: Features of the student.
+            teacher: Features of the teacher.
+
+        Returns:
+            The mean loss over the batch, a scalar.
+        """
         distance = self.distance(
             Features([stage.float() for stage in student.stages], student.pooled.float()),
             Features(
@@ -68,17 +105,17 @@ class FeatureLoss(nn.Module, ABC):
         return self.ce_weight * F.cross_entropy(student_logits.float(), labels) + distance
 
     def _pairs(self, student: Features, teacher: Features) -> list[tuple[Tensor, Tensor]]:
-        """Stages side by side, the larger map of each pair pooled to the size of the smaller."""
+        """Pair the stages and pool the larger map of each pair to the size of the smaller one."""
         if len(student.stages) != len(teacher.stages):
             raise ValueError(
-                f"{self.name}: the student has {len(student.stages)} stages and the teacher "
-                f"{len(teacher.stages)}: stages can be compared only one by one"
+                f"{self.name}: the student has {len(student.stages)} stages and the teacher has "
+                f"{len(teacher.stages)}; expected the same number of stages"
             )
         return [_same_size(*pair) for pair in zip(student.stages, teacher.stages, strict=True)]
 
 
 def _same_size(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
-    """Maps [B, *, h, w], averaged down to the smaller height and width of the two."""
+    """Average-pool two maps [B, *, h, w] to the smaller height and width of the two."""
     size = min(one.shape[2], other.shape[2]), min(one.shape[3], other.shape[3])
     first, second = (
         x if x.shape[2:] == size else F.adaptive_avg_pool2d(x, size) for x in (one, other)
@@ -88,10 +125,16 @@ def _same_size(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
 
 @register_loss("at", label="AT", takes="features")
 class ATLoss(FeatureLoss):
-    """Attention transfer (Zagoruyko and Komodakis 2017, eq. 2, with p = 2).
+    """Attention transfer, AT (Zagoruyko and Komodakis 2017, eq. 2, with p = 2).
 
-    weight * sum over stages of mean (a_s / |a_s| - a_t / |a_t|)^2, where the attention map a is
-    the mean over channels of the squared features, flattened.
+        loss = ce_weight CE + weight * sum over stages of mean (a_s / |a_s| - a_t / |a_t|)^2
+
+    The attention map a is the mean over channels of the squared features, flattened. a_s is the
+    student's map and a_t is the teacher's. Both networks need the same number of stages.
+
+    Args:
+        weight: Weight of the distance, at least 0. Default: 1000.
+        ce_weight: Weight of the cross-entropy with the labels, at least 0. Default: 1.
     """
 
     def __init__(self, weight: Weight = 1000.0, ce_weight: Weight = 1.0) -> None:
@@ -99,22 +142,30 @@ class ATLoss(FeatureLoss):
         self.weight = weight
 
     def distance(self, student: Features, teacher: Features) -> Tensor:
-        """As FeatureLoss has it."""
+        """Return the weighted distance; see `FeatureLoss.distance`."""
         pairs = self._pairs(student, teacher)
         return self.weight * torch.stack([F.mse_loss(_map(s), _map(t)) for s, t in pairs]).sum()
 
 
 def _map(features: Tensor) -> Tensor:
-    """Normalised attention [B, h w] of [B, channels, h, w]."""
+    """Return the normalised attention [B, h w] of a map [B, channels, h, w]."""
     return F.normalize(features.square().mean(1).flatten(1))
 
 
 @register_loss("fitnet", label="FitNet", takes="features")
 class FitNetLoss(FeatureLoss):
-    """Hints (Romero et al. 2015, eq. 3): the student's stage, through a learnt convolution.
+    """FitNet hints (Romero et al. 2015, eq. 3).
 
-    weight * mean (r(s) - t)^2 at one stage (from 1). r is a 1x1 convolution; a strided or a
-    transposed one where the student's map is a multiple or a fraction of the teacher's.
+        loss = ce_weight CE + weight * mean (r(s) - t)^2
+
+    s and t are the feature maps of student and teacher at one stage. The regressor r is a learnt
+    1x1 convolution. If the size of the student's map is a multiple of the teacher's, r is a strided
+    convolution; if it is a fraction of the teacher's, r is a transposed convolution.
+
+    Args:
+        stage: The stage to compare, counted from 1. Default: 2.
+        weight: Weight of the distance, at least 0. Default: 100.
+        ce_weight: Weight of the cross-entropy with the labels, at least 0. Default: 1.
     """
 
     def __init__(
@@ -129,7 +180,7 @@ class FitNetLoss(FeatureLoss):
         self.regressor: nn.Module = nn.Identity()
 
     def connect(self, student: Features, teacher: Features) -> None:
-        """As FeatureLoss has it."""
+        """Create the regressor; see `FeatureLoss.connect`."""
         s, t = self._hint(student), self._hint(teacher)
         up, down = t.shape[2] // s.shape[2], s.shape[2] // t.shape[2]
         if up > 1 and s.shape[2] * up == t.shape[2]:
@@ -140,24 +191,32 @@ class FitNetLoss(FeatureLoss):
             self.regressor = nn.Conv2d(s.shape[1], t.shape[1], 1)
 
     def distance(self, student: Features, teacher: Features) -> Tensor:
-        """As FeatureLoss has it."""
+        """Return the weighted distance; see `FeatureLoss.distance`."""
         pair = _same_size(self.regressor(self._hint(student)), self._hint(teacher))
         return self.weight * F.mse_loss(*pair)
 
     def _hint(self, features: Features) -> Tensor:
+        """Return the feature map of the chosen stage."""
         if self.stage > len(features.stages):
             raise ValueError(
-                f"fitnet: stage is {self.stage} and a network has {len(features.stages)} stages"
+                f"fitnet: stage is {self.stage}, but a network has only "
+                f"{len(features.stages)} stages"
             )
         return features.stages[self.stage - 1]
 
 
 @register_loss("pkt", label="PKT", takes="features")
 class PKTLoss(FeatureLoss):
-    """Probabilistic knowledge transfer (Passalis and Tefas 2018) with the cosine kernel.
+    """Probabilistic knowledge transfer, PKT (Passalis and Tefas 2018), with the cosine kernel.
 
-    weight * mean over i, j of p_ij log(p_ij / q_ij): p and q are the cosine similarities of pooled
-    features in the batch, scaled to [0, 1], each row normalised to sum to 1.
+        loss = ce_weight CE + weight * mean over i, j of p_ij log(p_ij / q_ij)
+
+    p (teacher) and q (student) are the cosine similarities between the pooled features of the
+    samples i and j of the batch. They are scaled to [0, 1], and each row is normalised to sum to 1.
+
+    Args:
+        weight: Weight of the distance, at least 0. Default: 30000.
+        ce_weight: Weight of the cross-entropy with the labels, at least 0. Default: 1.
     """
 
     def __init__(self, weight: Weight = 30000.0, ce_weight: Weight = 1.0) -> None:
@@ -165,14 +224,14 @@ class PKTLoss(FeatureLoss):
         self.weight = weight
 
     def distance(self, student: Features, teacher: Features) -> Tensor:
-        """As FeatureLoss has it."""
+        """Return the weighted distance; see `FeatureLoss.distance`."""
         p, q = _affinities(teacher.pooled), _affinities(student.pooled)
         eps = 1e-7  # a similarity can be 0
         return self.weight * (p * ((p + eps) / (q + eps)).log()).mean()
 
 
 def _affinities(pooled: Tensor) -> Tensor:
-    """Row-normalised similarities [B, B] of [B, width]."""
+    """Return the row-normalised similarities [B, B] of features [B, width]."""
     unit = F.normalize(pooled)
     similar = (unit @ unit.T + 1) / 2
     return similar / similar.sum(1, keepdim=True)
@@ -180,10 +239,17 @@ def _affinities(pooled: Tensor) -> Tensor:
 
 @register_loss("rkd", label="RKD", takes="features")
 class RKDLoss(FeatureLoss):
-    """Relational knowledge distillation (Park et al. 2019, sections 3.2.1 and 3.2.2).
+    """Relational knowledge distillation, RKD (Park et al. 2019, sections 3.2.1 and 3.2.2).
 
-    distance_weight * Huber(d_s, d_t) + angle_weight * Huber(a_s, a_t) on pooled features: d_ij is
-    |x_i - x_j| over its mean over all pairs, a_ijk the cosine of the angle at j of x_i, x_j, x_k.
+        loss = ce_weight CE + distance_weight * Huber(d_s, d_t) + angle_weight * Huber(a_s, a_t)
+
+    Both terms use the pooled features x of the batch. d_ij is |x_i - x_j| divided by its mean over
+    all pairs. a_ijk is the cosine of the angle at x_j between x_i and x_k.
+
+    Args:
+        distance_weight: Weight of the distance term, at least 0. Default: 25.
+        angle_weight: Weight of the angle term, at least 0. Default: 50.
+        ce_weight: Weight of the cross-entropy with the labels, at least 0. Default: 1.
     """
 
     def __init__(
@@ -194,7 +260,7 @@ class RKDLoss(FeatureLoss):
         self.angle_weight = angle_weight
 
     def distance(self, student: Features, teacher: Features) -> Tensor:
-        """As FeatureLoss has it."""
+        """Return the weighted distance; see `FeatureLoss.distance`."""
         s, t = student.pooled, teacher.pooled
         distances = F.smooth_l1_loss(_distances(s), _distances(t))
         angles = F.smooth_l1_loss(_angles(s), _angles(t))
@@ -202,25 +268,30 @@ class RKDLoss(FeatureLoss):
 
 
 def _distances(x: Tensor) -> Tensor:
-    """Distances [B, B] of [B, width], divided by the mean of those that are not 0."""
+    """Return the distances [B, B] of x [B, width], divided by the mean of those that are not 0."""
     squares = (x[:, None] - x[None]).square().sum(2)
     apart = squares > 0
-    distances = squares.where(apart, 1).sqrt().where(apart, 0)  # no infinite slope at 0
+    distances = squares.where(apart, 1).sqrt().where(apart, 0)  # avoids the infinite gradient at 0
     return distances / (distances.sum() / apart.sum().clamp_min(1)).clamp_min(1e-12)
 
 
 def _angles(x: Tensor) -> Tensor:
-    """Cosines [B, B, B] at each x_j between x_i and x_k."""
+    """Return the cosines [B, B, B] of the angles at each x_j between x_i and x_k."""
     unit = F.normalize(x[None] - x[:, None], dim=2)  # [j, i]: from x_j to x_i
     return unit @ unit.transpose(1, 2)
 
 
 @register_loss("sp", label="SP", takes="features")
 class SPLoss(FeatureLoss):
-    """Similarity preserving (Tung and Mori 2019, eq. 3).
+    """Similarity-preserving distillation, SP (Tung and Mori 2019, eq. 3).
 
-    weight / B^2 * |G_s - G_t|_F^2 with G the Gram matrix [B, B] of the last feature map, each row
-    divided by its norm.
+        loss = ce_weight CE + weight / B^2 * |G_s - G_t|_F^2
+
+    G is the Gram matrix [B, B] of the last feature map, with each row divided by its norm.
+
+    Args:
+        weight: Weight of the distance, at least 0. Default: 3000.
+        ce_weight: Weight of the cross-entropy with the labels, at least 0. Default: 1.
     """
 
     def __init__(self, weight: Weight = 3000.0, ce_weight: Weight = 1.0) -> None:
@@ -228,21 +299,31 @@ class SPLoss(FeatureLoss):
         self.weight = weight
 
     def distance(self, student: Features, teacher: Features) -> Tensor:
-        """As FeatureLoss has it."""
+        """Return the weighted distance; see `FeatureLoss.distance`."""
         return self.weight * F.mse_loss(_gram(student.stages[-1]), _gram(teacher.stages[-1]))
 
 
 def _gram(features: Tensor) -> Tensor:
+    """Return the row-normalised Gram matrix [B, B] of a map [B, channels, h, w]."""
     rows = features.flatten(1)
     return F.normalize(rows @ rows.T)
 
 
 @register_loss("vid", label="VID", takes="features")
 class VIDLoss(FeatureLoss):
-    """Variational information distillation (Ahn et al. 2019).
+    """Variational information distillation, VID (Ahn et al. 2019).
 
-    weight * sum over stages of mean [ (t - mu(s))^2 / (2 v) + log(v) / 2 ]: mu is a learnt network
-    of three 1x1 convolutions, v = softplus(rho) + eps a learnt variance a channel.
+        loss = ce_weight CE + weight * sum over stages of mean [(t - mu(s))^2 / (2 v) + log(v) / 2]
+
+    s and t are the feature maps of student and teacher. mu is a learnt network of three 1x1
+    convolutions. v = softplus(rho) + eps is a learnt variance per channel. Both networks need the
+    same number of stages.
+
+    Args:
+        weight: Weight of the distance, at least 0. Default: 1.
+        ce_weight: Weight of the cross-entropy with the labels, at least 0. Default: 1.
+        initial_variance: Initial value of v, above 0. Default: 5.
+        eps: Lower bound of v, above 0. Default: 1e-5.
     """
 
     def __init__(
@@ -260,7 +341,7 @@ class VIDLoss(FeatureLoss):
         self.rho = nn.ParameterList()
 
     def connect(self, student: Features, teacher: Features) -> None:
-        """As FeatureLoss has it."""
+        """Create the networks mu and the variances; see `FeatureLoss.connect`."""
         start = math.log(math.expm1(self.initial_variance - self.eps))
         for s, t in self._pairs(student, teacher):
             inputs, outputs = s.shape[1], t.shape[1]
@@ -272,10 +353,10 @@ class VIDLoss(FeatureLoss):
             self.rho.append(nn.Parameter(torch.full((outputs,), start)))
 
     def distance(self, student: Features, teacher: Features) -> Tensor:
-        """As FeatureLoss has it."""
+        """Return the weighted distance; see `FeatureLoss.distance`."""
         parts = []
         for i, (s, t) in enumerate(self._pairs(student, teacher)):
-            # torch's gaussian_nll_loss looks at the variances, which would stall a GPU every step
+            # torch's gaussian_nll_loss checks the variances, which would stall a GPU at every step
             variance = (F.softplus(self.rho[i]) + self.eps)[:, None, None]
             parts.append(((t - self.means[i](s)).square() / variance + variance.log()).mean() / 2)
         return self.weight * torch.stack(parts).sum()

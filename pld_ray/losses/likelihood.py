@@ -1,23 +1,26 @@
-"""The weighted Plackett-Luce likelihood of one ranking per sample, and its gradient in closed form.
+"""The weighted Plackett-Luce likelihood of one ranking per sample, and its closed-form gradient.
 
-A ranking puts the label first, then the classes of an order o_1 .. o_K with the label passed over,
-then the classes that the order leaves out, as one unordered tail. With the student's logits s,
-Z_k = sum of exp(s) over all that is not ranked before step k, and R_k = Z_k without step k's own,
+A ranking lists the label first, then the other classes of an order o_1 .. o_K. The classes that the
+order leaves out follow as one unordered tail. Let s be the student's logits, Z_k the sum of exp(s)
+over all classes that are not ranked before step k, and R_k the same sum without the class of step
+k. Then
 
     loss          = sum over k of w_k log(1 + R_k / exp(s_k))
     gradient at j = exp(s_j) A_j  -  w_j R_j / Z_j,     A_j = sum over k < j of w_k / Z_k
 
-(arXiv 2506.12542, its closed form with w_j taken out of the first sum). A tail class has no second
-term. Nothing cancels here: all terms of the loss are positive, and the gradient summed over the
-steps up to m is -R_m (A_m + w_m / Z_m), which bounds both terms at j: neither is larger than the
-1-norm of the whole gradient. So loss and gradient are as exact as exp and sums of positive numbers
-are, however sure or wrong the student is.
+This is the closed form of arXiv 2506.12542, with w_j taken out of the first sum. Classes in the
+tail have no second term.
 
-What can still fail is exp itself. A row whose least probability is e^-50 or more is safe in float32
-(no term underflows, and rounding s - max s, which is at most 50, moves a term by 2e-6), in float64
-down to e^-500. Beyond that sums are taken in log space, which holds for any finite logits and costs
-five times as much. On the CPU the batch is looked at and the cheapest safe form taken. On other
-devices a look would stall the step: there it is always log space.
+The formulas lose no precision by cancellation. All terms of the loss are positive. The gradient
+summed over the steps up to m is -R_m (A_m + w_m / Z_m), which bounds both terms at j: neither is
+larger than the 1-norm of the whole gradient. Loss and gradient are therefore as exact as exp and
+sums of positive numbers, however confident or wrong the student is.
+
+Only exp itself can fail. In float32 a row is safe if its smallest probability is at least e^-50: no
+term underflows, and rounding max s - s, which is at most 50, changes a term by 2e-6. In float64 the
+limit is e^-500. Beyond these limits the sums are computed in log space, which works for any finite
+logits and takes five times as long. On the CPU the code inspects the batch and uses the cheapest
+safe form. On other devices the inspection would stall the step, so they always use log space.
 """
 
 from __future__ import annotations
@@ -33,22 +36,35 @@ from torch.nn import functional as F
 from pld_ray.losses.common import transformed
 from pld_ray.losses.order import Ranking
 
-# dtype: (the least safe probability; what stands for the label's where the order passes over it:
-# lost in every sum's rounding, yet neither 0 nor so small that 1 divided by it overflows)
+# dtype: (smallest safe probability, placeholder for the label's probability where the order lists
+# the label again). The placeholder vanishes in the rounding of every sum, but it is not 0 and not
+# so small that 1 divided by it overflows.
 LINEAR = {torch.float32: (math.exp(-50), 1e-37), torch.float64: (math.exp(-500), 1e-300)}
 
 
 class Rule(Protocol):
-    """What a loss says about its rankings: how they are made, and how their steps are weighed."""
+    """How a loss ranks the classes and how it weights the steps of a ranking."""
 
     def rank(self, teacher: Tensor, labels: Tensor, order: Tensor | None) -> Ranking:
-        """[N, C], [N] and the teacher's order [N, K], if it is known, to the ranking."""
+        """Return the ranking of every sample.
+
+        Args:
+            teacher: Teacher logits [N, C].
+            labels: Labels [N].
+            order: The teacher's order [N, K], or None if it is not known.
+        """
 
     def weigh(self, teacher: Tensor, labels: Tensor, ranking: Ranking) -> Tensor:
-        """The weights of the steps [N, M], 0 where a label is passed over."""
+        """Return the weights of the steps [N, M]; they are 0 where the order repeats the label.
+
+        Args:
+            teacher: Teacher logits [N, C].
+            labels: Labels [N].
+            ranking: The ranking that `rank` returned.
+        """
 
     def notice(self, teacher: Tensor) -> None:
-        """Look at the teacher of a forward pass, for what there is to warn of."""
+        """Inspect the teacher logits [N, C] of a forward pass and warn if necessary."""
 
 
 def ranking_loss(
@@ -59,12 +75,23 @@ def ranking_loss(
     rule: Rule,
     mean: bool = False,
 ) -> Tensor:
-    """The weighted negative log-likelihood of each sample's ranking: [N], or their mean.
+    """Return the weighted negative log-likelihood of each sample's ranking.
 
-    student, teacher float32 or float64 [N, C]; labels [N] int64. The gradient goes to the student
-    alone. It is made together with the loss, and is all that is kept for the backward pass beside
-    the arguments. Second derivatives are right, and made anew in log space. Inside torch.compile
-    and torch.func the loss is the one in log space, as plain operations for them to differentiate.
+    Only the student receives a gradient. It is computed together with the loss, and the backward
+    pass needs no other stored tensors except the arguments. Second derivatives are supported; for
+    them, the gradient is computed again in log space. Inside torch.compile and torch.func the loss
+    is computed in log space, by plain operations that they can differentiate.
+
+    Args:
+        student: Student logits [N, C], float32 or float64.
+        teacher: Teacher logits [N, C], float32 or float64.
+        labels: Labels [N], int64.
+        order: The teacher's order [N, K], or None if it is not known.
+        rule: How to rank the classes and weight the steps.
+        mean: Whether to return the mean over the samples.
+
+    Returns:
+        Losses [N], or their mean.
     """
     if transformed():
         ranking = rule.rank(teacher, labels, order)
@@ -76,6 +103,8 @@ def ranking_loss(
 
 
 class _ClosedForm(torch.autograd.Function):
+    """Compute the loss and its gradient in the forward pass."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -107,7 +136,7 @@ class _ClosedForm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_losses: Tensor) -> tuple[Tensor | None, ...]:
         student, gradient = ctx.saved_tensors
-        if torch.is_grad_enabled():  # the gradient will itself be differentiated
+        if torch.is_grad_enabled():  # for second derivatives
             rule, teacher, labels, order = ctx.constants
             ranking = rule.rank(teacher, labels, order)
             weights = rule.weigh(teacher, labels, ranking)
@@ -118,7 +147,7 @@ class _ClosedForm(torch.autograd.Function):
 
 
 def _safe_probabilities(student: Tensor) -> Tensor | None:
-    """softmax(student) in the cheapest type in which it is safe; None: there is none."""
+    """Return softmax(student) in the cheapest safe type, or None if no type is safe."""
     if student.device.type != "cpu":
         return None
     for dtype, (least, _) in LINEAR.items():
@@ -132,30 +161,31 @@ def _safe_probabilities(student: Tensor) -> Tensor | None:
 def _linear(
     exp: Tensor, ranking: Ranking, weights: Tensor, wanted: bool, mean: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Losses [N], or their mean, and where wanted their gradients [N, C], by sums of exponentials.
+    """Return losses [N] (or their mean) and, if `wanted`, gradients [N, C] in linear space.
 
-    exp: exp(s) up to a factor of each row [N, C], overwritten; weights [N, M].
+    `exp` is exp(s) [N, C] up to a factor per row, and is overwritten. `weights` has shape [N, M].
     """
-    # items [N, L]: what is ranked, then the tail if there is one
+    # items [N, L]: the ranked classes, then the tail if there is one
     items = ranking.take(exp, LINEAR[exp.dtype][1], overwrite=True)
     if ranking.tailed:
         tail = exp.scatter_(1, ranking.index, 0.0).sum(1, keepdim=True)
         items = torch.cat([items, tail], 1)
     z = items.flip(1).cumsum_(1).flip(1)
-    steps = items.shape[1] - 1  # the last item is all that is left: it costs nothing
+    steps = items.shape[1] - 1  # at the last item no choice is left, so it costs nothing
     rest, weights = z[:, 1:], weights[:, :steps]
     if weights.dtype != exp.dtype:
         weights = weights.to(exp.dtype)
     costs = rest / items[:, :-1]
-    # torch.log1p takes float32 numbers one by one, at 1,000 classes as long as all the rest
+    # torch.log1p processes float32 numbers one by one. At 1,000 classes it would take as long as
+    # everything else together.
     array = costs.numpy()
     np.log1p(array, out=array)
-    costs.mul_(weights)  # by no product that autocast would do in half precision
+    costs.mul_(weights)  # not a matrix product, which autocast would run in half precision
     losses = costs.sum() / len(costs) if mean else costs.sum(1)
     if not wanted:
         return losses, None
 
-    shares = torch.div(weights, z[:, :-1], out=costs)  # in the memory of what is done with
+    shares = torch.div(weights, z[:, :-1], out=costs)  # reuses the memory of costs
     pulls = rest.mul_(shares)
     before = shares.cumsum_(1)
     items[:, 1:].mul_(before)
@@ -169,10 +199,14 @@ def _linear(
 def _in_log_space(
     student: Tensor, ranking: Ranking, weights: Tensor, wanted: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """The same for any finite logits and on any device, by operations autograd can follow."""
-    # exp turns an error of s into a relative error: at a range of 1e4 float32 is not enough
+    """Do the same as `_linear`, in log space and with operations that autograd can differentiate.
+
+    This works for any finite logits and on any device.
+    """
+    # exp turns an absolute error of s into a relative error, so float32 is too coarse if the
+    # logits have a range of 1e4
     dtype = torch.float32 if student.device.type == "mps" else torch.float64
-    nothing = torch.finfo(dtype).min / 4  # log 0, finite so that derivatives are
+    nothing = torch.finfo(dtype).min / 4  # stands for log 0; finite, so that derivatives are finite
     student = student.to(dtype)
     s = student - student.detach().amax(1, keepdim=True)
     items = ranking.take(s, nothing)
@@ -190,6 +224,6 @@ def _in_log_space(
     before = shares.logcumsumexp(1)
     pushes = F.pad((items[:, 1:] + before).exp(), (1, 0))
     pulls = F.pad(weights * (rest - z[:, :-1]).exp(), (0, 1))
-    # cloned, since it is overwritten and the derivative of exp needs its result
+    # put_ overwrites this tensor, but the derivative of exp needs its result: clone it
     gradient = (s + before[:, -1:]).exp().clone() if ranking.tailed else torch.zeros_like(s)
     return losses, ranking.put_(gradient, pushes - pulls)

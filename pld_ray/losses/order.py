@@ -1,7 +1,7 @@
-"""The teacher's order of the classes: all that a ranking loss needs to sort, and it never changes.
+"""The teacher's order of the classes, and the rankings that are made from it.
 
-An order holds class indices, the teacher's best class first. It depends on the teacher alone, so
-whoever keeps a teacher's logits can keep the order beside them and hand it to the loss.
+An order lists class indices, the teacher's best class first. It depends only on the teacher, so it
+can be stored beside the teacher's logits and passed to a ranking loss, which then sorts nothing.
 """
 
 from __future__ import annotations
@@ -22,14 +22,21 @@ Array = npt.NDArray[Any]
 def teacher_order(
     teacher_logits: Tensor, labels: Tensor | None = None, top_k: int | None = None
 ) -> Tensor:
-    """Teacher logits [..., C] to class indices [..., K], best first; K is C unless `top_k` is less.
+    """Sort the classes by descending teacher logit.
 
-    With labels [...] (int64) each one comes first and counts among the K: a loss then has the
-    least to do. Equal logits keep the lower class first (with `top_k` the choice among them is
-    torch.topk's). The indices come in the smallest of uint8, int16 and int32 that holds them.
+    Args:
+        teacher_logits: Teacher logits [..., C].
+        labels: Class indices [...], int64. If given, the label comes first in its order and counts
+            as one of the K classes. Losses are fastest with such orders.
+        top_k: The number K of classes to return. Default: all C classes.
+
+    Returns:
+        Class indices [..., K], best class first, in the smallest of uint8, int16 and int32 that
+        holds them. Classes with equal logits are sorted by index; if `top_k` is less than C,
+        torch.topk decides between them.
     """
     classes = teacher_logits.shape[-1]
-    descending = 0 - teacher_logits.detach().reshape(-1, classes)  # never -0.0: it is not < 0.0
+    descending = 0 - teacher_logits.detach().reshape(-1, classes)  # avoids -0.0, see argsort
     if labels is not None:
         descending.scatter_(1, labels.reshape(-1, 1), float("-inf"))
     if top_k is None or top_k >= classes:
@@ -42,21 +49,34 @@ def teacher_order(
 
 @dataclass(slots=True)
 class Ranking:
-    """One ranking per sample: the label first, then the classes in the teacher's order."""
+    """One ranking per sample: the label first, then the classes in the teacher's order.
 
-    index: Tensor  # int64 [N, M]: label, o_1, o_2, ...
-    repeated: bool  # the label may come again in the order, where it is to be passed over
+    Attributes:
+        index: Class indices [N, M], int64: the label, then o_1, o_2, ... of the order.
+        repeated: Whether the label may occur a second time, in the order. That step is skipped.
+        classes: The number of classes C.
+    """
+
+    index: Tensor
+    repeated: bool
     classes: int
 
     @property
     def tailed(self) -> bool:
-        """Whether classes may be left out: one unordered tail."""
+        """Whether the ranking may leave out classes, which then form one unordered tail."""
         return self.repeated and self.index.shape[1] <= self.classes
 
     def take(self, x: Tensor, passed_over: float, overwrite: bool = False) -> Tensor:
-        """`x` [N, C] as ranked [N, M], with `passed_over` where the label comes again.
+        """Return the values of `x` in the order of the ranking.
 
-        With `overwrite` that is written into x too, which saves a copy of it.
+        Args:
+            x: Values of the classes [N, C].
+            passed_over: The value to return where the label occurs a second time.
+            overwrite: Whether `x` may be modified: its value at the label becomes `passed_over`.
+                This saves a copy.
+
+        Returns:
+            Tensor [N, M].
         """
         if not self.repeated:
             return x.gather(1, self.index)
@@ -67,13 +87,27 @@ class Ranking:
         return torch.cat([at_label, later], 1)
 
     def put_(self, x: Tensor, ranked: Tensor) -> Tensor:
-        """Overwrite `x` [N, C] with `ranked` [N, M or more]; it keeps its own in the tail."""
+        """Write values in the order of the ranking into `x`, in place.
+
+        Args:
+            x: Tensor [N, C]. Classes in the tail keep their values.
+            ranked: Tensor with at least M columns, of which the first M are used.
+
+        Returns:
+            The tensor `x`.
+        """
         x.scatter_(1, self.index, ranked[:, : self.index.shape[1]])
         return x.scatter_(1, self.index[:, :1], ranked[:, :1]) if self.repeated else x
 
 
 def rank_in_order(order: Tensor, labels: Tensor, classes: int) -> Ranking:
-    """The ranking of an order, integers [N, K], and int64 labels [N]; nothing is sorted."""
+    """Make a ranking from an order, without sorting.
+
+    Args:
+        order: Class indices [N, K], best class first, of any integer type.
+        labels: Labels [N], int64.
+        classes: The number of classes C.
+    """
     whole = order.shape[1] == classes and order.device.type == "cpu" and not transformed()
     if whole and bool((order[:, 0] == labels).all()):
         return Ranking(order.long(), False, classes)
@@ -81,7 +115,12 @@ def rank_in_order(order: Tensor, labels: Tensor, classes: int) -> Ranking:
 
 
 def rank_all(teacher: Tensor, labels: Tensor) -> Ranking:
-    """The ranking of all classes by teacher logits [N, C]."""
+    """Rank all classes by descending teacher logit, after the label.
+
+    Args:
+        teacher: Teacher logits [N, C].
+        labels: Labels [N], int64.
+    """
     descending = 0 - teacher
     scatter = descending.scatter if transformed() else descending.scatter_
     descending = scatter(1, labels[:, None], float("-inf"))
@@ -89,19 +128,27 @@ def rank_all(teacher: Tensor, labels: Tensor) -> Ranking:
 
 
 def argsort(x: Tensor) -> Tensor:
-    """Stable ascending argsort of [N, C], which may be overwritten and holds no -0.0, to int64."""
+    """Return the stable ascending argsort of every row.
+
+    Args:
+        x: Tensor [N, C], which may be overwritten. It must not contain -0.0, which the fast path
+            sorts before 0.0 although both are equal.
+
+    Returns:
+        Indices [N, C], int64.
+    """
     if x.device.type == "cpu" and x.dtype is not torch.float64 and not transformed():
         return torch.from_numpy(_argsort_by_key(x.float().numpy()))
     return x.argsort(dim=1, stable=True)
 
 
 def _argsort_by_key(x: Array) -> Array:
-    """The same for float32 arrays, by one sort of 64-bit integers.
+    """Do the same as `argsort` for float32 arrays, with one sort of 64-bit integers.
 
-    A key holds a number's bits in its upper half, turned so that integers ascend where floats do,
-    and the class in its lower half. NumPy sorts plain integers with vector instructions: torch's
-    stable argsort takes five times as long at 1,000 classes. One thread: others would have to
-    share their cores with torch's, which wait for their next work by spinning.
+    The upper half of a key holds the bits of the number, mapped so that integers sort like floats.
+    The lower half holds the class. NumPy sorts plain integers with vector instructions; torch's
+    stable argsort takes five times as long at 1,000 classes. The sort uses one thread, because
+    more threads would share their cores with torch's threads, which spin while they wait for work.
     """
     bits = x.view(np.int32)
     bits ^= (bits >> 31) & np.int32(0x7FFFFFFF)

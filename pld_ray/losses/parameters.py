@@ -33,24 +33,18 @@ class LossParams(BaseModel):
         label: The name of the loss in tables.
         takes: What the loss takes of the teacher: "nothing", its "logits", its logits and the
             "order" of the classes by them, or its "features".
+        needs_teacher: Whether the loss compares the student with a teacher.
+        needs_features: Whether the loss compares feature maps instead of logits.
         source: "module:class" of the loss.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
     label: ClassVar[str]
     takes: ClassVar[Takes]
+    needs_teacher: ClassVar[bool]
+    needs_features: ClassVar[bool]
     source: ClassVar[str]
     name: str
-
-    @property
-    def needs_teacher(self) -> bool:
-        """Whether the loss compares the student with a teacher."""
-        return self.takes != "nothing"
-
-    @property
-    def needs_features(self) -> bool:
-        """Whether the loss compares feature maps instead of logits."""
-        return self.takes == "features"
 
     @property
     def needs_order(self) -> bool:

@@ -1,14 +1,14 @@
-"""Plackett-Luce losses: the likelihood of one ranking of the classes per sample.
+"""Plackett-Luce losses: the weighted likelihood of one ranking of the classes per sample.
 
-The ranking pi* puts the label first, then the other classes by descending teacher logit. Under the
-Plackett-Luce model with utilities s (the student's logits) its step k costs
+The ranking pi* lists the label first, then the other classes by descending teacher logit. Under the
+Plackett-Luce model with the student's logits s as utilities, step k of the ranking costs
 
     logsumexp over l >= k of s[pi*_l]  -  s[pi*_k]
 
-and a loss is the weighted sum of the C steps (arXiv 2506.12542). The losses here differ in their
-weights alone: PLD takes the teacher's probabilities, ListMLE equal ones, P-ListMLE a fixed
-decreasing sequence. All weights sum to 1; weights (1, 0, ..., 0) are cross-entropy.
-The order of the classes is in `order`, the likelihood and its gradient in `likelihood`.
+and a loss is the weighted sum of the C steps (arXiv 2506.12542). The losses in this file differ
+only in their weights: PLD uses the teacher's probabilities, ListMLE equal weights and P-ListMLE a
+fixed decreasing sequence. All weights sum to 1. The weights (1, 0, ..., 0) give cross-entropy.
+The module `order` sorts the classes; `likelihood` computes the likelihood and its gradient.
 """
 
 from __future__ import annotations
@@ -35,34 +35,57 @@ from pld_ray.losses.order import Ranking, rank_all, rank_in_order
 from pld_ray.losses.parameters import Standardize, Temperature, TopK
 from pld_ray.losses.registry import register_loss
 
-FLAT = 0.9  # of log C: the teacher's entropy above which its ranking says little (paper, section 6)
-FEWEST = 64  # ranked classes that top_k="auto" starts from
+# Above this fraction of log C, the teacher's entropy is so high that its ranking carries little
+# information (paper, section 6).
+FLAT = 0.9
+FEWEST = 64  # the number of ranked classes that top_k="auto" tries first
 
 
 class RankingLoss(DistillationLoss):
-    """What the losses of this file share; a child says how it weighs the steps of a ranking."""
+    """Base class of the ranking losses. A subclass defines the weights of the steps in `weigh`.
+
+    Args:
+        standardize: Which logits are z-scored first: "none", "both" or "teacher".
+        **options: `ignore_index` and `reduction`, see `DistillationLoss`.
+    """
 
     def __init__(self, standardize: str, **options: Unpack[Options]) -> None:
         super().__init__(**options)
         self.standardize = standardize
 
     def rank(self, teacher: Tensor, labels: Tensor, order: Tensor | None) -> Ranking:
-        """The ranking by teacher logits [N, C], or by their order [N, K] if it is known."""
+        """Rank the classes by teacher logits, or by their order if it is known.
+
+        Args:
+            teacher: Teacher logits [N, C].
+            labels: Labels [N].
+            order: The teacher's order [N, C], or None if it is not known.
+
+        Raises:
+            ValueError: The order has too few columns.
+        """
         if order is None:
             return rank_all(teacher, labels)
         return rank_in_order(self._columns(order, teacher.shape[1]), labels, teacher.shape[1])
 
     def _columns(self, order: Tensor, needed: int) -> Tensor:
+        """Return the first `needed` columns of the order."""
         if order.shape[1] < needed:
             raise ValueError(f"order: expected {needed} classes, got {order.shape[1]}")
         return order[:, :needed]
 
     @abstractmethod
     def weigh(self, teacher: Tensor, labels: Tensor, ranking: Ranking) -> Tensor:
-        """The weights of the steps [N, M], 0 where a label is passed over."""
+        """Return the weights of the steps [N, M]; they are 0 where the order repeats the label.
+
+        Args:
+            teacher: Teacher logits [N, C].
+            labels: Labels [N].
+            ranking: The ranking that `rank` returned.
+        """
 
     def weigh_samples(self, teacher: Tensor) -> Tensor | None:
-        """Each sample's own weight [N] by the teacher's logits [N, C]; None: all the same."""
+        """Return sample weights [N] from teacher logits [N, C], or None for equal weights."""
         return None
 
     def losses(
@@ -74,7 +97,16 @@ class RankingLoss(DistillationLoss):
         order: Tensor | None = None,
         mean: bool = False,
     ) -> Tensor:
-        """[N, C], [N, C], [N] and the order [N, K], where it is known, to losses [N] or a mean."""
+        """Return the losses [N], or their mean if `mean` is True; see `DistillationLoss.losses`.
+
+        Args:
+            student: Student logits [N, C].
+            teacher: Teacher logits [N, C].
+            labels: Labels [N].
+            kept: Not used here.
+            order: The teacher's order [N, C], or None if it is not known.
+            mean: Whether to return the mean over all samples.
+        """
         student, teacher = standardize_pair(student, teacher, self.standardize)
         return ranking_loss(student, teacher, labels, order, self, mean)
 
@@ -87,10 +119,24 @@ class RankingLoss(DistillationLoss):
         sample_weight: Tensor | None = None,
         order: Tensor | None = None,
     ) -> Tensor:
-        """As every loss; `order`: integers [..., C], as `teacher_order(teacher_logits)` gives.
+        """Compute the loss; see `DistillationLoss.forward`.
 
-        With an order nothing is sorted. It is trusted: whether it is a permutation, and the
-        teacher's, is not looked at. A loss with `top_k` uses the first top_k columns.
+        Args:
+            student_logits: Student logits [..., C], floating point.
+            teacher_logits: Teacher logits [..., C].
+            labels: Class indices [...], int64.
+            sample_weight: Weights of the samples [...].
+            order: The teacher's order, integers [..., C], as `teacher_order(teacher_logits)`
+                returns it. The loss then sorts nothing. It does not check that the order is a
+                permutation or that it fits the teacher. A loss with `top_k` uses the first top_k
+                columns.
+
+        Returns:
+            A scalar, or the losses [...] if the reduction is "none".
+
+        Raises:
+            ValueError: The shapes or types do not fit, or a label is out of range. Label values
+                are checked on the CPU only.
         """
         student, teacher, rows, kept = self._rows(student_logits, teacher_logits, labels)
         if order is not None:
@@ -112,30 +158,51 @@ class RankingLoss(DistillationLoss):
 
 @register_loss("pld", label="PLD", takes="order")
 class PLDLoss(RankingLoss):
-    """Plackett-Luce distillation: step k weighted by alpha_k = softmax(teacher / tau)[pi*_k].
+    """Plackett-Luce distillation, PLD (arXiv 2506.12542).
 
-    arXiv 2506.12542. It needs neither a cross-entropy term nor a mixing weight; the temperature
-    softens the weights alone. The paper uses tau 1 on ImageNet and 4 on CIFAR-100.
+        loss    = sum over k of alpha_k (logsumexp over l >= k of s[pi*_l]  -  s[pi*_k])
+        alpha_k = softmax(teacher / tau)[pi*_k]
 
-    **Many classes.** With `top_k` K the label and the teacher's K best classes are ranked and the
-    others are one unordered tail: the steps of the ranked classes are exact, tail in their
-    denominators and all; the tail's own steps are left out. With eps the teacher's probability of
-    the tail's n classes, and s the student's logits on them,
+    Here s are the student's logits. The ranking pi* lists the label first, then the other classes
+    by descending teacher logit. The loss needs neither a cross-entropy term nor a mixing weight.
+    The temperature softens only the weights alpha_k. The paper uses tau = 1 on ImageNet and tau = 4
+    on CIFAR-100.
+
+    **Many classes.** With `top_k` = K, the label and the teacher's K best classes are ranked, and
+    the other classes form one unordered tail. The steps of the ranked classes are exact: their
+    denominators include the tail. The steps of the tail itself are left out. Let eps be the
+    teacher's probability of the n classes in the tail, and s the student's logits on them. Then
 
         0 <= full loss - top-K loss <= eps (log n + max s - min s)
         1-norm of the difference of the gradients <= 2 eps
 
-    for a step k of the tail costs logsumexp over l >= k of s_l - s_k, which is at least 0 and at
-    most log n + max s - min s; its gradient is softmax minus one-hot, of 1-norm at most 2; and the
-    weights of these steps sum to eps. With "auto" each sample keeps its steps until eps is under
-    `tolerance`: a sample's loss does not depend on the batch it is in.
+    because a step k of the tail costs logsumexp over l >= k of s_l - s_k, which is at least 0 and
+    at most log n + max s - min s; its gradient is softmax minus one-hot, with a 1-norm of at most
+    2; and the weights of these steps sum to eps. With `top_k` = "auto", each sample keeps its
+    steps until eps is below `tolerance`. The loss of a sample does not depend on its batch.
 
-    **Adaptive weights** (an open direction of the paper): samples count by how much the teacher's
-    ranking says, with q = softmax(teacher / tau): "entropy" 1 - H(q) / log C, or "margin", the
-    difference of the two largest q. The mean is then the weighted one.
+    **Adaptive weights** (an open direction of the paper). With `adaptive`, samples are weighted by
+    how much information the teacher's ranking carries, and the mean is the weighted mean.
 
-    Warns once when the teacher's mean entropy is above 0.9 log C, where the paper expects little
-    of PLD (section 6). It is looked at in calls 1, 2, 4, 8, ... only, so that it costs nothing.
+    The loss warns once if the teacher's mean entropy is above 0.9 log C, where the paper expects
+    little benefit from PLD (section 6). To save time, it checks the entropy only in calls 1, 2, 4,
+    8, ...
+
+    Args:
+        temperature: Temperature tau of the weights alpha_k, above 0. Default: 1.
+        standardize: Which logits are z-scored first: "none", "both" or "teacher". Default: "none".
+        top_k: The number K of the teacher's classes to rank, at least 1; "auto" to choose it by
+            `tolerance`; None to rank all classes. Default: None.
+        tolerance: The teacher's probability that top_k="auto" may leave out, in (0, 1).
+            Default: 1e-3.
+        adaptive: The weight of a sample, with q = softmax(teacher / tau). "entropy" is
+            1 - H(q) / log C. "margin" is the difference of the two largest q. "none" weights all
+            samples equally. Default: "none".
+        **options: `ignore_index` and `reduction`, see `DistillationLoss`.
+
+    Example:
+        loss = PLDLoss(temperature=1.0)
+        loss(student_logits, teacher_logits, labels)
     """
 
     def __init__(
@@ -155,12 +222,13 @@ class PLDLoss(RankingLoss):
         self._calls = itertools.count(1)
 
     def _probabilities(self, teacher: Tensor) -> Tensor:
-        if self.temperature != 1:  # the maximum first: dividing rounds large logits
+        """Return softmax(teacher / tau) [N, C]."""
+        if self.temperature != 1:  # subtract the maximum first: dividing large logits rounds them
             teacher = (teacher - teacher.amax(1, keepdim=True)).div_(self.temperature)
         return teacher.softmax(1)
 
     def rank(self, teacher: Tensor, labels: Tensor, order: Tensor | None) -> Ranking:
-        """The ranking, of as many classes as `top_k` says."""
+        """Rank the classes that `top_k` selects; see `RankingLoss.rank`."""
         classes, chosen = teacher.shape[1], None
 
         def best(k: int) -> Tensor:
@@ -175,9 +243,10 @@ class PLDLoss(RankingLoss):
         return rank_in_order(chosen, labels, classes)
 
     def _enough(self, teacher: Tensor, best: Callable[[int], Tensor]) -> Tensor | None:
-        """The 64, 256, ... best classes that leave less than `tolerance` out; None: take them all.
+        """Return the 64, 256, ... best classes that leave out less than `tolerance` of probability.
 
-        Many of them cost more to find than sorting all classes does.
+        Return None if all classes should be ranked: for larger numbers, the search for the best
+        classes takes longer than sorting all of them.
         """
         probabilities, k = self._probabilities(teacher), FEWEST
         while 16 * k <= teacher.shape[1]:
@@ -188,15 +257,15 @@ class PLDLoss(RankingLoss):
         return None
 
     def weigh(self, teacher: Tensor, labels: Tensor, ranking: Ranking) -> Tensor:
-        """The teacher's probabilities, ranked: [N, M]."""
+        """Return the teacher's probabilities in the order of the ranking [N, M]."""
         weights = ranking.take(self._probabilities(teacher), 0.0, overwrite=not transformed())
         if self.top_k == "auto":
-            left_out = 1 - weights.cumsum(1)[:, :-1]  # before each step but the label's
+            left_out = 1 - weights.cumsum(1)[:, :-1]  # before each step except the first
             weights[:, 1:] *= left_out >= self.tolerance
         return weights
 
     def weigh_samples(self, teacher: Tensor) -> Tensor | None:
-        """1 - entropy / log C, or the margin, of the teacher's probabilities: [N, C] to [N]."""
+        """Return the weights [N] that `adaptive` selects, from teacher logits [N, C]."""
         if self.adaptive == "none":
             return None
         _, teacher = standardize_pair(teacher, teacher, self.standardize)
@@ -210,7 +279,7 @@ class PLDLoss(RankingLoss):
         return (1 - _entropy(probabilities) / math.log(classes)).clamp_min(0)
 
     def notice(self, teacher: Tensor) -> None:
-        """Warn once if the teacher [N, C] is close to uniform."""
+        """Warn once if the softmax of the teacher logits [N, C] is close to uniform."""
         call, classes = next(self._calls), teacher.shape[1]
         if call & (call - 1) or self.notes or classes == 1:
             return
@@ -219,22 +288,30 @@ class PLDLoss(RankingLoss):
         if entropy > FLAT:
             self.notes.append(
                 f"pld: the teacher is close to uniform at temperature {self.temperature:g} (mean "
-                f"entropy {entropy:.0%} of log {classes}): its ranking says little there, and PLD "
-                "gains less; a lower temperature sharpens its weights"
+                f"entropy {entropy:.0%} of log {classes}), so its ranking carries little "
+                "information and PLD gains less; a lower temperature sharpens the weights"
             )
             warnings.warn(self.notes[-1], stacklevel=2)
 
 
 def _entropy(probabilities: Tensor) -> Tensor:
+    """Return the entropy of every row in nats."""
     return torch.special.entr(probabilities).sum(-1)
 
 
 class PlackettLuceLoss(RankingLoss):
-    """The ranking under weights of one's own: `schedule` gives each step's.
+    """Plackett-Luce loss with custom weights of the steps.
 
-    `schedule` maps the steps 1 .. C (float64 [C]) to weights [C], finite, not negative, not all 0;
-    they are normalised to sum 1. It is asked at every call, so that it may change in the course of
-    the training. An example: `PlackettLuceLoss(lambda step: 1 / step)`.
+    Args:
+        schedule: Function from the steps 1 .. C (float64 [C]) to their weights [C]. The weights
+            must be finite, not negative and not all 0; the loss normalises them to sum to 1. The
+            function is called in every forward pass, so the weights may change during training.
+        standardize: Which logits are z-scored first: "none", "both" or "teacher". Default: "none".
+        **options: `ignore_index` and `reduction`, see `DistillationLoss`.
+
+    Example:
+        loss = PlackettLuceLoss(lambda step: 1 / step)
+        loss(student_logits, teacher_logits, labels)
     """
 
     def __init__(
@@ -247,12 +324,12 @@ class PlackettLuceLoss(RankingLoss):
         self.schedule = schedule
 
     def weigh(self, teacher: Tensor, labels: Tensor, ranking: Ranking) -> Tensor:
-        """The schedule's weights for each sample: [N, M]."""
+        """Return the weights of the schedule for every sample [N, M]; see `RankingLoss.weigh`."""
         classes = teacher.shape[1]
         weights = schedule_weights(self.schedule, classes).to(teacher)
         if not ranking.repeated:
             return weights.expand(len(labels), classes)
-        # the label took the first step: what the order has before it comes one step later
+        # the label is step 1, so classes before it in the order move one step later
         again = ranking.index[:, 1:] == labels[:, None]
         step = torch.arange(1, classes + 1, device=labels.device) - again.cumsum(1)
         rows = weights[step.clamp_max(classes - 1)].masked_fill(again, 0)
@@ -260,25 +337,51 @@ class PlackettLuceLoss(RankingLoss):
 
 
 def schedule_weights(schedule: Callable[[Tensor], Tensor], classes: int) -> Tensor:
-    """The weights of a schedule, float64 [C] of sum 1. Raises ValueError if they are none."""
+    """Evaluate a schedule and normalise its weights.
+
+    Args:
+        schedule: Function from the steps 1 .. C (float64 [C]) to their weights [C].
+        classes: The number of classes C.
+
+    Returns:
+        Weights [C], float64, that sum to 1.
+
+    Raises:
+        ValueError: The number of weights is not C, or the weights are negative, not finite or
+            all 0.
+    """
     steps = torch.arange(1, classes + 1, dtype=torch.float64)
     weights = schedule(steps).double()
     if weights.shape != steps.shape:
         raise ValueError(
-            f"schedule: expected {classes} weights for {classes} steps, got {list(weights.shape)}"
+            f"schedule: expected {classes} weights for {classes} steps, "
+            f"got a tensor of shape {list(weights.shape)}"
         )
     total, least = weights.sum(), weights.min()
     if not transformed() and not (0 < float(total) < math.inf and float(least) >= 0):
         raise ValueError(
             "schedule: expected finite weights, none negative and not all 0; "
-            f"their sum is {total:g} and the least is {least:g}"
+            f"their sum is {total:g} and the smallest is {least:g}"
         )
     return weights / total
 
 
 @register_loss("listmle", label="ListMLE", takes="order")
 class ListMLELoss(PlackettLuceLoss):
-    """Equal weights 1/C: ListMLE (Xia et al. 2008) divided by the number of classes."""
+    """ListMLE (Xia et al. 2008) divided by the number of classes C.
+
+        loss = 1/C sum over k of (logsumexp over l >= k of s[pi*_l]  -  s[pi*_k])
+
+    Here s are the student's logits. The ranking pi* lists the label first, then the other classes
+    by descending teacher logit.
+
+    Args:
+        standardize: Which logits are z-scored first: "none", "both" or "teacher". Default: "none".
+        **options: `ignore_index` and `reduction`, see `DistillationLoss`.
+
+    Example:
+        ListMLELoss()(student_logits, teacher_logits, labels)
+    """
 
     def __init__(self, standardize: Standardize = "none", **options: Unpack[Options]) -> None:
         super().__init__(torch.ones_like, standardize, **options)
@@ -286,11 +389,22 @@ class ListMLELoss(PlackettLuceLoss):
 
 @register_loss("plistmle", label="P-ListMLE", takes="order")
 class PListMLELoss(PlackettLuceLoss):
-    """Weights proportional to 2^(C-k) - 1, k = 1 .. C: position-aware ListMLE (Lan et al. 2014).
+    """Position-aware ListMLE, P-ListMLE (Lan et al. 2014).
 
-    Normalised to sum 1, which also keeps them from overflowing: 2^(C-k) - 1 is first divided by
-    2^(C-1). The paper's text gives its own row weights equal to PLD's; this is the sequence of
-    the method it names.
+        loss = sum over k of w_k (logsumexp over l >= k of s[pi*_l]  -  s[pi*_k])
+        w_k proportional to 2^(C-k) - 1, k = 1 .. C
+
+    Here s are the student's logits. The ranking pi* lists the label first, then the other classes
+    by descending teacher logit. The weights are normalised to sum to 1. To avoid overflow,
+    2^(C-k) - 1 is first divided by 2^(C-1). The text of the PLD paper gives its P-ListMLE row
+    weights that are equal to PLD's. This class uses the sequence of the method that it names.
+
+    Args:
+        standardize: Which logits are z-scored first: "none", "both" or "teacher". Default: "none".
+        **options: `ignore_index` and `reduction`, see `DistillationLoss`.
+
+    Example:
+        PListMLELoss()(student_logits, teacher_logits, labels)
     """
 
     def __init__(self, standardize: Standardize = "none", **options: Unpack[Options]) -> None:
@@ -298,7 +412,14 @@ class PListMLELoss(PlackettLuceLoss):
 
 
 def position_weights(step: Tensor) -> Tensor:
-    """P-ListMLE's weights divided by 2^(C-1): of steps 1 .. C (float64 [C]), to [C]."""
+    """Return the weights of P-ListMLE divided by 2^(C-1).
+
+    Args:
+        step: The steps 1 .. C (float64 [C]).
+
+    Returns:
+        Weights [C], not normalised.
+    """
     classes = len(step)
-    # with one class 2^0 - 1 = 0; nothing is ranked there and any weight gives a loss of 0
+    # with one class the weight is 2^0 - 1 = 0, and any other weight gives the same loss of 0
     return torch.exp2(1 - step) - 2.0 ** (1 - classes) if classes > 1 else torch.ones_like(step)

@@ -83,6 +83,7 @@ def _describe(
     """The settings class of a loss. fields: (annotation, default) of each parameter."""
     model = create_model(name, __base__=LossParams, __doc__=doc, **fields)
     model.label, model.takes, model.source = label, takes, source
+    model.needs_teacher, model.needs_features = takes != "nothing", takes == "features"
     return model
 
 

@@ -5,3 +5,5 @@ ONNX runtimes load.
 
 Uses: losses, config, store, data.
 """
+
+from pld_ray.models import networks  # noqa: F401 - registers them with timm

@@ -1,4 +1,4 @@
-"""Checks of networks and teacher weights that need no memory for the networks."""
+"""Check networks and teacher weights before a run, without memory for the networks."""
 
 from __future__ import annotations
 
@@ -17,13 +17,25 @@ from pld_ray.models.features import probe_features
 
 
 def check_features(trial: Trial, classes: int, channels: int, image_size: int) -> None:
-    """Raise InputError if the features of student and teacher cannot be compared by the loss."""
+    """Check that the loss of a trial can compare the features of student and teacher.
+
+    Args:
+        trial: A trial whose loss is a `FeatureLoss`.
+        classes: Number of classes.
+        channels: Number of image channels.
+        image_size: Height and width of the images, in pixels.
+
+    Raises:
+        InputError: The features cannot be compared.
+    """
     teacher = trial.teacher.student if isinstance(trial.teacher, Trial) else trial.teacher
     assert teacher is not None
     shape = classes, channels, image_size
     with torch.device("meta"):
         features = [
-            probe_features(create_model(model, *shape), *shape[1:])
+            probe_features(
+                create_model(model, *shape), torch.zeros(1, channels, image_size, image_size)
+            )
             for model in (trial.student, teacher)
         ]
         loss = create_loss(trial.loss)
@@ -36,9 +48,20 @@ def check_features(trial: Trial, classes: int, channels: int, image_size: int) -
 
 
 def check_model(model: Model | Weights, classes: int, channels: int, image_size: int) -> int:
-    """Make the network without memory and return its number of parameters.
+    """Create a network without memory and check the weights of a teacher.
 
-    Raises InputError also for a teacher whose weights are for another number of classes.
+    Args:
+        model: A network, or a teacher with weights.
+        classes: Number of classes.
+        channels: Number of image channels.
+        image_size: Height and width of the images, in pixels.
+
+    Returns:
+        The number of parameters of the network.
+
+    Raises:
+        InputError: The network cannot be created, the weights cannot be read, or they do not fit
+            the network or the number of classes.
     """
     with torch.device("meta"):
         network = create_model(model, classes, channels, image_size)
@@ -48,19 +71,20 @@ def check_model(model: Model | Weights, classes: int, channels: int, image_size:
 
 
 def _check_weights(teacher: Weights, network: nn.Module, classes: int) -> None:
+    """Raise InputError if the teacher's weights are missing or do not fit the network."""
     if teacher.weights == "pretrained":
         config = timm.get_pretrained_cfg(teacher.name)
         if config is None or not config.has_weights:
             raise InputError(f"teacher {teacher.name!r} has no pretrained weights in timm")
         if config.num_classes != classes:
             raise InputError(
-                f"teacher {teacher.name!r} knows {config.num_classes} classes and the data has "
-                f"{classes}: student and teacher must share their classes"
+                f"teacher {teacher.name!r} has {config.num_classes} classes, but the data has "
+                f"{classes}; student and teacher must have the same classes"
             )
         return
     try:
         stored: Mapping[str, Tensor] = load_file(teacher.weights)
-    except Exception as error:  # safetensors raises its own type and OSError
+    except Exception as error:  # safetensors raises its own type or OSError
         raise InputError(f"teacher weights {teacher.weights!r} cannot be read: {error}") from None
     wanted = network.state_dict()
     for name in wanted.keys() | stored.keys():
@@ -70,7 +94,7 @@ def _check_weights(teacher: Weights, network: nn.Module, classes: int) -> None:
             continue
         detail = f"tensor {name!r} has shape {got} in the file and {want} in the network"
         if want and got and want[1:] == got[1:]:
-            detail += f": {got[0]} classes there, {want[0]} in the data?"
+            detail += f"; the file seems to be for {got[0]} classes, but the data has {want[0]}"
         raise InputError(
             f"teacher weights {teacher.weights!r} do not fit {teacher.name!r}: {detail}"
         )

@@ -1,4 +1,4 @@
-"""A trained student for others: the folder that timm loads, or ONNX."""
+"""Trained networks for other programs: the folder that timm loads, safetensors, or ONNX."""
 
 from __future__ import annotations
 
@@ -7,71 +7,158 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 from safetensors.torch import load
+from safetensors.torch import save as to_safetensors
 from torch import nn
 
 from pld_ray.config.trial import Trial
-from pld_ray.data import datasets, images
+from pld_ray.data import datasets
+from pld_ray.data.images import Images
 from pld_ray.errors import InputError
 from pld_ray.models.factory import create_model
 from pld_ray.store.files import Files
 from pld_ray.store.store import Store
 
 
-def student(trial: Trial, weights: bytes) -> tuple[nn.Module, images.Images]:
-    """A finished trial's student in evaluation mode, and its dataset."""
-    images = datasets.load(trial.data)
-    model = create_model(trial.student, *images.shape)
-    model.load_state_dict(load(weights))
-    return model.eval(), images
+def save(
+    network: nn.Module,
+    path: str | Path,
+    *,
+    mean: tuple[float, ...] | None = None,
+    std: tuple[float, ...] | None = None,
+    **args: Any,
+) -> list[Path]:
+    """Write a trained network to a folder that timm loads, or to one safetensors file.
+
+    Args:
+        network: For a folder, a network made by `timm.create_model`.
+        path: A folder for `timm.create_model("local-dir:FOLDER", pretrained=True)`, with
+            model.safetensors and config.json; or a file that ends in .safetensors, for the weights
+            alone. Networks of this package need `import pld_ray.models` before they are loaded.
+        mean: Mean of each channel of the training images, in [0, 1], for config.json.
+        std: Their standard deviation.
+        args: Arguments that were given to `timm.create_model` and change the network's shape.
+            `num_classes` and `in_chans` are found without them.
+
+    Returns:
+        The paths of the files.
+
+    Raises:
+        InputError: timm cannot make the network again from its name and these arguments.
+    """
+    path = Path(path)
+    state = {name: x.detach().cpu().contiguous() for name, x in network.state_dict().items()}
+    if path.suffix == ".safetensors":
+        return _write(path.parent, {path.name: to_safetensors(state)})
+    known = getattr(network, "pretrained_cfg", None)
+    if not known or not known.get("architecture"):
+        raise InputError(
+            f"save: timm did not make this {type(network).__name__}: expected a path that ends in "
+            ".safetensors, for the weights alone"
+        )
+    convolution = next((p for p in network.parameters() if p.ndim == 4), None)
+    if convolution is not None:
+        args = {"in_chans": convolution.shape[1], **args}
+    classes: Any = network.num_classes
+    _check_shapes(known["architecture"], {"num_classes": classes, **args}, state)
+    _, height, width = known.get("input_size") or (3, 224, 224)
+    size = args.get("img_size") or (height, width)
+    size = (size, size) if isinstance(size, int) else tuple(size)
+    images = {"mean": mean, "std": std}
+    config = _config(network, known["architecture"], classes, args, size)
+    config["pretrained_cfg"] |= {name: list(x) for name, x in images.items() if x is not None}
+    return _write(path, {"model.safetensors": to_safetensors(state), "config.json": _json(config)})
 
 
-def write(trial: Trial, store: Store, folder: Path, onnx: bool = False) -> list[Path]:
-    """Write model.safetensors (with onnx: model.onnx) and config.json; returns the paths.
+def export_student(trial: Trial, store: Store, folder: Path, onnx: bool = False) -> list[Path]:
+    """Write the student of a finished trial: the folder that timm loads, or ONNX.
 
-    The folder is for `timm.create_model("local-dir:FOLDER", pretrained=True)`, after
-    `import pld_ray.models` where the network is one of ours. Both take images
-    [B, channels, H, W], normalised by mean and std of config.json's pretrained_cfg, to logits
-    [B, C]. Raises InputError for a trial that has not finished, and without the package for ONNX.
+    Both take images [B, channels, H, W], normalised by mean and std of config.json's
+    pretrained_cfg, to logits [B, C].
+
+    Args:
+        trial: A finished trial.
+        store: Holds its weights.
+        folder: Receives model.safetensors (with `onnx` model.onnx) and config.json.
+        onnx: Whether to write ONNX instead. The number of images B is free.
+
+    Returns:
+        The paths of the files.
+
+    Raises:
+        InputError: The trial has not finished, or a package for ONNX is missing.
     """
     weights = store.weights(trial)
-    model, images = student(trial, weights)
-    files = {"model.onnx": _onnx(model, images)} if onnx else {"model.safetensors": weights}
-    files["config.json"] = (json.dumps(_config(trial, model, images), indent=1) + "\n").encode()
+    images = datasets.load(trial.data)
+    classes, channels, size = images.shape
+    network = create_model(trial.student, *images.shape)
+    network.load_state_dict(load(weights))
+    files = {"model.safetensors": weights}
+    if onnx:
+        files = {"model.onnx": _onnx(network.eval(), images)}
+    args = {"in_chans": channels, **trial.student.args}
+    known: Any = network.pretrained_cfg
+    if known.get("fixed_input_size"):
+        args.setdefault("img_size", size)
+    name = trial.student.name.split(".")[0]  # without timm's tag, which names other weights
+    config = _config(network, name, classes, args, (size, size))
+    shown = {"mean": list(images.mean), "std": list(images.std), "crop_pct": trial.data.crop_pct}
+    config["pretrained_cfg"] |= shown | {"interpolation": "bicubic"}
+    spec = trial.model_dump(mode="json", exclude_defaults=True)
+    return _write(
+        folder, files | {"config.json": _json(config | {"pld_ray": {"trial": trial.id, **spec}})}
+    )
+
+
+def _write(folder: Path, files: dict[str, bytes]) -> list[Path]:
     for name, content in files.items():
         Files(folder).write(name, content)
     return [folder / name for name in files]
 
 
-def _config(trial: Trial, model: nn.Module, images: images.Images) -> dict[str, Any]:
-    """As timm writes it for a model hub, and the trial's spec."""
-    classes, channels, size = images.shape
-    known: Any = model.pretrained_cfg
-    args = {"in_chans": channels, **trial.student.args}
-    if known.get("fixed_input_size"):
-        args.setdefault("img_size", size)
-    config: dict[str, Any] = {
-        "input_size": [channels, size, size],
-        "fixed_input_size": bool(known.get("fixed_input_size")),
-        "num_classes": classes,
-        "classifier": known.get("classifier"),
-        "mean": list(images.mean),
-        "std": list(images.std),
-        "interpolation": "bicubic",
-        "crop_pct": trial.data.crop_pct,
-    }
+def _json(config: dict[str, Any]) -> bytes:
+    return (json.dumps(config, indent=1) + "\n").encode()
+
+
+def _config(
+    network: nn.Module, architecture: str, classes: int, args: dict[str, Any], size: tuple[int, ...]
+) -> dict[str, Any]:
+    """The config.json of a network, as timm writes it for a model hub."""
+    known: Any = network.pretrained_cfg
     return {
-        "architecture": trial.student.name.split(".")[0],  # no tag: these are other weights
+        "architecture": architecture,
         "num_classes": classes,
-        "num_features": model.num_features,
+        "num_features": network.num_features,
         "model_args": args,
-        "pretrained_cfg": config,
-        "pld_ray": {"trial": trial.id, **trial.model_dump(mode="json", exclude_defaults=True)},
+        "pretrained_cfg": {
+            "input_size": [args.get("in_chans", 3), *size],
+            "fixed_input_size": bool(known.get("fixed_input_size")),
+            "num_classes": classes,
+            "classifier": known.get("classifier"),
+        },
     }
 
 
-def _onnx(model: nn.Module, images: images.Images) -> bytes:
+def _check_shapes(architecture: str, args: dict[str, Any], state: dict[str, Any]) -> None:
+    """InputError unless timm makes a network of the same shapes from these arguments."""
+    try:
+        with torch.device("meta"):
+            again = timm.create_model(architecture, **args).state_dict()
+    except (TypeError, RuntimeError, ValueError, AssertionError) as error:
+        raise InputError(f"save: timm cannot make {architecture!r} with {args}: {error}") from None
+    for name in again.keys() | state.keys():
+        want, got = (tuple(s[name].shape) if name in s else None for s in (state, again))
+        if want != got:
+            raise InputError(
+                f"save: timm makes {architecture!r} with {args} differently: tensor {name!r} is "
+                f"{want} here and {got} there; pass the other arguments that were given to "
+                "timm.create_model, such as save(student, folder, img_size=32)"
+            )
+
+
+def _onnx(model: nn.Module, images: Images) -> bytes:
     """The network in ONNX, the number of images B free."""
     try:
         import onnxscript  # noqa: F401

@@ -1,23 +1,30 @@
-"""Networks by name: `create_model` for students and teachers."""
+"""Create students and teachers by their timm names, and load the weights of teachers."""
 
 from __future__ import annotations
 
 import timm
+import torch
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 
 from pld_ray.config.trial import Model, Weights
 from pld_ray.errors import InputError, nearest
-
-# ---------------------------------------------------------------- by name
 
 
 def create_model(
     model: Model | Weights, classes: int, channels: int, image_size: int, pretrained: bool = False
 ) -> nn.Module:
-    """The network `model` names, for images [channels, image_size, image_size].
+    """Create a network by its timm name.
 
-    Raises InputError for a name timm does not know or arguments the network does not take.
+    Args:
+        model: The name of the network and further arguments for `timm.create_model`.
+        classes: Number of classes.
+        channels: Number of image channels.
+        image_size: Height and width of the images, in pixels.
+        pretrained: Whether to load timm's pretrained weights.
+
+    Raises:
+        InputError: timm does not know the name, or the network does not accept the arguments.
     """
     base = model.name.split(".")[0]
     if not timm.is_model(model.name):
@@ -25,7 +32,7 @@ def create_model(
         raise InputError(f"model {model.name!r} is not known to timm; {hint}")
     args = {"num_classes": classes, "in_chans": channels, **model.args}
     config = timm.get_pretrained_cfg(model.name)
-    if config is not None and config.fixed_input_size:  # a vision transformer's position table
+    if config is not None and config.fixed_input_size:  # such as a vision transformer
         args.setdefault("img_size", image_size)
     try:
         return timm.create_model(model.name, pretrained=pretrained, **args)
@@ -36,7 +43,14 @@ def create_model(
 
 
 def load_teacher(teacher: Weights, classes: int, channels: int, image_size: int) -> nn.Module:
-    """A teacher from timm's pretrained weights or a safetensors file."""
+    """Load a teacher from timm's pretrained weights or from a safetensors file.
+
+    Args:
+        teacher: The name of the network and its weights.
+        classes: Number of classes.
+        channels: Number of image channels.
+        image_size: Height and width of the images, in pixels.
+    """
     if teacher.weights == "pretrained":
         return create_model(teacher, classes, channels, image_size, pretrained=True)
     model = create_model(teacher, classes, channels, image_size)
@@ -44,8 +58,51 @@ def load_teacher(teacher: Weights, classes: int, channels: int, image_size: int)
     return model
 
 
+class Renormalize(nn.Module):
+    """Images normalised by one mean and standard deviation to images normalised by another.
+
+    Args:
+        mean: Mean of each channel of the incoming images, in [0, 1].
+        std: Their standard deviation.
+        to_mean: Mean of each channel that the network was trained with.
+        to_std: Its standard deviation. With one channel in and three here (timm sums its weights
+            over the channels for grey images) their averages are used.
+    """
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(
+        self,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        to_mean: tuple[float, ...],
+        to_std: tuple[float, ...],
+    ) -> None:
+        super().__init__()
+        ours, theirs = (
+            [torch.tensor(x) for x in pair] for pair in ((mean, std), (to_mean, to_std))
+        )
+        if len(ours[0]) != len(theirs[0]):
+            theirs = [x.mean(0, keepdim=True) for x in theirs]
+        scale, shift = ours[1] / theirs[1], (ours[0] - theirs[0]) / theirs[1]
+        self.register_buffer("scale", scale[:, None, None], persistent=False)
+        self.register_buffer("shift", shift[:, None, None], persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return images [B, channels, H, W] under the other normalisation."""
+        return x * self.scale + self.shift
+
+
 def pretrained_statistics(name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation a channel, in [0, 1], with which timm's weights were trained."""
+    """Return the image normalisation that timm's pretrained weights were trained with.
+
+    Args:
+        name: The timm name of the network.
+
+    Returns:
+        Mean and standard deviation per channel, for pixel values in [0, 1].
+    """
     config = timm.get_pretrained_cfg(name)
     assert config is not None
     return config.mean, config.std

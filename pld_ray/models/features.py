@@ -1,4 +1,4 @@
-"""Intermediate features of a network: which stages are compared, and how they are read."""
+"""Intermediate features of a network: which stages losses compare, and how they are read."""
 
 from __future__ import annotations
 
@@ -10,21 +10,24 @@ from torch import Tensor, nn
 
 from pld_ray.errors import InputError
 from pld_ray.losses.features import Features
-from pld_ray.models.cifar import CifarNet
-
-# ---------------------------------------------------------------- features
 
 
-def taps(network: nn.Module) -> list[int]:
-    """The stages whose features are compared, as indices for timm's `forward_intermediates`.
+def feature_stages(network: nn.Module) -> list[int]:
+    """Return the stages whose features are compared.
 
-    A CIFAR network declares its own. Of timm's, a family that keeps its resolution (a vision
-    transformer) gives four blocks at the quarters of its depth; one that lowers it step by step
-    gives the last feature map of each resolution below the stem's (half the image's), as
-    `feature_info` has them. Raises InputError for a network that gives no features.
+    A network may list them in an attribute `taps`, as the CIFAR networks do. Otherwise timm's
+    `feature_info` decides. A family that keeps its resolution (vision transformers) gives four
+    blocks, at the quarters of its depth. A family that lowers its resolution gives the last
+    feature map of each resolution below half the image's.
+
+    Returns:
+        Indices for timm's `forward_intermediates`.
+
+    Raises:
+        InputError: The network gives no intermediate features.
     """
-    if isinstance(network, CifarNet):
-        return network.taps
+    if hasattr(network, "taps"):
+        return list(network.taps)  # type: ignore[arg-type]
     name = type(network).__name__
     if not hasattr(network, "forward_intermediates") or not hasattr(network, "feature_info"):
         raise InputError(
@@ -40,27 +43,35 @@ def taps(network: nn.Module) -> list[int]:
 
 
 class WithFeatures(nn.Module):
-    """A network whose forward pass gives its features beside its logits.
+    """A network whose forward pass returns its features beside its logits.
 
-    It holds the network itself, whose weights and names stay as they are.
+    Args:
+        network: A timm network, or one with the same methods `forward_intermediates`,
+            `forward_head` and `get_classifier`. Its weights and their names stay as they are.
     """
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = network
-        self.taps = taps(network)
+        self.stages = feature_stages(network)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Features]:
-        """Images [B, channels, H, W] to logits [B, C] and features."""
+        """Return the logits [B, C] and the features of images [B, channels, H, W]."""
         network: Any = self.network
-        last, stages = network.forward_intermediates(x, indices=self.taps)
+        last, stages = network.forward_intermediates(x, indices=self.stages)
         pooled = network.forward_head(last, pre_logits=True)
         return network.get_classifier()(pooled), Features(stages, pooled)
 
 
 @torch.no_grad()
-def probe_features(network: nn.Module, channels: int, image_size: int) -> Features:
-    """Features of the shapes that the network gives, for one image."""
+def probe_features(network: nn.Module, image: Tensor) -> Features:
+    """Return the features of one image [1, channels, H, W], without touching batch statistics.
+
+    The network is in evaluation mode meanwhile, and then in the mode in which it was.
+    """
+    training = network.training
     network.eval()
-    weight = next(network.parameters())
-    return WithFeatures(network)(weight.new_zeros(1, channels, image_size, image_size))[1]
+    try:
+        return WithFeatures(network)(torch.zeros_like(image))[1]
+    finally:
+        network.train(training)

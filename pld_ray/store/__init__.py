@@ -1,6 +1,6 @@
-"""Storage: files that appear whole or not at all, trials, teacher banks, and claims on trials.
+"""Storage: atomic files, trials, teacher banks, and the claims of drivers on trials.
 
-Enters: settings, metrics, weights, logits. Leaves: the same, checked by a checksum. Only this
+Enters: settings, metrics, weights, logits. Leaves: the same data, verified by a checksum. Only this
 package knows paths and formats.
 
 Uses: config.

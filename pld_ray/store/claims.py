@@ -1,13 +1,13 @@
-"""Which driver runs which trial: several may work on one store, and none does another's work.
+"""Claims: several drivers can work on one store, and each trial is run by one of them.
 
-    ROOT/drivers/NAME.json           a driver's sign of life: valid for LEASE seconds, then renewed
-    ROOT/trials/ID/claim-NAME.json   it wants the trial, or has it
+    ROOT/drivers/NAME.json           the heartbeat of a driver: valid for LEASE seconds
+    ROOT/trials/ID/claim-NAME.json   the driver wants the trial, or has it
 
-A driver has a trial when, after its claim was written, it has seen none of another one that is
-alive. Of two, the later to write sees the earlier: so both may give way, and try again, but never
-do both have it; nothing is asked of the storage but that what is written can be read. Should a
-driver be taken for dead because its machine slept, a trial runs twice: to the same bits, and each
-file of it stays whole.
+A driver has a trial if it has written its claim and then sees no claim of another live driver. Of
+two drivers, the one that writes last sees the claim of the other. So both may give way and try
+again, but they never both have the trial. The storage only has to make written files readable. If
+a driver is considered dead because its machine was suspended, a trial can run twice. Both runs
+compute the same bits, and each file stays whole.
 """
 
 from __future__ import annotations
@@ -27,14 +27,18 @@ from pld_ray.store.files import Files
 
 
 class Claims:
-    """The claims of this driver; as a context manager it gives signs of life."""
+    """The claims of this driver. As a context manager, it renews the heartbeat of the driver.
 
-    LEASE = 30.0  # seconds; clocks of machines that share a store should differ by less
+    Args:
+        files: The files of the store.
+    """
+
+    LEASE = 30.0  # seconds; the clocks of machines that share a store must differ by less
 
     def __init__(self, files: Files) -> None:
         self.files = files
         self.name = uuid4().hex[:12]
-        self.held: set[str] = set()  # ids of trials
+        self.held: set[str] = set()  # trial ids
         self.stopped = threading.Event()
         self.thread = threading.Thread(target=self._renew, daemon=True)
 
@@ -54,13 +58,21 @@ class Claims:
     ) -> None:
         self.stopped.set()
         self.thread.join()
-        with suppress(OSError):  # what is not released runs out
+        with suppress(OSError):  # claims that are not released expire with the heartbeat
             for trial_id in list(self.held):
                 self.release(trial_id)
             self.files.delete(f"drivers/{self.name}.json")
 
     def take(self, trial_id: str) -> bool:
-        """Claim a trial; False if another driver that is alive has it, or wants it as well."""
+        """Claim a trial.
+
+        Args:
+            trial_id: The id of the trial.
+
+        Returns:
+            True if this driver has the trial. False if another live driver has it, or if this
+            driver gives way to another one that wants it too; the caller may try again later.
+        """
         mine = self._path(trial_id, self.name)
         if trial_id in self.held:
             return True
@@ -72,24 +84,22 @@ class Claims:
             if not others:
                 self.held.add(trial_id)
                 return True
-            if min(others) < self.name:  # else it is the others that give way at once
+            if min(others) < self.name:  # the smallest name wins; the other drivers give way
                 break
             time.sleep(0.1)
         self.files.delete(mine)
         return False
 
     def release(self, trial_id: str) -> None:
-        """The trial has ended here, in whatever way."""
+        """Release the claim on a trial, whatever its outcome."""
         self.held.discard(trial_id)
         self.files.delete(self._path(trial_id, self.name))
-
-    # ----
 
     def _path(self, trial_id: str, driver: str) -> str:
         return f"trials/{trial_id}/claim-{driver}.json"
 
     def _others(self, trial_id: str) -> list[str]:
-        """Drivers that are alive and claim the trial; claims of dead ones are cleared away."""
+        """Return the other live drivers that claim a trial, and delete the claims of dead ones."""
         found = []
         for name in self.files.listed(f"trials/{trial_id}"):
             driver = name.removeprefix("claim-").removesuffix(".json")
@@ -102,6 +112,7 @@ class Claims:
         return found
 
     def _alive(self, driver: str) -> bool:
+        """Return whether the heartbeat of a driver is valid and its process still runs."""
         sign = self._read(f"drivers/{driver}.json")
         if sign.get("machine") == _machine() and not _runs(sign):
             return False
@@ -109,6 +120,7 @@ class Claims:
         return isinstance(until, (int, float)) and time.time() < until
 
     def _read(self, path: str) -> dict[str, Any]:
+        """Read a JSON mapping; a missing or damaged file is an empty mapping."""
         try:
             value = json.loads(self.files.read(path) or b"{}")
         except ValueError:
@@ -116,6 +128,7 @@ class Claims:
         return value if isinstance(value, dict) else {}
 
     def _sign(self) -> None:
+        """Write the heartbeat of this driver."""
         pid = os.getpid()
         sign = {
             "host": socket.gethostname(),
@@ -127,13 +140,14 @@ class Claims:
         self.files.write(f"drivers/{self.name}.json", json.dumps(sign).encode())
 
     def _renew(self) -> None:
+        """Renew the heartbeat until the driver stops."""
         while not self.stopped.wait(self.LEASE / 6):
-            with suppress(OSError):  # a full disk, a network that is away: try again
+            with suppress(OSError):  # the disk is full or the network is down: try again
                 self._sign()
 
 
 def _machine() -> str | None:
-    """Stands for this boot of this machine, as far as this process sees it; None if unknown."""
+    """Identify this boot and process namespace of this machine; None if they are unknown."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
@@ -142,7 +156,14 @@ def _machine() -> str | None:
 
 
 def born(pid: int) -> int | None:
-    """When a process of this machine began, in ticks since boot; None if it has ended."""
+    """Return the start time of a process on this machine.
+
+    Args:
+        pid: The id of the process.
+
+    Returns:
+        The start time in clock ticks since boot, or None if the process has ended.
+    """
     try:
         state, *rest = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -151,5 +172,6 @@ def born(pid: int) -> int | None:
 
 
 def _runs(sign: dict[str, Any]) -> bool:
+    """Return whether the process of a heartbeat still runs on this machine."""
     pid = sign.get("pid")
     return sign.get("born") is None or (isinstance(pid, int) and born(pid) == sign["born"])

@@ -1,4 +1,4 @@
-"""JSON documents with a checksum, and the records and epoch logs that are kept in them."""
+"""JSON documents with a checksum, and the formats of trial records and epoch logs."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, model_
 
 
 def _digest(value: dict[str, Any]) -> str:
-    """Of what a mapping says, however it is laid out."""
+    """Return the SHA-256 of a mapping; it does not depend on the order of keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def to_document(value: dict[str, Any]) -> bytes:
-    """JSON text of a mapping, with a checksum of what it says."""
+    """Write a mapping as JSON text, with a checksum of its content."""
     return (json.dumps(value | {"sha256": _digest(value)}, indent=1) + "\n").encode()
 
 
 def from_document(content: bytes) -> dict[str, Any] | None:
-    """What `to_document` made, without its checksum; None where it is damaged."""
+    """Read the mapping that `to_document` wrote, or return None if it is damaged."""
     value = _parsed(content)
     if not isinstance(value, dict):
         return None
@@ -28,7 +28,14 @@ def from_document(content: bytes) -> dict[str, Any] | None:
 
 
 def parse_record(content: bytes | None) -> dict[str, Any] | None:
-    """A record; the first ones were written without a checksum."""
+    """Parse the record of a trial; early records have no checksum.
+
+    Args:
+        content: The bytes of the file, or None if there is none.
+
+    Returns:
+        The record, or None if it is missing or damaged.
+    """
     value = _parsed(content or b"")
     if isinstance(value, dict) and "sha256" in value:
         value = from_document(content or b"")
@@ -40,7 +47,7 @@ def parse_record(content: bytes | None) -> dict[str, Any] | None:
 
 
 def parse_epochs(content: bytes) -> list[dict[str, Any]]:
-    """The metrics of each epoch; an empty list where a line is damaged."""
+    """Parse the metrics of each epoch, or return an empty list if a line is damaged."""
     found = [_parsed(line) for line in content.splitlines()]
     try:
         _EPOCHS.validate_python(found)
@@ -50,6 +57,7 @@ def parse_epochs(content: bytes) -> list[dict[str, Any]]:
 
 
 def _parsed(content: bytes) -> Any:
+    """Parse JSON text, or return None if it is not valid."""
     try:
         return json.loads(content)
     except (ValueError, RecursionError):
@@ -57,7 +65,7 @@ def _parsed(content: bytes) -> Any:
 
 
 class _Record(BaseModel):
-    """What is read of a record; there may be more in it."""
+    """The fields of a record that are read; a record can have more fields."""
 
     model_config = ConfigDict(strict=True)
 
@@ -71,12 +79,12 @@ class _Record(BaseModel):
     @model_validator(mode="after")
     def _complete(self) -> _Record:
         if "top1" not in self.metrics or "seconds" not in self.seconds:
-            raise ValueError("metrics.top1 and seconds.seconds are missing")
+            raise ValueError("metrics.top1 or seconds.seconds is missing")
         return self
 
 
 class _Epoch(BaseModel):
-    """What is read of an epoch; there may be more in it."""
+    """The fields of an epoch that are read; an epoch can have more fields."""
 
     model_config = ConfigDict(strict=True)
 

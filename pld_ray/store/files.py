@@ -1,8 +1,9 @@
-"""Bytes in named places under one root: a local folder, or a URI that fsspec opens.
+"""Atomic files under one root: a local folder, or a URI that fsspec opens.
 
-A file appears whole or not at all. Locally it is written beside its place and moved there; an
-object store shows an object when its upload is complete, and has no move. `create` succeeds for one
-of all who try: by O_EXCL locally, by a conditional upload in object stores.
+A reader sees either the whole file or no file. Local files are written under a temporary name in
+the same folder and then renamed. An object store shows an object only when its upload is complete.
+If several processes call `create` for the same path, exactly one succeeds: locally by a hard link,
+in object stores by a conditional upload.
 """
 
 from __future__ import annotations
@@ -25,7 +26,14 @@ EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "abfs": "azure", "
 
 
 class Files:
-    """Files by their path below the root, such as "trials/ID/record.json"."""
+    """Files by their path relative to a root, such as "trials/ID/record.json".
+
+    Args:
+        root: A local folder, or a URI (s3://, gs://, abfs://).
+
+    Raises:
+        InputError: The root is not valid, or the package for its protocol is not installed.
+    """
 
     def __init__(self, root: str | Path) -> None:
         text = str(root)
@@ -37,27 +45,25 @@ class Files:
                 folder = text.removeprefix("file://")
                 self.fs, self.root = LocalFileSystem(), str(Path(folder).expanduser().resolve())
                 self.uri = self.root
-            else:  # others write there too: what was listed once need not be so any more
+            else:  # no listings cache, because other processes write to the same root
                 self.fs, self.root = fsspec.core.url_to_fs(text, use_listings_cache=False)
                 self.uri = text
         except ImportError as error:
             extra = EXTRAS.get(protocol)
             how = f"pip install 'pld-ray[{extra}]'" if extra else str(error)
             raise InputError(
-                f"storage {text!r}: {protocol}:// needs another package: {how}"
+                f"storage {text!r}: {protocol}:// needs a package that is not installed: {how}"
             ) from None
         except (ValueError, OSError, RuntimeError) as error:
             raise InputError(f"storage {text!r}: expected a folder or a URI: {error}") from None
         self.local = isinstance(self.fs, LocalFileSystem)
 
     def place(self, path: str) -> str:
-        """Where a file lies, for messages and for programs that read it themselves."""
+        """Return the full path of a file, for messages and for other programs that read it."""
         return f"{self.root}/{path}"
 
-    # ---- one file
-
     def read(self, path: str) -> bytes | None:
-        """Its content, or None if it is not there."""
+        """Read a file, or return None if it does not exist."""
         with self._told():
             try:
                 if self.local:
@@ -67,7 +73,10 @@ class Files:
                 return None
 
     def map(self, path: str) -> npt.NDArray[np.uint8] | None:
-        """Its content as an array, or None; a local file is mapped, not read."""
+        """Read a file as an array of bytes, or return None if it does not exist.
+
+        A local file is memory-mapped instead of read.
+        """
         if not self.local:
             content = self.read(path)
             return None if content is None else np.frombuffer(content, np.uint8)
@@ -79,7 +88,7 @@ class Files:
             return np.zeros(0, np.uint8)
 
     def write(self, path: str, content: bytes) -> None:
-        """Put a file in place, whole, over what was there."""
+        """Write a file atomically; an existing file is replaced."""
         place = self.place(path)
         if not self.local:
             with self._told():
@@ -94,14 +103,20 @@ class Files:
             raise
 
     def create(self, path: str, content: bytes) -> bool:
-        """Put a file in place if there is none; False if there is. One of all who try succeeds."""
+        """Create a file if it does not exist.
+
+        If several processes try at the same time, exactly one succeeds.
+
+        Returns:
+            Whether this call created the file.
+        """
         place = self.place(path)
         with self._told():
             try:
                 if not self.local:
                     self.fs.pipe_file(place, content, mode="create")
                     return True
-                part = self._part(place)  # a link, unlike an open file, is never seen half-written
+                part = self._part(place)  # linked when complete, so no reader sees half a file
                 try:
                     part.write_bytes(content)
                     os.link(part, place)
@@ -112,20 +127,22 @@ class Files:
         return True
 
     def delete(self, path: str) -> None:
-        """Delete a file; none there is as good."""
+        """Delete the file if it exists."""
         with self._told(), suppress(FileNotFoundError):
             self.fs.rm_file(self.place(path))
 
-    # ---- many
-
     def read_many(self, paths: Iterable[str]) -> dict[str, bytes]:
-        """The content of those that are there; from an object store many at a time."""
+        """Read the files that exist; an object store reads them concurrently.
+
+        Returns:
+            The content of each file by path; missing files are left out.
+        """
         paths = list(paths)
         if self.local or not paths:
             return {path: content for path in paths if (content := self.read(path)) is not None}
         with self._told():
             found = self.fs.cat([self.place(path) for path in paths], on_error="return")
-        if isinstance(found, bytes):  # of a single path
+        if isinstance(found, bytes):  # `cat` returns plain bytes for a single path
             return {paths[0]: found}
         contents = {path: found.get(self.place(path)) for path in paths}
         for content in contents.values():
@@ -135,9 +152,13 @@ class Files:
         return {path: content for path, content in contents.items() if isinstance(content, bytes)}
 
     def listed(self, folder: str) -> dict[str, int]:
-        """All files below a folder, by their path below it, and their bytes.
+        """List all files below a folder.
 
-        Files whose name begins with a dot are left out: of a process that died while writing.
+        Files whose name starts with a dot are left out: a process may have died while it wrote
+        them.
+
+        Returns:
+            The size of each file in bytes, by its path relative to the folder.
         """
         place = self.place(folder)
         with self._told():
@@ -151,7 +172,7 @@ class Files:
         return {path: size for path, size in sizes.items() if not Path(path).name.startswith(".")}
 
     def missing(self, folder: str, paths: list[str]) -> list[str]:
-        """Those of the paths below a folder that are not there, in their order."""
+        """Return those of the paths below a folder that do not exist, in the given order."""
         if self.local:
             return [path for path in paths if not os.path.exists(self.place(f"{folder}/{path}"))]
         parents = dict.fromkeys(path.rpartition("/")[0] for path in paths)
@@ -161,27 +182,26 @@ class Files:
         return [path for path in paths if path not in there]
 
     def delete_folder(self, folder: str) -> None:
-        """Delete a folder and all in it; none there is as good."""
+        """Delete the folder and its files if it exists."""
         with self._told(), suppress(FileNotFoundError):
             self.fs.rm(self.place(folder), recursive=True)
 
     def free_bytes(self) -> int | None:
-        """The room left on the disk of a local root."""
+        """Return the free bytes on the disk of a local root, or None for other roots."""
         if not self.local:
             return None
         folder = next(p for p in (Path(self.root), *Path(self.root).parents) if p.is_dir())
         return shutil.disk_usage(folder).free
 
-    # ----
-
     def _part(self, place: str) -> Path:
+        """Return a temporary path in the same folder, and create the folder."""
         folder, _, name = place.rpartition("/")
         os.makedirs(folder, exist_ok=True)
         return Path(folder, f".{name}.{uuid4().hex[:8]}")
 
     @contextmanager
     def _told(self) -> Iterator[None]:
-        """What an object store's library raises, as an OSError in one sentence."""
+        """Convert the errors of an object store's library to an OSError of one sentence."""
         try:
             yield
         except Exception as error:

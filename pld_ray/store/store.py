@@ -1,19 +1,19 @@
-"""Where finished and unfinished work lies. Only this file knows the layout:
+"""The store of trials, searches and teacher banks. Only this file knows the layout:
 
-    ROOT/trials/ID/trial.json           the spec, written when the trial starts
-                   epochs.jsonl         one line of metrics an epoch
-                   checkpoint.pt        everything needed to go on after one of them
+    ROOT/trials/ID/trial.json           the settings, written when the trial starts
+                   epochs.jsonl         one line of metrics per epoch
+                   checkpoint.pt        the state after the last epoch, to resume from
                    student.safetensors  the trained weights
                    record.json          written last: it exists only if the trial has finished
-                   failure.json         why the last attempt failed, if it did
-                   stopped.json         where a search stopped it, if one did
-                   landscape.json       the loss around the trained weights, if it was asked for
+                   failure.json         why the last attempt failed, if it failed
+                   stopped.json         where a search stopped the trial, if it did
+                   landscape.json       the loss around the trained weights, if it was computed
     ROOT/searches/KEY/N.json            a point that a search has drawn (search.py)
-    ROOT/banks/KEY/bank.json            whose logits, on which images
-                   VIEW/CHUNK.KIND      some of them (bank.py)
+    ROOT/banks/KEY/bank.json            the description of a bank: whose logits, on which images
+                   VIEW/CHUNK.KIND      a part of the logits (bank.py)
 
-Whatever is read is checked by a checksum kept with it. What is damaged counts as not there: a
-trial is then run again, or goes on from its start.
+Files are verified by their checksums when they are read. Damaged files are treated as missing and
+recomputed: the trial runs again, or starts from its first epoch.
 """
 
 from __future__ import annotations
@@ -42,7 +42,14 @@ from pld_ray.store.documents import from_document, parse_epochs, parse_record, t
 
 @dataclass(frozen=True)
 class Outcome:
-    """What there is of a trial; see the methods of the same names."""
+    """The stored results of a trial; see the methods of `Store` with the same names.
+
+    Attributes:
+        record: The record of a finished trial, else None.
+        epochs: The metrics of each epoch so far.
+        failure: The reason and traceback of the last attempt if it failed, else None.
+        stopped: Where and by which scheduler a search stopped the trial, else None.
+    """
 
     record: dict[str, Any] | None
     epochs: list[dict[str, Any]]
@@ -50,7 +57,11 @@ class Outcome:
     stopped: dict[str, Any] | None
 
     def state(self, epochs: int) -> str:
-        """For people: how far it is, of so many epochs."""
+        """Describe the state of the trial for people.
+
+        Args:
+            epochs: The number of epochs of the trial.
+        """
         if self.record is not None:
             return "done"
         if self.failure is not None:
@@ -62,21 +73,33 @@ class Outcome:
 
 
 class Store:
-    """Trial folders and teacher banks under a local folder or a URI (s3://, gs://, abfs://)."""
+    """Trials, searches and teacher banks under one root.
+
+    Args:
+        root: A local folder, or a URI (s3://, gs://, abfs://).
+
+    Raises:
+        InputError: The root is not valid, or the package for its protocol is not installed.
+    """
 
     def __init__(self, root: str | Path) -> None:
         self.files = Files(root)
         self.uri, self.local = self.files.uri, self.files.local
 
-    # ---- what a trial writes
+    # ---- written by trials
 
     def start(self, trial: Trial) -> None:
-        """Write the spec, before anything else of the trial."""
+        """Write the settings of a trial, before any other file of the trial."""
         text = trial.model_dump_json(indent=1) + "\n"
         self.files.write(f"trials/{trial.id}/trial.json", text.encode())
 
     def checkpoint(self, trial: Trial, state: dict[str, Any]) -> None:
-        """Keep all that is needed to go on."""
+        """Write the state from which a trial can resume.
+
+        Args:
+            trial: The trial.
+            state: Tensors and plain values, as `torch.save` takes them.
+        """
         import torch
 
         buffer = io.BytesIO()
@@ -86,12 +109,18 @@ class Store:
         self.files.write(f"trials/{trial.id}/checkpoint.pt", content + digest)
 
     def log(self, trial: Trial, history: list[dict[str, Any]]) -> None:
-        """Keep the metrics of every epoch so far."""
+        """Write the metrics of every epoch so far."""
         lines = "".join(json.dumps(epoch) + "\n" for epoch in history)
         self.files.write(f"trials/{trial.id}/epochs.jsonl", lines.encode())
 
     def finish(self, trial: Trial, record: dict[str, Any], weights: dict[str, Tensor]) -> None:
-        """The student's weights, then the record; the checkpoint is not needed any more."""
+        """Write the student's weights and then the record, and delete the checkpoint.
+
+        Args:
+            trial: The trial.
+            record: The metrics and other results; the SHA-256 of the weights is added.
+            weights: The state dict of the student.
+        """
         from safetensors.torch import save
 
         contiguous = {name: tensor.contiguous().cpu() for name, tensor in weights.items()}
@@ -103,12 +132,24 @@ class Store:
             self.files.delete(f"trials/{trial.id}/{name}")
 
     def fail(self, trial_id: str, reason: str, traceback: str = "", final: bool = False) -> None:
-        """Say why an attempt failed, and whether another would too; the checkpoint stays."""
+        """Write why an attempt failed; the checkpoint is kept.
+
+        Args:
+            trial_id: The id of the trial.
+            reason: The reason, in one sentence.
+            traceback: The Python traceback.
+            final: Whether another attempt would fail in the same way.
+        """
         failure = {"reason": reason, "final": final, "traceback": traceback.splitlines()}
         self._write_json(f"trials/{trial_id}/failure.json", failure)
 
     def stop(self, trial: Trial, by: str) -> None:
-        """A search has stopped the trial: its record so far. It may go on from its checkpoint."""
+        """Write that a search has stopped a trial; the trial can resume from its checkpoint.
+
+        Args:
+            trial: The trial.
+            by: The name of the scheduler, or "time_budget".
+        """
         history = self.epochs(trial.id)
         record = {
             "id": trial.id,
@@ -120,21 +161,21 @@ class Store:
         self._write_json(f"trials/{trial.id}/stopped.json", record)
 
     def keep_landscape(self, trial: Trial, found: dict[str, Any]) -> None:
-        """Keep the loss around the trained weights (analysis.weight_space)."""
+        """Write the loss around the trained weights (see `analysis.landscapes`)."""
         self._write_json(f"trials/{trial.id}/landscape.json", found)
 
     def forget_failure(self, trial: Trial) -> None:
-        """A new attempt begins."""
+        """Delete the failure of the last attempt, because a new attempt starts."""
         self.files.delete(f"trials/{trial.id}/failure.json")
 
-    # ---- what others read
+    # ---- results of trials
 
     def record(self, trial_id: str) -> dict[str, Any] | None:
-        """The record of a finished trial, or None."""
+        """Return the record of a finished trial, or None."""
         return parse_record(self.files.read(f"trials/{trial_id}/record.json"))
 
     def records(self, trial_ids: Iterable[str]) -> dict[str, dict[str, Any]]:
-        """The records of those of the trials that have one."""
+        """Return the records of the finished trials, by id; other trials are left out."""
         found = self._read_all(trial_ids, "record.json")
         records = {
             key: parse_record(contents.get("record.json")) for key, contents in found.items()
@@ -142,11 +183,11 @@ class Store:
         return {key: record for key, record in records.items() if record is not None}
 
     def finished(self, trial_ids: Iterable[str]) -> set[str]:
-        """Those of the trials that have a record."""
+        """Return the ids of the trials that have a record."""
         return set(self.records(trial_ids))
 
     def outcomes(self, trial_ids: Iterable[str]) -> dict[str, Outcome]:
-        """What there is of each of the trials."""
+        """Return the stored results of each trial, by id."""
         names = ("record.json", "epochs.jsonl", "failure.json", "stopped.json")
         return {
             key: Outcome(
@@ -159,7 +200,7 @@ class Store:
         }
 
     def _read_all(self, trial_ids: Iterable[str], *names: str) -> dict[str, dict[str, bytes]]:
-        """Some files of many trials; from an object store many at a time."""
+        """Read the named files of many trials; an object store reads them concurrently."""
         ids = list(dict.fromkeys(trial_ids))
         found = self.files.read_many(f"trials/{key}/{name}" for key in ids for name in names)
         return {
@@ -168,7 +209,7 @@ class Store:
         }
 
     def trials(self) -> dict[str, Trial]:
-        """All trials that have begun, of whatever experiment."""
+        """Return all trials that have started, by id, from all experiments."""
         names = (path.split("/") for path in self.files.listed("trials"))
         paths = [f"trials/{parts[0]}/trial.json" for parts in names if parts[1:] == ["trial.json"]]
         found: dict[str, Trial] = {}
@@ -179,23 +220,26 @@ class Store:
         return found
 
     def failure(self, trial_id: str) -> dict[str, Any] | None:
-        """reason and traceback of the last attempt if it failed."""
+        """Return the reason and traceback of the last attempt if it failed, else None."""
         return self._read_json(f"trials/{trial_id}/failure.json")
 
     def stopped(self, trial_id: str) -> dict[str, Any] | None:
-        """What `stop` kept, or None; a trial that went on and finished has a record instead."""
+        """Return what `stop` wrote, or None.
+
+        If the trial resumes and finishes, it has a record instead.
+        """
         return self._read_json(f"trials/{trial_id}/stopped.json")
 
     def landscape(self, trial_id: str) -> dict[str, Any] | None:
-        """What `keep_landscape` kept, or None."""
+        """Return what `keep_landscape` wrote, or None."""
         return self._read_json(f"trials/{trial_id}/landscape.json")
 
     def epochs(self, trial_id: str) -> list[dict[str, Any]]:
-        """The metrics of every epoch so far; none where the file is damaged."""
+        """Return the metrics of every epoch so far; the list is empty if the file is damaged."""
         return parse_epochs(self.files.read(f"trials/{trial_id}/epochs.jsonl") or b"")
 
     def load_checkpoint(self, trial: Trial) -> dict[str, Any] | None:
-        """The state last kept by `checkpoint`, or None: also where the file is damaged."""
+        """Return the last state that `checkpoint` wrote, or None if it is missing or damaged."""
         import torch
 
         content = self.files.read(f"trials/{trial.id}/checkpoint.pt") or b""
@@ -204,33 +248,45 @@ class Store:
             return None
         try:
             return torch.load(io.BytesIO(state), map_location="cpu", weights_only=True)
-        except Exception:  # not what `checkpoint` writes: it may hold code, which is never run
+        except Exception:  # `checkpoint` did not write this file; code inside it is never run
             return None
 
     def intact(self, trial: Trial) -> bool:
-        """Whether the weights of a finished trial are what its record says.
+        """Return whether the weights of a finished trial match its record.
 
-        If they are not, its record is deleted: the trial is to run again.
+        If they do not match, the record is deleted, so that the trial runs again.
+
+        Raises:
+            InputError: The trial has not finished.
         """
         return self._weights(trial) is not None
 
     def load_weights(self, trial: Trial) -> dict[str, Tensor]:
-        """The trained weights of a finished trial; InputError if they are missing or damaged."""
+        """Return the trained weights of a finished trial.
+
+        Raises:
+            InputError: The weights are missing or damaged, or the trial has not finished.
+        """
         from safetensors.torch import load
 
         return load(self.weights(trial))
 
     def weights(self, trial: Trial) -> bytes:
-        """The same as the safetensors file that they are kept as."""
+        """Return the trained weights of a finished trial as the bytes of a safetensors file.
+
+        Raises:
+            InputError: The weights are missing or damaged, or the trial has not finished.
+        """
         content = self._weights(trial)
         if content is None:
             raise InputError(
-                f"{self.folder(trial.id)}/student.safetensors: not what its record says (damaged "
-                f"or missing): run the experiment again to train {trial.label} anew"
+                f"{self.folder(trial.id)}/student.safetensors: missing or damaged (its SHA-256 is "
+                f"not the one in the record): run the experiment again to train {trial.label}"
             )
         return content
 
     def _weights(self, trial: Trial) -> bytes | None:
+        """Return the weights file if it matches the record; else delete the record."""
         content = self.files.read(f"trials/{trial.id}/student.safetensors") or b""
         if hashlib.sha256(content).hexdigest() == self.weights_digest(trial):
             return content
@@ -238,25 +294,38 @@ class Store:
         return None
 
     def weights_digest(self, trial: Trial) -> str:
-        """The sha256 of a finished trial's weights, as its record has it."""
+        """Return the SHA-256 of a finished trial's weights, as in its record.
+
+        Raises:
+            InputError: The trial has not finished.
+        """
         record = self.record(trial.id)
         if record is None:
             raise InputError(f"trial {trial.id} ({trial.label}) has not finished in {self.uri}")
         return record["weights_sha256"]
 
     def folder(self, trial_id: str) -> str:
-        """Where the trial lies, for messages."""
+        """Return the path of a trial's folder, for messages."""
         return self.files.place(f"trials/{trial_id}")
 
     # ---- searches
 
     def add_point(self, key: str, number: int, values: list[Any]) -> bool:
-        """Keep the next point of a search; False if another driver was first with this number."""
+        """Write the next point of a search.
+
+        Args:
+            key: The key of the search.
+            number: The index of the point, from 0.
+            values: The values of the point, in the order of the searched fields.
+
+        Returns:
+            False if another driver has already written a point with this index, else True.
+        """
         content = to_document({"values": values})
         return self.files.create(f"searches/{key}/{number}.json", content)
 
     def points(self, key: str) -> list[list[Any] | None]:
-        """The points of a search in their order; None where one is damaged."""
+        """Return the points of a search in order; a damaged point is None."""
         names = self.files.listed(f"searches/{key}")
         numbers = [int(name.removesuffix(".json")) for name in names]
         paths = [f"searches/{key}/{number}.json" for number in range(max(numbers, default=-1) + 1)]
@@ -267,16 +336,21 @@ class Store:
     # ---- the teacher bank
 
     def start_bank(self, key: str, about: dict[str, Any]) -> None:
-        """Say what a bank holds, before anything else of it."""
+        """Write the description of a bank, before any other file of the bank.
+
+        Args:
+            key: The key of the bank.
+            about: The description: whose logits, on which images.
+        """
         if self.bank(key) is None:
             self._write_json(f"banks/{key}/bank.json", about)
 
     def bank(self, key: str) -> dict[str, Any] | None:
-        """What a bank holds, or None if there is none."""
+        """Return the description of a bank, or None if there is no such bank."""
         return self._read_json(f"banks/{key}/bank.json")
 
     def banks(self) -> dict[str, dict[str, int]]:
-        """Of each bank, by key, its files VIEW/CHUNK.KIND and their bytes."""
+        """Return the size in bytes of each file, by bank key and then by VIEW/CHUNK.KIND."""
         found: dict[str, dict[str, int]] = {}
         for path, size in self.files.listed("banks").items():
             key, _, name = path.partition("/")
@@ -284,23 +358,28 @@ class Store:
         return found
 
     def drop_bank(self, key: str) -> None:
-        """Delete a bank; a trial that is using it computes again what it still needs."""
+        """Delete a bank; a trial that uses the bank recomputes the logits that it still needs."""
         self.files.delete_folder(f"banks/{key}")
 
     def write_chunk(self, name: str, content: bytes) -> None:
-        """Keep a chunk of a bank; `name` is KEY/VIEW/CHUNK.KIND."""
+        """Write a chunk of a bank.
+
+        Args:
+            name: The name of the chunk, KEY/VIEW/CHUNK.KIND.
+            content: The bytes of the chunk.
+        """
         self.files.write(f"banks/{name}", content)
 
     def read_chunk(self, name: str) -> npt.NDArray[np.uint8] | None:
-        """The bytes of a chunk, or None; a local file is mapped, not read."""
+        """Return the bytes of a chunk, or None; a local file is memory-mapped."""
         return self.files.map(f"banks/{name}")
 
     def missing_chunks(self, names: list[str]) -> list[str]:
-        """Those that are not in the store, in their order."""
+        """Return the names of the chunks that are not in the store, in the given order."""
         return self.files.missing("banks", names)
 
     def drop_chunk(self, name: str) -> None:
-        """Delete a chunk, because it is damaged."""
+        """Delete a damaged chunk."""
         self.files.delete(f"banks/{name}")
 
     # ---- JSON with a checksum

@@ -1,4 +1,4 @@
-"""Checks of trials before Ray starts: data, networks, optimizers."""
+"""Check the datasets, networks and optimizers of trials before Ray starts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,21 @@ from pld_ray.sweep.cluster import reach
 
 
 def check_trials(pending: dict[str, Trial], address: str | None = None) -> dict[str, Images]:
-    """Load the datasets and make every network, so that bad input is known before Ray starts."""
+    """Load all datasets and build all networks, to report bad input before Ray starts.
+
+    The networks are built without memory for their weights.
+
+    Args:
+        pending: Trials that will run, by trial id.
+        address: Address of the Ray cluster to join, or None.
+
+    Returns:
+        The images of each dataset, by `datasets.sharing_key`.
+
+    Raises:
+        InputError: No cluster answers at `address`, or a dataset, network, optimizer or the
+            features that a loss compares are not usable.
+    """
     if address is not None and address != "auto":
         reach(address)
     from timm.optim import list_optimizers

@@ -1,4 +1,4 @@
-"""A Ray cluster: joined, or started on this machine."""
+"""Join a Ray cluster, or start one on this machine."""
 
 from __future__ import annotations
 
@@ -20,23 +20,35 @@ from pld_ray.errors import InputError
 
 @contextmanager
 def connected(address: str | None = None) -> Iterator[None]:
-    """Join a cluster or start Ray for the `with` block; what was started is shut down after."""
+    """Connect to Ray for the `with` block, and disconnect at its end.
+
+    An existing connection of this process is used as it is and stays open.
+
+    Args:
+        address: Address of the cluster to join. By default, join the cluster that runs on this
+            machine, or start a local one.
+
+    Raises:
+        InputError: The cluster does not answer or refuses the connection.
+    """
     owned = not ray.is_initialized()
     if owned:
         before = signal.getsignal(signal.SIGTERM)
-        # the workers of a cluster run this code, whatever version is installed there
+        # the workers of a joined cluster run this code, not the version installed there
         code = {"py_modules": [_package("pld_ray"), _package("analysis")]} if address else None
         where = "local" if address is None and not _runs_here() else address
         try:
             ray.init(address=where, runtime_env=code, log_to_driver=False)
         except (ConnectionError, ray.exceptions.AuthenticationError) as error:
-            raise InputError(f"Ray cluster {address or 'here'}: {_reason(error)}") from None
-        except SystemExit:  # by the SIGTERM handler that Ray sets meanwhile
+            raise InputError(
+                f"Ray cluster {address or 'on this machine'}: cannot connect: {_reason(error)}"
+            ) from None
+        except SystemExit:  # raised by the SIGTERM handler that Ray installs during init
             if callable(before):
                 before(signal.SIGTERM, None)
             raise
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, before)  # Ray would end the process on the spot
+            signal.signal(signal.SIGTERM, before)  # Ray's handler exits at once
     try:
         yield
     finally:
@@ -45,7 +57,7 @@ def connected(address: str | None = None) -> Iterator[None]:
 
 
 def _runs_here() -> bool:
-    """Whether a cluster runs on this machine; Ray itself would wait for one that has died."""
+    """Return whether a Ray cluster runs here, without Ray's long wait for a dead one."""
     if os.environ.get("RAY_ADDRESS"):
         return True
     note = Path(os.environ.get("RAY_TMPDIR", "/tmp"), "ray", "ray_current_cluster")
@@ -57,13 +69,14 @@ def _runs_here() -> bool:
 
 
 def _package(name: str) -> str:
+    """Return the folder of an installed package."""
     spec = importlib.util.find_spec(name)
     assert spec is not None and spec.origin is not None
     return str(Path(spec.origin).parent)
 
 
 def _reason(error: BaseException) -> str:
-    """The first sentence of what Ray raised first; some errors of its hold a traceback as text."""
+    """Return the first sentence of the root cause; some Ray errors contain a whole traceback."""
     while error.__cause__ is not None:
         error = error.__cause__
     said = re.split(r"\nray\.exceptions\.\w+: ", str(error) or type(error).__name__)[-1]
@@ -71,7 +84,14 @@ def _reason(error: BaseException) -> str:
 
 
 def reach(address: str) -> None:
-    """Raise InputError if nothing listens there; Ray itself would try for minutes."""
+    """Check that something listens at an address, because Ray itself would retry for minutes.
+
+    Args:
+        address: HOST:PORT, or a URL with host and port.
+
+    Raises:
+        InputError: The address is malformed, or nothing answers there within 10 seconds.
+    """
     try:
         place = urlsplit(address if "//" in address else f"//{address}")
         if not place.hostname or not place.port:

@@ -1,7 +1,7 @@
-"""Early stopping: Tune's schedulers, one for each cell of a searched grid, and the time budget.
+"""Stop trials of a search early, with one Tune scheduler per grid cell and a time budget.
 
-Trials of one cell are compared with each other alone: a method that learns slowly is not stopped
-because another learns fast. What trials reached in earlier runs is told to the schedulers first.
+A scheduler compares only the trials of its own cell, so a method that learns slowly is not stopped
+because another method learns fast. Each scheduler first receives the results of earlier runs.
 """
 
 from __future__ import annotations
@@ -25,22 +25,29 @@ from pld_ray.sweep.search import SearchProgress
 
 @dataclass(frozen=True)
 class _Past:
-    """Stands for a Tune trial of an earlier run."""
+    """A stand-in for the Tune trial of an earlier run."""
 
     trial_id: str
 
 
 class EarlyStopping(FIFOScheduler):
-    """Asks the scheduler of a trial's cell; trials outside the search run to their end."""
+    """Tune scheduler that passes each trial of a search to the scheduler of its cell.
+
+    Trials outside the search are never stopped.
+
+    Args:
+        progress: The search of each grid cell, with the trials of earlier runs.
+        store: Store that holds the epochs of these trials.
+    """
 
     def __init__(self, progress: Sequence[SearchProgress], store: Store) -> None:
         super().__init__()
         self.store = store
         self.groups = {each.group.key: each.group for each in progress}
         self.schedulers: dict[str, TrialScheduler] = {}
-        self.spent: dict[str, float] = {}  # seconds of training
-        self.group_of: dict[str, str] = {}  # trial -> key
-        self.stopped: dict[str, str] = {}  # trial -> by what
+        self.spent: dict[str, float] = {}  # key -> seconds of training
+        self.group_of: dict[str, str] = {}  # trial id -> key
+        self.stopped: dict[str, str] = {}  # trial id -> scheduler or time_budget
         for each in {each.group.key: each for each in progress}.values():
             key = each.group.key
             trials = [each.group.cell.trial, *(drawn.trial for drawn in each.drawn)]
@@ -55,32 +62,32 @@ class EarlyStopping(FIFOScheduler):
                     self._tell(self.schedulers[key], past, drawn.trial.id)
 
     def add(self, trial: Trial, key: str) -> None:
-        """The trial belongs to a group."""
+        """Assign a trial to the search with this key."""
         self.group_of[trial.id] = key
 
     def out_of_budget(self, trial_id: str) -> bool:
-        """Whether the cell of a trial has spent its time."""
+        """Return whether the cell of a trial has spent its time budget."""
         key = self.group_of.get(trial_id)
         budget = None if key is None else self.groups[key].search.time_budget
         return budget is not None and self.spent[self.group_of[trial_id]] >= budget
 
     def _tell(self, scheduler: TrialScheduler, trial: Any, trial_id: str) -> None:
+        """Report all epochs in the store to a scheduler."""
         for epoch in self.store.epochs(trial_id):
             scheduler.on_trial_result(None, trial, epoch)
 
     def _of(self, trial: Any) -> TrialScheduler | None:
+        """Return the scheduler of a trial's cell, or None for a trial outside the search."""
         return self.schedulers.get(self.group_of.get(trial.config["id"], ""))
 
-    # ---- what Tune tells and asks
-
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
-        """Tell the scheduler of a trial, and how far it had come when it was left."""
+        """Add a trial to its scheduler, and report the epochs that it has in the store."""
         if scheduler := self._of(trial):
             scheduler.on_trial_add(tune_controller, trial)
             self._tell(scheduler, trial, trial.config["id"])
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        """CONTINUE or STOP; a trial is never stopped after its last epoch."""
+        """Return CONTINUE or STOP after an epoch; after its last epoch a trial is not stopped."""
         scheduler, key = self._of(trial), trial.config["id"]
         if scheduler is None or "epoch" not in result:
             return TrialScheduler.CONTINUE
@@ -96,18 +103,19 @@ class EarlyStopping(FIFOScheduler):
         return decision
 
     def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
-        """Pass it on."""
+        """Report a completed trial to its scheduler."""
         scheduler = self._of(trial)
         if scheduler and "epoch" in result:
             scheduler.on_trial_complete(tune_controller, trial, result)
 
     def on_trial_remove(self, tune_controller: Any, trial: Any) -> None:
-        """Pass it on."""
+        """Remove a trial from its scheduler."""
         if scheduler := self._of(trial):
             scheduler.on_trial_remove(tune_controller, trial)
 
 
 def _scheduler(search: Search, epochs: int) -> TrialScheduler:
+    """Create the scheduler that a search asks for; `epochs` is the length of the longest trial."""
     what: dict[str, Any] = {"time_attr": "epoch", "metric": search.metric, "mode": search.mode}
     if search.scheduler == "none":
         return FIFOScheduler()

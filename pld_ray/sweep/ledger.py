@@ -7,16 +7,18 @@ import time
 from contextlib import suppress
 from typing import Any
 
-# ---------------------------------------------------------------- who computes what
+import ray
+
+from pld_ray import __version__
 
 
 class Ledger:
     """A Ray actor that gives each chunk to one process at a time to compute.
 
-    A process that dies loses its claim after LEASE seconds without a sign of life; tried again
-    under the same name, it has it at once. What is computed rests for as long, so that no node
-    computes it again because its network file system does not show it yet. All that is lost when
-    the Ledger dies is who is at work: a chunk may then be computed twice, the same both times.
+    A process that dies loses its claim after LEASE seconds without a sign of life. If it is tried
+    again under the same name, it gets the claim back at once. A chunk that has been computed is not
+    given out for LEASE seconds, because a network file system may not show it yet. If the Ledger
+    dies, only the claims are lost: a chunk may be computed twice, with the same result.
     """
 
     LEASE = 30.0
@@ -29,9 +31,16 @@ class Ledger:
     async def claim(
         self, store: str, chunks: list[str], holder: str, patience: float
     ) -> str | None:
-        """The first of `chunks` that nobody computes or has just computed, now `holder`'s.
+        """Claim the first chunk that no other process computes or has just computed.
 
-        None if there is none, after a release or `patience` seconds: time to look at the store.
+        Args:
+            store: The URI of the store.
+            chunks: Names of chunks, in the order in which they are needed.
+            holder: The name of the process that asks.
+            patience: The longest time to wait for a release, in seconds.
+
+        Returns:
+            The name of the chunk, or None: then it is time to look at the store again.
         """
         async with self.released:
             for chunk in chunks:
@@ -46,12 +55,12 @@ class Ledger:
         return None
 
     async def renew(self, store: str, chunk: str, holder: str) -> None:
-        """A sign of life of who computes the chunk."""
+        """Extend the claim of the process that computes the chunk."""
         if self._holds(store, chunk, holder):
             self._set(store, chunk, holder)
 
     async def release(self, store: str, chunk: str, holder: str, computed: bool) -> None:
-        """The chunk is in the store, or could not be computed."""
+        """End a claim: the chunk is in the store, or could not be computed."""
         async with self.released:
             if self._holds(store, chunk, holder):
                 if computed:
@@ -69,13 +78,28 @@ class Ledger:
         self.claims[store, chunk] = holder, time.monotonic() + self.LEASE
 
 
-def open_ledger() -> Any:
-    """The cluster's Ledger, made if there is none; it outlives the driver that made it."""
-    import ray
+class LedgerClient:
+    """The Ledger as the teacher bank calls it; `actor` is the handle of the Ray actor."""
 
-    from pld_ray import __version__
+    def __init__(self, actor: Any) -> None:
+        self.actor = actor
 
-    return (
+    def claim(self, store: str, chunks: list[str], holder: str, patience: float) -> str | None:
+        """See `Ledger.claim`."""
+        return ray.get(self.actor.claim.remote(store, chunks, holder, patience))
+
+    def renew(self, store: str, chunk: str, holder: str) -> None:
+        """See `Ledger.renew`. Returns at once."""
+        self.actor.renew.remote(store, chunk, holder)
+
+    def release(self, store: str, chunk: str, holder: str, computed: bool) -> None:
+        """See `Ledger.release`. Returns at once."""
+        self.actor.release.remote(store, chunk, holder, computed)
+
+
+def open_ledger() -> LedgerClient:
+    """Return the Ledger of the cluster. It is made if there is none, and outlives the driver."""
+    actor = (
         ray.remote(Ledger)
         .options(
             name=f"ledger {__version__}",
@@ -88,3 +112,4 @@ def open_ledger() -> Any:
         )
         .remote()
     )
+    return LedgerClient(actor)

@@ -1,8 +1,8 @@
-"""Signs of life: a trial whose process hangs is tried again.
+"""Detect and kill training processes that hang, so that their trials are retried.
 
-Each process that trains tells the LivenessMonitor, a Ray actor, about every step. A process that
-is silent for `patience` seconds is killed with SIGKILL, because it may be stuck in C code or be
-stopped. Ray and Tune then react as they do whenever a process dies.
+Every training process reports its progress to the LivenessMonitor, a Ray actor. A process that
+reports no step for `patience` seconds is killed with SIGKILL, because it may be stuck in C code or
+be stopped. Ray and Tune then handle it like any other process that dies.
 """
 
 from __future__ import annotations
@@ -22,11 +22,17 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from pld_ray.store.claims import born
 from pld_ray.store.store import Store
 
-EVERY = 1.0  # seconds between two signs of life
+EVERY = 1.0  # seconds between two reports of a process
 
 
 class Process(NamedTuple):
-    """One process of a cluster."""
+    """One process of a cluster.
+
+    Attributes:
+        node: Ray's id of its node.
+        pid: Process id on that node.
+        born: Start time in ticks since boot, or None if it is not known.
+    """
 
     node: str
     pid: int
@@ -34,24 +40,30 @@ class Process(NamedTuple):
 
 
 class LivenessMonitor:
-    """The Ray actor; of one driver."""
+    """A Ray actor, one per driver, that kills processes that hang.
+
+    Args:
+        patience: Seconds without a step after which a process is killed.
+        store_uri: Store in which the failure is noted.
+    """
 
     def __init__(self, patience: float, store_uri: str) -> None:
         self.patience, self.store = patience, Store(store_uri)
-        self.seen: dict[Process, tuple[str, float]] = {}  # its trial, and when
+        self.seen: dict[Process, tuple[str, float]] = {}  # trial id, last report
         self.task: asyncio.Task[None] | None = None
 
     async def alive(self, trial_id: str, process: Process) -> None:
-        """The process has done something since it last said so."""
+        """Note the progress of a process; the first report starts its monitoring."""
         self.seen[process] = trial_id, time.monotonic()
         if self.task is None:
             self.task = asyncio.create_task(self._look())
 
     async def ended(self, process: Process) -> None:
-        """The process does something else now."""
+        """Stop monitoring a process."""
         self.seen.pop(process, None)
 
     async def _look(self) -> None:
+        """Loop forever and kill processes that are silent for too long."""
         while True:
             await asyncio.sleep(min(1.0, self.patience / 4))
             for process, (trial_id, when) in list(self.seen.items()):
@@ -64,13 +76,22 @@ class LivenessMonitor:
 
 
 def _kill(process: Process) -> None:
-    if born(process.pid) == process.born:  # else the number is another process's by now
+    """Kill a process of this node."""
+    if born(process.pid) == process.born:  # otherwise a new process has this pid
         with suppress(ProcessLookupError):
             os.kill(process.pid, signal.SIGKILL)
 
 
 def start_monitor(patience: float, store: Store) -> Any:
-    """A LivenessMonitor for this driver, on its own node, which is the one that lives as long."""
+    """Start a LivenessMonitor on the driver's node, the node that lives as long as the driver.
+
+    Args:
+        patience: Seconds without a step after which a process is killed.
+        store: Store in which failures are noted.
+
+    Returns:
+        The handle of the actor.
+    """
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
     options = {"num_cpus": 0, "scheduling_strategy": here, "max_restarts": -1}
     return (
@@ -82,7 +103,15 @@ def start_monitor(patience: float, store: Store) -> Any:
 
 @contextmanager
 def monitored(watch: Any, trial_id: str) -> Iterator[Callable[[], None]]:
-    """For the `with` block this process is monitored; call what it gives after every step."""
+    """Monitor this process during the `with` block.
+
+    Args:
+        watch: Handle of the LivenessMonitor. None turns monitoring off.
+        trial_id: Id of the trial that this process trains.
+
+    Yields:
+        A function to call after every training step.
+    """
     if watch is None:
         yield lambda: None
         return

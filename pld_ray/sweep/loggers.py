@@ -1,7 +1,7 @@
 """TensorBoard, MLflow and Weights & Biases through Ray's own callbacks (`pld-ray run --log`).
 
-They are for looking on. What tables are made of stands in the store, and a trial does not depend
-on them: when one fails it is left out from there on, and the run says so at its end.
+Loggers are only for watching a run: all tables are made from the store. A logger that fails does
+not affect trials. It is not called again, and the run reports the failure at its end.
 """
 
 from __future__ import annotations
@@ -23,9 +23,18 @@ from pld_ray.store.store import Store
 
 
 def create(names: Iterable[str], experiment: str, store: Store) -> list[Logger]:
-    """The loggers of these names, ready; InputError for one that cannot begin.
+    """Create and set up loggers by name.
 
-    What is local of theirs lies in the storage, or in ./results where that is an object store.
+    Local files of loggers are written to the root of the store, or to ./results if the store is an
+    object store.
+
+    Args:
+        names: Names among tensorboard, mlflow and wandb. Repeated names count once.
+        experiment: Name of the experiment, under which loggers group the trials.
+        store: Store of the trials.
+
+    Raises:
+        InputError: The package of a logger is missing, or the logger cannot be set up.
     """
     root = Path(store.uri if store.local else "results").resolve()
     loggers = []
@@ -42,12 +51,24 @@ def create(names: Iterable[str], experiment: str, store: Store) -> list[Logger]:
 
 
 def _said(error: Exception) -> str:
-    """Its kind and its first line."""
+    """Return the type of an error and the first line of its message."""
     return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 class Logger(Callback):
-    """One of Ray's, told of whole trials: of one that goes on, the epochs of before as well."""
+    """Tune callback that passes complete trials to one of Ray's loggers.
+
+    For a resumed trial, the logger first receives the epochs that are already in the store. After
+    its first error, a logger is not called again.
+
+    Args:
+        name: Name of the logger for messages.
+        inner: Ray's logger.
+        store: Store of the trials.
+
+    Attributes:
+        problem: The first error of the logger, or None.
+    """
 
     def __init__(self, name: str, inner: LoggerCallback, store: Store) -> None:
         self.name, self.inner, self.store = name, inner, store
@@ -55,32 +76,33 @@ class Logger(Callback):
         self.problem: str | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {}  # Tune pickles its callbacks to restore an experiment; we never do
+        return {}  # Tune pickles callbacks to restore an experiment, which is never done here
 
     def on_trial_start(self, iteration: int, trials: Any, trial: Any, **_: Any) -> None:
-        """Begin, once, with the epochs that are in the store."""
+        """Start a trial, and once report the epochs that are in the store."""
         self._tell(lambda: self._start(iteration, trial))
 
     def on_trial_result(
         self, iteration: int, trials: Any, trial: Any, result: dict[str, Any], **_: Any
     ) -> None:
-        """An epoch is over; what a failed trial reports is none."""
+        """Report a finished epoch; the final result of a failed trial is not an epoch."""
         if "epoch" in result:
             self._tell(lambda: self._epoch(iteration, trial, result))
 
     def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **_: Any) -> None:
-        """The trial has finished, or was stopped, or has failed in its own code."""
+        """End a trial that finished, was stopped, or failed in its own code."""
         self._tell(lambda: self._end(trial, self.store.failure(trial.config["id"]) is not None))
 
     def on_trial_error(self, iteration: int, trials: Any, trial: Any, **_: Any) -> None:
-        """Its process died, attempt after attempt."""
+        """End a trial whose process died in every attempt."""
         self._tell(lambda: self._end(trial, True))
 
     def on_experiment_end(self, trials: Any, **info: Any) -> None:
-        """Wait until all of it has arrived."""
+        """Wait until the logger has written everything."""
         self._tell(lambda: self.inner.on_experiment_end(trials, **info))
 
     def _start(self, iteration: int, trial: Any) -> None:
+        """Start a trial in the inner logger; the first time, report its stored epochs."""
         self.inner.log_trial_start(trial)
         if trial.trial_id not in self.begun:
             self.begun.add(trial.trial_id)
@@ -88,6 +110,7 @@ class Logger(Callback):
                 self._epoch(iteration, trial, epoch)
 
     def _epoch(self, iteration: int, trial: Any, result: dict[str, Any]) -> None:
+        """Report the metrics of an epoch, without the entries that Tune adds."""
         ours = {name: value for name, value in result.items() if name not in AUTO_RESULT_KEYS}
         self.inner.log_trial_result(iteration, trial, ours | {"training_iteration": ours["epoch"]})
 
@@ -95,6 +118,7 @@ class Logger(Callback):
         self.inner.log_trial_end(trial, failed=failed)
 
     def _tell(self, what: Callable[[], None]) -> None:
+        """Call the inner logger, unless it has failed before, and keep its first error."""
         if self.problem is None:
             try:
                 what()
@@ -103,7 +127,7 @@ class Logger(Callback):
 
 
 class _TensorBoard(TBXLoggerCallback):
-    """Ray's, with a folder of our own for each trial."""
+    """Ray's TensorBoard logger, with one folder per trial below `folder`."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__()
@@ -112,12 +136,13 @@ class _TensorBoard(TBXLoggerCallback):
     def log_trial_start(self, trial: Any) -> None:
         if trial not in self._trial_writer:
             folder = self.folder / re.sub(r"[^\w.-]+", "-", str(trial))
-            shutil.rmtree(folder, ignore_errors=True)  # of a run before: it is told again
+            shutil.rmtree(folder, ignore_errors=True)  # from an earlier run; all is written again
             self._trial_writer[trial] = self._summary_writer_cls(str(folder), flush_secs=30)
             self._trial_result[trial] = {}
 
 
 def _mlflow(experiment: str, root: Path) -> LoggerCallback:
+    """Create Ray's MLflow logger; without MLFLOW_TRACKING_URI it writes to ROOT/mlflow.db."""
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
     from ray.air.integrations.mlflow import MLflowLoggerCallback
 
@@ -128,11 +153,12 @@ def _mlflow(experiment: str, root: Path) -> LoggerCallback:
 
 
 def _wandb(experiment: str, root: Path) -> LoggerCallback:
+    """Create Ray's Weights & Biases logger; its local files are written to ROOT."""
     from ray.air.integrations.wandb import WandbLoggerCallback
 
     root.mkdir(parents=True, exist_ok=True)
     project = os.environ.get("WANDB_PROJECT") or "pld-ray"
-    # Ray's process for it has the environment of the cluster, not of this command
+    # Ray runs the logger in the cluster's environment, not in that of this command
     settings: dict[str, Any] = {
         name: os.environ.get(f"WANDB_{name.upper()}") for name in ("mode", "entity")
     }

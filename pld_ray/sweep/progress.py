@@ -1,4 +1,4 @@
-"""What a person sees while trials run: one live table on a terminal, plain lines elsewhere."""
+"""Show the progress of a sweep: a live table on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -22,17 +22,24 @@ from pld_ray.units import duration
 
 
 class ProgressView:
-    """Follows the trials of a plan; used as a context manager around the sweep."""
+    """Progress display for the trials of a plan. It is a context manager around the sweep.
+
+    Args:
+        plan: Plan whose trials run.
+        pending: Trials of the plan that have no record yet, by trial id.
+        console: Console to print to.
+        to_draw: Number of further trials that a search has still to draw.
+    """
 
     def __init__(
         self, plan: Plan, pending: dict[str, Trial], console: Console, to_draw: int = 0
     ) -> None:
         self.total, self.pending = len(plan.trials) + to_draw, dict(pending)
-        self.to_draw = to_draw  # trials that are not known yet
+        self.to_draw = to_draw  # trials that a search has not drawn yet
         self.labels, self.teacher_ids = dict(plan.labels), plan.teacher_ids
         self.console = console
         self.already = len(plan.trials) - len(pending)
-        self.running: dict[str, dict[str, Any]] = {}  # the last metrics of each running trial
+        self.running: dict[str, dict[str, Any]] = {}  # trial id -> metrics of its last epoch
         self.done = 0
         self.failed = 0
         self.epochs_left = sum(trial.epochs for trial in pending.values())
@@ -55,16 +62,14 @@ class ProgressView:
         elif self._teacher():
             self.console.print(self._teacher(), highlight=False)
 
-    # ---- told by the sweep
-
     def start(self, trial_id: str) -> None:
-        """The trial runs now."""
+        """Mark a trial as running."""
         if not self.running and not self.epochs_seen:
-            self.started = time.monotonic()  # Ray's own start is not part of the rate
+            self.started = time.monotonic()  # the start of Ray does not count for the rate
         self.running.setdefault(trial_id, {})
 
     def result(self, trial_id: str, metrics: dict[str, Any]) -> None:
-        """An epoch is over."""
+        """Update the display with the metrics of a finished epoch."""
         before = self.running.get(trial_id, {}).get("epoch", 0)
         self.epochs_left -= metrics["epoch"] - before
         self.epochs_seen += 1
@@ -73,12 +78,18 @@ class ProgressView:
         self.teacher["avoided"] += metrics.get("teacher_avoided_seconds", 0.0)
 
     def add(self, trial: Trial, label: str) -> None:
-        """One of those that were not known at first."""
+        """Add a trial that a search has drawn."""
         self.pending[trial.id], self.labels[trial.id] = trial, label
         self.epochs_left += trial.epochs
 
     def end(self, trial_id: str, failure: str | None, note: str | None = None) -> None:
-        """The trial has ended: finished, if it has not failed, and has not as `note` says."""
+        """Mark a trial as ended, and print a line if there is no live table.
+
+        Args:
+            trial_id: Id of the trial.
+            failure: Why it failed, or None.
+            note: How it ended without a failure and without finishing here, or None.
+        """
         metrics = self.running.pop(trial_id, {})
         self.epochs_left -= self.pending[trial_id].epochs - metrics.get("epoch", 0)
         if failure is None:
@@ -98,15 +109,15 @@ class ProgressView:
                 soft_wrap=True,
             )
 
-    # ---- drawn
-
     def _left(self) -> str:
+        """Return the estimated time left as the end of a sentence, or an empty string."""
         if not self.epochs_seen or not self.epochs_left:
             return ""
         elapsed = time.monotonic() - self.started
         return f", about {duration(elapsed / self.epochs_seen * self.epochs_left)} left"
 
     def _teacher(self) -> str:
+        """Return the time spent and avoided in teacher forward passes, or an empty string."""
         if not any(self.teacher.values()):
             return ""
         spent, avoided = (duration(self.teacher[name]) for name in ("spent", "avoided"))
@@ -137,7 +148,8 @@ class ProgressView:
 
 
 def _live(view: ProgressView, console: Console) -> Live:
-    # rich would bring what others print back onto the screen
+    """Create the live table."""
+    # with its own redirection, rich would show the output of other code on the screen
     return Live(
         view, console=console, refresh_per_second=4, redirect_stdout=False, redirect_stderr=False
     )
@@ -145,9 +157,16 @@ def _live(view: ProgressView, console: Console) -> Live:
 
 @contextmanager
 def redirect_prints(log: Path) -> Iterator[Console]:
-    """A console on the real standard output, while all else that is printed goes to `log`.
+    """Redirect standard output and standard error to a file during the `with` block.
 
-    By file descriptor, since Ray also prints from its own processes and from C++.
+    The file descriptors are redirected, because Ray also prints from its own processes and from
+    C++.
+
+    Args:
+        log: File to append the output to. Its folder is created.
+
+    Yields:
+        A console that prints to the original standard output.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     sys.stdout.flush()

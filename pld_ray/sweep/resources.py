@@ -1,4 +1,4 @@
-"""CPUs and GPUs: what a trial needs and what the nodes of the cluster have."""
+"""Compare the CPUs and GPUs that a trial needs with those of the cluster's nodes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,13 @@ from pld_ray.config.trial import Resources, Trial
 
 @dataclass(frozen=True)
 class ResourceRequest:
-    """What a trial takes: so much for each of its workers, each of which lives on one node."""
+    """The resources of a trial. Each of its workers runs on a single node.
+
+    Attributes:
+        cpus: CPUs per worker.
+        gpus: GPUs per worker. A fraction below 1 is a share of one GPU.
+        workers: Number of workers.
+    """
 
     cpus: float
     gpus: float
@@ -20,23 +26,31 @@ class ResourceRequest:
 
     @property
     def worker(self) -> dict[str, float]:
-        """Of one worker, by Ray's names."""
+        """The resources of one worker, under Ray's names."""
         return {"CPU": self.cpus, "GPU": self.gpus}
 
     def fits(self, nodes: list[dict[str, float]]) -> bool:
-        """Whether nodes, were they free, have room for all workers."""
+        """Return whether the nodes have room for all workers when nothing else runs on them."""
         return sum(self.workers_on(node) for node in nodes) >= self.workers
 
     def workers_on(self, node: dict[str, float]) -> int:
-        """How many workers a node has room for."""
+        """Return how many workers fit on a node when nothing else runs on it."""
         rooms = [node.get("CPU", 0.0) / self.cpus] if self.cpus else []
-        if self.gpus:  # a fraction is of one GPU, what is left of it is nothing to a larger one
+        if self.gpus:  # a worker with a fraction of a GPU cannot be split over two GPUs
             each = int(1 / self.gpus + 1e-6) if self.gpus < 1 else 1 / self.gpus
             rooms.append(node.get("GPU", 0.0) * each)
         return int(min(rooms) + 1e-6)
 
     def too_large(self, what: str, nodes: list[dict[str, float]]) -> str | None:
-        """Why `what` has no room even on free nodes, in a sentence; None if it has."""
+        """Explain why the workers do not fit on the nodes, even if nothing else runs there.
+
+        Args:
+            what: Subject of the message, such as "trial 0123 (KD)".
+            nodes: Resources of each node, under Ray's names.
+
+        Returns:
+            A message, or None if the workers fit.
+        """
         if self.fits(nodes):
             return None
         kinds = [kind for kind, n in self.worker.items() if n]
@@ -53,7 +67,7 @@ class ResourceRequest:
 
 
 def resolved(resources: Resources) -> Resources:
-    """With a GPU for each worker where the cluster has any, unless it is said."""
+    """Fill in the default of `gpus_per_worker`: 1 if the cluster has any GPU, else 0."""
     if resources.gpus_per_worker is not None:
         return resources
     gpus = 1.0 if ray.cluster_resources().get("GPU") else 0.0
@@ -61,12 +75,12 @@ def resolved(resources: Resources) -> Resources:
 
 
 def need(trial: Trial, resources: Resources) -> ResourceRequest:
-    """What a trial takes of `resolved` resources."""
+    """Return the resources that a trial requests; `resources` comes from `resolved`."""
     return ResourceRequest(
         resources.cpus_per_worker, resources.gpus_per_worker or 0.0, trial.workers
     )
 
 
 def nodes() -> list[dict[str, float]]:
-    """What each node of the cluster has that is alive."""
+    """Return the total resources of each node that is alive, under Ray's names."""
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]

@@ -1,12 +1,12 @@
-"""Ray: runs the trials of a plan that have no record yet.
+"""Run those trials of a plan that have no record yet, on Ray.
 
-    Plan -> PlanSearcher (a trial as soon as its teacher exists and the cluster has room)
-         -> Ray Tune: one actor a trial, reused            -> train(), one worker
+    Plan -> PlanSearcher (a trial starts when its teacher exists and the cluster has room)
+         -> Ray Tune: one actor per trial, reused          -> train(), one worker
                       or, for workers > 1, TorchTrainer    -> train(), in every worker
-         -> store; the Ledger sees to it that no two of them compute the same teacher logits
+         -> store; the Ledger keeps two processes from computing the same teacher logits
 
-Tune restarts a trial whose process died, the Watch sees to it that one which hangs dies; the trial
-itself goes on from its last checkpoint.
+Tune restarts a trial whose process died. The LivenessMonitor kills processes that hang. A restarted
+trial resumes from its last checkpoint.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from pld_ray.sweep.search import SearchProgress
 from pld_ray.sweep.signals import signals_deferred
 from pld_ray.sweep.worker import fill_bank, run_trial
 
-HEAD = "node:__internal_head__"  # a resource every head node has
+HEAD = "node:__internal_head__"  # a resource that every head node has
 
 
 def run(
@@ -53,11 +53,23 @@ def run(
     progress: Sequence[SearchProgress] = (),
     loggers: Sequence[Callback] = (),
 ) -> dict[str, str]:
-    """Run what `view.pending` holds; returns why trials failed, by trial id.
+    """Run the pending trials of a plan.
 
-    images: from `check`. address: of a running cluster; without one, join what runs on this
-    machine or start Ray here. progress: of the search whose trials these are. loggers: told of
-    every epoch. Raises InputError for a trial that the cluster has no room for.
+    Args:
+        plan: Plan whose experiment names the sweep and sets the resources of its trials.
+        images: Images of each dataset, from `checks.check_trials`.
+        store: Store for records and checkpoints.
+        view: Progress view; its `pending` holds the trials to run.
+        address: Address of the cluster to join. By default, join the cluster that runs on this
+            machine, or start a local one.
+        progress: State of the search that the trials belong to; empty without a search.
+        loggers: Callbacks that receive every epoch.
+
+    Returns:
+        The reason of failure of each failed trial, by trial id.
+
+    Raises:
+        InputError: The cluster cannot be reached, or a trial does not fit on it.
     """
     pending, resources = dict(view.pending), plan.experiment.resources
     stopping = EarlyStopping(progress, store) if progress else None
@@ -67,7 +79,7 @@ def run(
             if why := search.too_large(key):
                 raise InputError(why)
         trials = [*pending.values(), *(each.group.cell.trial for each in progress)]
-        watch = start_monitor(resources.patience, store)
+        monitor = start_monitor(resources.patience, store)
         scratch = tempfile.mkdtemp(prefix="pld-ray-")
         trainable = tune.with_parameters(
             run_trial,
@@ -75,17 +87,17 @@ def run(
             store_uri=store.uri,
             scratch=scratch,
             ledger=open_ledger() if any(map(bank_format.uses_bank, trials)) else None,
-            watch=watch,
+            monitor=monitor,
         )
         tuner = tune.Tuner(
             tune.with_resources(trainable, _placement),
             tune_config=tune.TuneConfig(
                 search_alg=search,
-                trial_dirname_creator=lambda trial: trial.trial_id,  # else the whole config
+                trial_dirname_creator=lambda trial: trial.trial_id,  # the default holds the config
                 trial_name_creator=_name,
                 scheduler=stopping,
                 num_samples=-1,
-                # a kept actor holds its CPUs, which a group of workers may be waiting for
+                # a reused actor keeps its CPUs, and a group of workers may be waiting for them
                 reuse_actors=all(trial.workers == 1 for trial in trials),
             ),
             run_config=tune.RunConfig(
@@ -101,7 +113,7 @@ def run(
                 tuner.fit()
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
-            ray.kill(watch)
+            ray.kill(monitor)
         return search.failures
 
 
@@ -112,9 +124,20 @@ def build_banks(
     store: Store,
     address: str | None = None,
 ) -> None:
-    """Compute all banks of `planned`, on every node of the cluster; their teachers are trained.
+    """Compute teacher banks on all nodes of the cluster. Their teachers must be trained already.
 
-    Each bank in turn is shared out over as many tasks as the cluster has room for.
+    The chunks of each bank are shared by as many tasks as fit on the cluster.
+
+    Args:
+        planned: Banks to compute; at least one.
+        resources: Resources of each task, as for one worker of a trial.
+        images: Images of each dataset, from `checks.check_trials`.
+        store: Store with the teachers' weights, which receives the chunks.
+        address: Address of the cluster to join. By default, join the cluster that runs on this
+            machine, or start a local one.
+
+    Raises:
+        InputError: The cluster cannot be reached, has no room for a task, or a task failed.
     """
     with connected(address):
         alone = planned[0].trial.model_copy(update={"workers": 1})
@@ -135,34 +158,35 @@ def build_banks(
         try:
             ray.get(tasks)
         except ray.exceptions.RayTaskError as error:
-            raise InputError(f"the teacher bank is not complete: {error.cause}") from None
+            raise InputError(f"cannot complete the teacher bank: {error.cause}") from None
 
 
 def _name(trial: Any) -> str:
-    """A trial's name in loggers."""
+    """Return the name of a trial in loggers."""
     return f"{Trial.model_validate(trial.config['trial']).label} {trial.config['id']}"
 
 
 def _placement(config: dict[str, Any]) -> tune.PlacementGroupFactory:
+    """Return the resources that Tune reserves for the actor of a trial."""
     need = ResourceRequest(**config["needs"])
-    if need.workers > 1:  # this actor only waits for its workers, which bring their own
+    if need.workers > 1:  # this actor only waits for its workers, which reserve their own
         return tune.PlacementGroupFactory([{HEAD: 0.001}])
     return tune.PlacementGroupFactory([need.worker])
 
 
 class _Follow(Callback):
-    """Tells the view what Tune does."""
+    """Passes the events of Tune to the view."""
 
     def __init__(self, view: ProgressView, search: PlanSearcher) -> None:
         self.view, self.search = view, search
         self.told: set[str] = set()
-        self.furthest: dict[str, int] = {}  # epoch of each trial
+        self.furthest: dict[str, int] = {}  # trial id -> its last epoch in any attempt
 
     def on_step_begin(self, iteration: int, trials: Any, **_: Any) -> None:
         self.search.look()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {}  # Tune pickles its callbacks to restore an experiment; we never do
+        return {}  # Tune pickles callbacks to restore an experiment, which is never done here
 
     def on_trial_start(self, iteration: int, trials: Any, trial: Any, **_: Any) -> None:
         while self.search.drawn:
@@ -191,10 +215,11 @@ class _Follow(Callback):
         with suppress(OSError, TypeError):
             said = Path(trial.error_file).read_text(errors="replace")
         if "low on memory" in said:
-            self.search.failed(trial.config["id"], "killed as its machine was low on memory")
+            self.search.failed(trial.config["id"], "killed because its machine was low on memory")
         self.on_trial_complete(iteration, trials, trial)
 
     def _end(self) -> None:
+        """Report those ended trials that the view does not know yet."""
         for key in (self.search.notes | self.search.failures).keys() - self.told:
             self.told.add(key)
             self.view.end(key, self.search.failures.get(key), self.search.notes.get(key))

@@ -1,6 +1,6 @@
-"""Which trial next: when its teacher is there, the cluster has room, and no other driver runs it.
+"""Choose the next trial whose teacher exists, that fits on the cluster and that is unclaimed.
 
-Tune does not know what a nested TorchTrainer takes, so the room is counted here.
+Free resources are counted here, because Tune does not see those of a nested TorchTrainer.
 """
 
 from __future__ import annotations
@@ -20,13 +20,27 @@ from pld_ray.sweep.early_stopping import EarlyStopping
 from pld_ray.sweep.resources import ResourceRequest, need, nodes, resolved
 from pld_ray.sweep.search import DrawnTrial
 
-RETRIES = 2  # of a trial whose process died, to get beyond that epoch
-LOOK = 1.0  # seconds between two looks at the cluster, or at a trial that another driver has
-NODES_BACK = 600.0  # seconds to wait for nodes that went away to come back
+RETRIES = 2  # per epoch, of a trial whose process died; progress resets the count
+LOOK = 1.0  # seconds between two queries of the nodes, or two attempts to claim a trial
+NODES_BACK = 600.0  # seconds to wait for lost nodes to come back
 
 
 class PlanSearcher(Searcher):
-    """Hands out the trials of a plan to Tune."""
+    """Tune searcher that suggests the trials of a plan, one at a time.
+
+    Args:
+        pending: Trials to run, by trial id.
+        resources: Resources of the trials, as the experiment sets them.
+        store: Store of the trials.
+        claims: Claims of this driver on trials.
+        stopping: Early stopping of the search that the trials belong to; None without a search.
+
+    Attributes:
+        drawn: Trials that a search has drawn and that the view does not know yet.
+        failures: Reason of failure by trial id.
+        notes: How trials ended that neither failed nor finished here, by trial id.
+        look: Function that handles signals; see signals.py.
+    """
 
     def __init__(
         self,
@@ -37,31 +51,31 @@ class PlanSearcher(Searcher):
         stopping: EarlyStopping | None = None,
     ) -> None:
         super().__init__()
-        self.stopping = stopping  # of the search whose trials these are
+        self.stopping = stopping
         self.to_draw = dict(stopping.groups) if stopping else {}
-        self.drawn: list[DrawnTrial] = []  # trials that were not pending at first
+        self.drawn: list[DrawnTrial] = []
         self.waiting = dict(pending)
         self.resources, self.store, self.claims = resolved(resources), store, claims
         self.needs = {key: need(trial, self.resources) for key, trial in pending.items()}
-        self.running: dict[str, Trial] = {}  # by Tune's own id
+        self.running: dict[str, Trial] = {}  # by Tune's trial id
         self.failures: dict[str, str] = {}
-        self.notes: dict[str, str] = {}  # how trials ended that did not finish here
-        self.asked: dict[str, float] = {}  # when another driver had it
-        self.look: Callable[[], None] = lambda: None  # raises if a signal came
+        self.notes: dict[str, str] = {}
+        self.asked: dict[str, float] = {}  # trial id -> when another driver was seen to run it
+        self.look: Callable[[], None] = lambda: None
         self.nodes = nodes()
         self.looked = time.monotonic()
-        self.moved = time.monotonic()  # when something last ran, or could have
+        self.moved = time.monotonic()  # when a trial last ran, here or on another driver
 
     def __getstate__(self) -> dict[str, Any]:
-        return {}  # Tune pickles what it is given to restore an experiment; we never do
+        return {}  # Tune pickles searchers to restore an experiment, which is never done here
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
-        """The next trial as a Tune config, None to wait, or FINISHED."""
+        """Return the next trial as a Tune config, None to wait, or FINISHED."""
         self.look()
         now = time.monotonic()
         if now - self.looked >= LOOK:
             self.nodes, self.looked = nodes(), now
-        fits = cache(self._fits_beside)  # thousands wait, and few needs differ
+        fits = cache(self._fits_beside)  # thousands of trials may share a few distinct needs
         taught = {trial.id for trial in self.running.values()} | self.waiting.keys()
         for key, trial in list(self.waiting.items()):
             teacher = trial.teacher.id if isinstance(trial.teacher, Trial) else None
@@ -72,7 +86,7 @@ class PlanSearcher(Searcher):
             elif teacher not in taught and fits(self.needs[key]) and self._take(key, now):
                 self.running[trial_id] = self.waiting.pop(key)
                 needs = asdict(self.needs[key])
-                spec = trial.model_dump(mode="json")  # as loggers show it
+                spec = trial.model_dump(mode="json")  # loggers show this form
                 return {"id": key, "trial": spec, "needs": needs}
         if self._draw():
             return self.suggest(trial_id)
@@ -84,7 +98,7 @@ class PlanSearcher(Searcher):
         return None if self.waiting or self.to_draw else self.FINISHED
 
     def too_large(self, key: str) -> str | None:
-        """Why a trial does not fit the cluster, even if nothing else ran; None if it does."""
+        """Explain why a trial does not fit on the idle cluster; return None if it fits."""
         if self.resources.concurrent:
             return None
         what = f"trial {key} ({self.waiting[key].label})"
@@ -93,7 +107,7 @@ class PlanSearcher(Searcher):
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
     ) -> None:
-        """Give its room and its claim back, and note why it has no record if it has none."""
+        """Release the resources and the claim of a trial; if it has no record, note why."""
         trial = self.running.pop(trial_id)
         by = self.stopping.stopped.pop(trial.id, None) if self.stopping else None
         try:
@@ -109,27 +123,27 @@ class PlanSearcher(Searcher):
                     self.failures[trial.id] = reason or "it ended without a record"
             self.claims.release(trial.id)
         except OSError as problem:
-            self.failures.setdefault(trial.id, f"the storage fails: {problem}")
+            self.failures.setdefault(trial.id, f"the storage failed: {problem}")
 
     def failed(self, key: str, reason: str) -> None:
-        """Attempt after attempt of a trial has ended so."""
+        """Note that all attempts of a trial have failed for this reason."""
         reason = f"{reason} ({RETRIES + 1} times in epoch {len(self.store.epochs(key)) + 1})"
         self.failures[key] = reason
         self.store.fail(key, reason)
 
     def _draw(self) -> bool:
-        """Let a search draw another trial if there is room for one; False if none does."""
+        """Draw another trial of a search if the cluster has room; return False if none is drawn."""
         for key, group in list(self.to_draw.items()):
             if not self._fits_beside(need(group.cell.trial, self.resources)):
                 continue
             try:
                 drawn = group.draw(self.store)
-            except OSError:  # the storage fails, as what runs will say
+            except OSError:  # the trials that run report the storage error
                 drawn = None
             if drawn is None:
                 del self.to_draw[key]
-            elif drawn.trial.id not in self.needs:  # else it is one of before
-                self.to_draw[key] = self.to_draw.pop(key)  # the next one is another cell's
+            elif drawn.trial.id not in self.needs:  # otherwise an earlier trial is drawn again
+                self.to_draw[key] = self.to_draw.pop(key)  # the next draw is for another cell
                 self.needs[drawn.trial.id] = need(drawn.trial, self.resources)
                 self.waiting[drawn.trial.id] = drawn.trial
                 self.drawn.append(drawn)
@@ -139,8 +153,8 @@ class PlanSearcher(Searcher):
         return False
 
     def _fits_beside(self, more: ResourceRequest) -> bool:
-        """Whether the cluster has room for it beside what runs."""
-        if self.resources.concurrent:  # the cluster may grow when asked for more
+        """Return whether the request fits on the cluster beside the running trials."""
+        if self.resources.concurrent:  # a cluster that grows on demand reports too little
             return len(self.running) < self.resources.concurrent
         for kind, amount in more.worker.items():
             taken = sum(need.worker[kind] * need.workers for need in self._taken())
@@ -150,10 +164,11 @@ class PlanSearcher(Searcher):
         return more.fits(self.nodes)
 
     def _taken(self) -> list[ResourceRequest]:
+        """Return the resource requests of the running trials."""
         return [self.needs[trial.id] for trial in self.running.values()]
 
     def _take(self, key: str, now: float) -> bool:
-        """Claim a trial for this driver; False if another has it, or has finished it."""
+        """Claim a trial; return False if another driver runs it or has finished it."""
         if now - self.asked.get(key, -LOOK) < LOOK:
             return False
         try:
@@ -165,18 +180,19 @@ class PlanSearcher(Searcher):
                 return True
             self.claims.release(key)
         except OSError as problem:
-            self._fail(key, f"the storage fails: {problem}")
+            self._fail(key, f"the storage failed: {problem}")
             return False
         del self.waiting[key]
         self.notes[key] = "done by another run"
         return False
 
     def _fail(self, key: str, reason: str) -> None:
+        """Note that a waiting trial fails without running."""
         del self.waiting[key]
         self.failures[key] = reason
 
     def save(self, checkpoint_path: str) -> None:
-        """Nothing to keep: what is finished stands in the store."""
+        """Do nothing, because the store holds all finished trials."""
 
     def restore(self, checkpoint_path: str) -> None:
-        """Nothing was kept."""
+        """Do nothing, because `save` keeps no state."""

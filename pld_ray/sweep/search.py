@@ -1,10 +1,10 @@
-"""A search as far as it has come: what was drawn for each cell of the grid, and what it reached.
+"""Read the state of a search: the trials drawn for each grid cell, and their scores.
 
-    experiment -> groups (a cell of the grid, and what of the space it has)
-               -> drawn (points of its space as trials: known beforehand, or kept in the store)
-               -> best of each group, once it is over -> its cells on fresh seeds (a Plan)
+    experiment -> groups (a cell of the grid, with those fields of the space that apply to it)
+               -> drawn trials (points of the space: known beforehand, or read from the store)
+               -> the best of each group, when the search is over -> its cells on fresh seeds (Plan)
 
-All of it is read from the store, so a search goes on wherever it was left.
+All state is read from the store, so an interrupted search continues where it stopped.
 """
 
 from __future__ import annotations
@@ -24,15 +24,21 @@ from pld_ray.errors import InputError, nearest
 from pld_ray.losses import REGISTRY
 from pld_ray.store.store import Outcome, Store
 
-FREE = ("pad", "flip")  # of data: they change no dataset
+FREE = ("pad", "flip")  # fields of data that do not change the dataset
 
 
 @dataclass(frozen=True)
 class DrawnTrial:
-    """A trial of a search and how far it is.
+    """A trial of a search, with its progress.
 
-    state: done, stopped (by the scheduler), paused (as the budget was spent), failed (it would
-    fail again), or open. score: of the last epoch, None before there is one.
+    Attributes:
+        point: The drawn value of each field.
+        trial: The trial with these values.
+        state: "done", "stopped" (by the scheduler), "paused" (the time budget was spent),
+            "failed" (another attempt would fail too) or "open" (still to run).
+        epoch: Number of finished epochs.
+        score: The metric of the search in the last epoch; None if there is none yet.
+        seconds: Training time in seconds.
     """
 
     point: Point
@@ -44,14 +50,20 @@ class DrawnTrial:
 
     @property
     def label(self) -> str:
-        """The trial for people, with what was drawn."""
+        """The label of the trial, followed by the drawn values."""
         drawn = (f" {field} {value}" for field, value in self.point.items() if "loss." not in field)
         return self.trial.label + "".join(drawn)
 
 
 @dataclass(frozen=True)
 class SearchCell:
-    """A cell of the grid, and how trials of a search are made from it."""
+    """A cell of the grid, from which a search makes its trials.
+
+    Attributes:
+        experiment: The experiment with the search.
+        settings: Fields and values of the cell.
+        space: Range of each searched field that applies to the cell.
+    """
 
     experiment: Experiment
     settings: Settings
@@ -59,22 +71,32 @@ class SearchCell:
 
     @property
     def search(self) -> Search:
-        """The experiment's."""
+        """The search settings of the experiment."""
         assert self.experiment.search is not None
         return self.experiment.search
 
     @cached_property
     def cell(self) -> Cell:
-        """As the grid has it, with nothing drawn."""
+        """The cell of the grid, without drawn values."""
         return self.cells({}, [self.search.seed], self.search.base)[0]
 
     def cells(self, point: Point, seeds: list[int], base: Mapping[str, Any] = {}) -> list[Cell]:
-        """The cell with the values of a point, for some seeds."""
+        """Build the cell with the values of a point, once per seed.
+
+        Args:
+            point: Drawn value of each field.
+            seeds: Seeds of the trials.
+            base: Settings merged over the base settings of the experiment.
+        """
         return build(self.experiment, [*self.settings, *point.items()], seeds, base)
 
     @cached_property
     def key(self) -> str:
-        """Of the cell, the space and what is sought there: another one begins another search."""
+        """The id of the search: 16 hex digits of a hash.
+
+        It depends on the cell, the space and the algorithm, metric, mode and seed. If one of them
+        changes, a new search begins.
+        """
         said = self.search.model_dump(
             mode="json", by_alias=True, include={"algorithm", "metric", "mode", "seed"}
         )
@@ -83,17 +105,15 @@ class SearchCell:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def trial(self, point: Point) -> Trial:
-        """Of the search."""
+        """Return the search trial at a point."""
         return self.cells(point, [self.search.seed], self.search.base)[0].trial
 
-    # ---- what was drawn
-
     def look(self, store: Store) -> SearchProgress:
-        """How far the search of this cell is."""
+        """Return the progress of the search of this cell, read from the store."""
         if self.search.algorithm == "optuna":
             rows = store.points(self.key)
             known = [dict(zip(self.space, row, strict=True)) for row in rows if row is not None]
-        else:  # they need not be kept
+        else:  # these points are computed, so the store does not hold them
             known = points(self.search, self.space, self.key)
             rows = [[]] * len(known)
         trials = [self.trial(point) for point in known]
@@ -105,6 +125,7 @@ class SearchCell:
         return SearchProgress(self, drawn, len(rows))
 
     def _drawn(self, point: Point, trial: Trial, outcome: Outcome) -> DrawnTrial:
+        """Combine a trial with what the store holds of it."""
         if (record := outcome.record) is not None:
             score, seconds = record["metrics"].get(self.search.metric), record["seconds"]["seconds"]
             return DrawnTrial(point, trial, "done", trial.epochs, score, seconds)
@@ -115,14 +136,21 @@ class SearchCell:
         state = "open"
         if (outcome.failure or {}).get("final"):
             state = "failed"
-        elif by == self.search.scheduler:  # another one may let it go on
+        elif by == self.search.scheduler:  # another scheduler may let it continue
             state = "stopped"
         elif by == "time_budget":
             state = "paused"
         return DrawnTrial(point, trial, state, len(history), score, seconds)
 
     def draw(self, store: Store) -> DrawnTrial | None:
-        """Optuna's next point, None if there are enough; each of several drivers gets its own."""
+        """Draw Optuna's next point and keep it in the store.
+
+        Several drivers can draw for the same search, because each point is stored under a number
+        that only one driver can take.
+
+        Returns:
+            The new trial, or None if the search needs no more points.
+        """
         while (progress := self.look(store)).to_draw:
             tried: list[Tried] = [
                 (d.point, None if d.state == "failed" else d.score, d.state == "open")
@@ -136,7 +164,13 @@ class SearchCell:
 
 @dataclass(frozen=True)
 class SearchProgress:
-    """A group and what was drawn for it; rows: how many points are kept, readable or not."""
+    """The progress of the search of one grid cell.
+
+    Attributes:
+        group: The cell and its space.
+        drawn: Trials drawn so far.
+        rows: Number of points drawn so far, including damaged ones in the store.
+    """
 
     group: SearchCell
     drawn: list[DrawnTrial]
@@ -144,13 +178,13 @@ class SearchProgress:
 
     @property
     def out_of_budget(self) -> bool:
-        """Whether the time budget is spent."""
+        """Whether the time budget of the cell is spent."""
         budget = self.group.search.time_budget
         return budget is not None and sum(drawn.seconds for drawn in self.drawn) >= budget
 
     @property
     def to_draw(self) -> int:
-        """How many points optuna has still to find."""
+        """The number of points that Optuna has still to draw."""
         search = self.group.search
         if search.algorithm != "optuna" or self.out_of_budget:
             return 0
@@ -159,19 +193,22 @@ class SearchProgress:
 
     @property
     def open(self) -> list[DrawnTrial]:
-        """Those that are still to run, or to go on."""
+        """The drawn trials that are still to run or to continue."""
         if self.out_of_budget:
             return []
         return [drawn for drawn in self.drawn if drawn.state in ("open", "paused")]
 
     @property
     def over(self) -> bool:
-        """Whether the search of this cell has come to its end."""
+        """Whether the search of this cell is over."""
         return not self.open and not self.to_draw
 
     @property
     def best(self) -> DrawnTrial | None:
-        """The best that finished; if none did, of those that have come furthest."""
+        """The best trial among those with a score that did not fail; None if there is none.
+
+        Finished trials come first, then trials with more epochs, then those with better scores.
+        """
         scored = [d for d in self.drawn if d.state != "failed" and d.score is not None]
         sign = 1 if self.group.search.mode == "max" else -1
         return max(
@@ -182,7 +219,14 @@ class SearchProgress:
 
 
 def groups(experiment: Experiment) -> list[SearchCell]:
-    """One for each point of the grid; those that come to the same search have one key."""
+    """Return the search cell of each point of the grid.
+
+    Cells with the same `key` share one search.
+
+    Raises:
+        InputError: A field of the space cannot be searched, or the metric needs a teacher and a
+            loss has none.
+    """
     search = experiment.search
     assert search is not None
     for field in search.space:
@@ -209,6 +253,7 @@ def groups(experiment: Experiment) -> list[SearchCell]:
 
 
 def _check_field(field: str, search: Search, where: str) -> None:
+    """Raise InputError if a field of the space cannot be searched."""
     first, _, rest = field.partition(".")
     of_loss = {first} & REGISTRY.keys() or (REGISTRY.keys() if first == "loss" else set())
     names = {name for loss in of_loss for name in REGISTRY[loss].model_fields} - {"name"}
@@ -217,18 +262,21 @@ def _check_field(field: str, search: Search, where: str) -> None:
     shared = first in ("teacher", "student", "workers") or (first == "data" and rest not in FREE)
     if search.algorithm == "optuna" and shared:
         raise InputError(
-            f"{where}: optuna draws while trials run, and what they share has to be known before: "
-            "use algorithm random or grid"
+            f"{where}: optuna draws values while trials run, but this field must be known before "
+            "they start: use algorithm random or grid"
         )
 
 
 def look(experiment: Experiment, store: Store) -> list[SearchProgress]:
-    """How far the search of each cell of the grid is."""
+    """Return the progress of the search of each grid cell, read from the store."""
     return [group.look(store) for group in groups(experiment)]
 
 
 def plan(experiment: Experiment, store: Store) -> Plan:
-    """The trials of the search, and the cells of its best settings once it is over."""
+    """Build the plan of a search: its trials, and when it is over, the cells of its best settings.
+
+    The best settings of each grid cell run on the `seeds` of the experiment.
+    """
     progress = look(experiment, store)
     searched = tuple(drawn.trial for each in progress for drawn in each.drawn)
     cells: list[Cell] = []

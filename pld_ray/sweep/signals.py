@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM while Ray runs: handled at a safe point."""
+"""Defer SIGINT and SIGTERM to a safe point while Ray runs."""
 
 from __future__ import annotations
 
@@ -11,10 +11,13 @@ from typing import Any
 
 @contextmanager
 def signals_deferred() -> Iterator[Callable[[], None]]:
-    """SIGINT and SIGTERM do what they did before, but when what this gives is called.
+    """Defer SIGINT and SIGTERM during the `with` block.
 
-    Raised in the midst of Ray's own code, an exception can come out as another one. A second
-    signal is not deferred.
+    An exception that a signal handler raises inside Ray's own code may surface as another
+    exception. So the first signal is only noted. A second signal is handled at once.
+
+    Yields:
+        A function to call at safe points. It runs the previous handler of each noted signal.
     """
     came: list[int] = []
     before: dict[int, Any] = {}

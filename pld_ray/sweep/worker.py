@@ -14,6 +14,7 @@ from pld_ray.config.trial import Trial
 from pld_ray.data.datasets import sharing_key
 from pld_ray.data.images import Images
 from pld_ray.store.store import Store
+from pld_ray.sweep.ledger import LedgerClient
 from pld_ray.sweep.liveness import monitored
 from pld_ray.sweep.resources import ResourceRequest
 
@@ -23,33 +24,35 @@ def run_trial(
     images: dict[str, Any],
     store_uri: str,
     scratch: str,
-    ledger: Any,
-    watch: Any,
+    ledger: LedgerClient | None,
+    monitor: Any,
 ) -> None:
-    """Run one trial in its Tune actor; what is raised here makes Tune try again."""
+    """Run one trial in its Tune actor. An exception makes Tune try the trial again."""
     trial = Trial.model_validate(config["trial"])
     store, reference = Store(store_uri), images[sharing_key(trial.data)]
     store.forget_failure(trial)
     try:
         if trial.workers == 1:
-            _attempt(trial, reference, store, tune.report, ledger, watch, OSError)
+            _attempt(trial, reference, store, tune.report, ledger, monitor, OSError)
         else:
             need = ResourceRequest(**config["needs"])
-            _train_on_workers(trial, reference, store, scratch, need, ledger, watch)
+            _train_on_workers(trial, reference, store, scratch, need, ledger, monitor)
     except NotedError as error:
         tune.report({"failed": str(error)})
 
 
-def fill_bank(trial: Trial, images: Images, store_uri: str, ledger: Any, worker: int) -> None:
+def fill_bank(
+    trial: Trial, images: Images, store_uri: str, ledger: LedgerClient, worker: int
+) -> None:
     """Compute the missing chunks of a trial's banks; a Ray task."""
     from pld_ray.distill.bank import fill
 
-    job = ray.get_runtime_context().get_job_id()  # two builds are not one, a task tried again is
+    job = ray.get_runtime_context().get_job_id()  # a task that is retried keeps its claims
     fill(trial, images, Store(store_uri), ledger, f"build/{job}/{worker}")
 
 
 class NotedError(RuntimeError):
-    """The trial failed, and would again; why stands in the store."""
+    """The trial failed and would fail again. The store holds the reason."""
 
 
 def _attempt(
@@ -57,16 +60,16 @@ def _attempt(
     images: Any,
     store: Store,
     report: Callable[[dict[str, Any]], None],
-    ledger: Any,
-    watch: Any,
+    ledger: LedgerClient | None,
+    monitor: Any,
     again: type[Exception],
 ) -> None:
-    """Train; raises what is worth another attempt (`again`), or else notes it: NotedError."""
-    with monitored(watch, trial.id) as step:
+    """Train. Raise errors of the types `again` for another attempt, and NotedError for others."""
+    with monitored(monitor, trial.id) as step:
         from pld_ray.distill.loop import TrainingError, train
 
         try:
-            train(trial, ray.get(images), store, report, ledger, step)
+            train(trial, ray.get(images), store, report, ledger, step, _device(trial))
         except Exception as error:
             reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
             reason, final = reason.splitlines()[0], isinstance(error, TrainingError)
@@ -78,14 +81,23 @@ def _attempt(
             raise
 
 
+def _device(trial: Trial) -> Any:
+    """Return the device that Ray gave to this worker of a group; None: the only one there is."""
+    if trial.workers == 1:
+        return None
+    from ray.train.torch import get_device
+
+    return get_device()
+
+
 def _train_on_workers(
     trial: Trial,
     images: Any,
     store: Store,
     scratch: str,
     need: ResourceRequest,
-    ledger: Any,
-    watch: Any,
+    ledger: LedgerClient | None,
+    monitor: Any,
 ) -> None:
     """Run one trial as a Ray Train worker group: DDP over gloo or NCCL."""
     from ray.train import RunConfig, ScalingConfig
@@ -100,7 +112,7 @@ def _train_on_workers(
             "store": store.uri,
             "images": [images],
             "ledger": ledger,
-            "watch": watch,
+            "monitor": monitor,
         },
         scaling_config=ScalingConfig(
             num_workers=trial.workers, use_gpu=need.gpus > 0, resources_per_worker=need.worker
@@ -119,7 +131,8 @@ def _train_on_workers(
 
 
 def _worker(config: dict[str, Any]) -> None:
+    """Train in one worker of a Ray Train group."""
     store, report = Store(config["store"]), ray.train.report
-    shared = config["images"][0], store, report, config["ledger"], config["watch"]
-    # when one of the group dies the others see no more than a broken connection
+    shared = config["images"][0], store, report, config["ledger"], config["monitor"]
+    # When one worker dies, the others see only a broken connection: try again after any error.
     _attempt(config["trial"], *shared, Exception)

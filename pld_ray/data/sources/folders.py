@@ -9,44 +9,19 @@ import numpy as np
 
 from pld_ray.config.trial import Data
 from pld_ray.data.decoding import IMAGE_SUFFIXES, decode_images, keep_encoded
-from pld_ray.data.images import Split
+from pld_ray.data.images import Size
+from pld_ray.data.registry import Splits, register_dataset
 from pld_ray.data.sampling import Ints, random_bits
 from pld_ray.errors import InputError
-
-
-def folder(data: Data, path: str) -> tuple[Split, Split, int]:
-    """PATH/train/CLASS/*.png and PATH/val (or validation, or test)/CLASS/*.png."""
-    train, val, classes = list_folder(data, path)
-    # the folder lists class after class: shuffle by a hash, so that `limit` takes all classes
-    order = np.argsort(random_bits(0, 0, np.arange(len(train[0])), "limit"))
-    train = [train[0][i] for i in order], train[1][order]
-    splits = [
-        (
-            keep_encoded(data, files, path)
-            if data.random_resized_crop
-            else decode_images(data, files, files),
-            labels,
-        )
-        for files, labels in (train, val)
-    ]
-    return splits[0], splits[1], classes
-
-
-def imagenet(data: Data, path: str) -> tuple[Split, Split, int]:
-    """A folder as above, at `root`."""
-    train, val, classes = folder(data, data.root or "imagenet")
-    if classes != 1000:
-        raise InputError(
-            f"data 'imagenet': {classes} classes in {data.root or 'imagenet'}, expected 1000"
-        )
-    return train, val, classes
-
 
 Files = tuple[list[str], Ints]  # paths and labels
 
 
 def list_folder(data: Data, path: str) -> tuple[Files, Files, int]:
-    """Train and val, class after class, both in the order of their names; how many classes."""
+    """List the files and labels of both splits, class after class, and count the classes.
+
+    Classes and files are in the order of their names.
+    """
     splits: list[Files] = []
     known: list[str] = []
     for names in (["train"], ["val", "validation", "test"]):
@@ -78,3 +53,39 @@ def _existing(data: Data, path: str, names: list[str]) -> Path:
         f"data {data.name!r}: expected a folder {' or '.join(names)} with a folder a class "
         f"in {path}"
     )
+
+
+def folder_size(data: Data, path: str) -> Size:
+    """Count the images and classes of a folder."""
+    train, val, classes = list_folder(data, path)
+    return Size(len(train[1]), len(val[1]), classes)
+
+
+@register_dataset("folder", size=folder_size, has_path=True, encodes=True)
+def folder(data: Data, path: str) -> Splits:
+    """Load PATH/train/CLASS/*.png and PATH/val (or validation, or test)/CLASS/*.png."""
+    train, val, classes = list_folder(data, path)
+    # The folder lists class after class. A shuffle by a hash lets `limit` keep all classes.
+    order = np.argsort(random_bits(0, 0, np.arange(len(train[0])), "limit"))
+    train = [train[0][i] for i in order], train[1][order]
+    splits = [
+        (
+            keep_encoded(data, files, path)
+            if data.random_resized_crop
+            else decode_images(data, files, files),
+            labels,
+        )
+        for files, labels in (train, val)
+    ]
+    return splits[0], splits[1], classes
+
+
+@register_dataset("imagenet", size=Size(1_281_167, 50_000, 1000), encodes=True)
+def imagenet(data: Data, path: str) -> Splits:
+    """Load a folder like the above, which `root` names. It must have 1,000 classes."""
+    train, val, classes = folder(data, data.root or "imagenet")
+    if classes != 1000:
+        raise InputError(
+            f"data 'imagenet': {classes} classes in {data.root or 'imagenet'}, expected 1000"
+        )
+    return train, val, classes

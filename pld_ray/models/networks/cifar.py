@@ -1,8 +1,8 @@
-"""Networks by name: timm's, and the CIFAR networks of the distillation literature.
+"""The CIFAR networks of the distillation literature, registered with timm.
 
-The CIFAR networks are those of the CRD and mdistiller repositories, registered with timm, so that
-`timm.create_model("resnet8x4", num_classes=100)` finds them once this module is imported. They
-take any image size and number of channels.
+They are the networks of the CRD and mdistiller repositories. After this module is imported,
+`timm.create_model("resnet8x4", num_classes=100)` finds them. They take any image size and number of
+channels.
 """
 
 from __future__ import annotations
@@ -15,7 +15,16 @@ from torch import Tensor, nn
 
 
 class CifarNet(nn.Module):
-    """stem, stages, head: what the CIFAR networks have in common, under timm's names."""
+    """A CIFAR network: stem, stages, head, pooling and a linear layer, with timm's method names.
+
+    Args:
+        stem: Module before the first stage.
+        stages: The stages, in order.
+        head: Module between the last stage and the pooling.
+        width: Number of channels after the head.
+        classes: Number of classes.
+        taps: Indices of the stages whose features losses compare, counted from 0. Default: all.
+    """
 
     def __init__(
         self,
@@ -29,29 +38,38 @@ class CifarNet(nn.Module):
         super().__init__()
         self.stem = stem
         self.stages = nn.ModuleList(stages)
-        self.head = head  # what follows the last stage, before pooling
+        self.head = head
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(width, classes)
         self.num_features = width
         self.num_classes = classes
-        self.taps = taps or list(range(len(stages)))  # stages whose features losses compare
+        self.taps = taps or list(range(len(stages)))
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def get_classifier(self) -> nn.Module:
-        """The last linear layer."""
+        """Return the last linear layer."""
         return self.fc
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Images [B, channels, H, W] to the last feature map [B, width, h, w]."""
+        """Map images [B, channels, H, W] to the last feature map [B, width, h, w]."""
         x = self.stem(x)
         for stage in self.stages:
             x = stage(x)
         return self.head(x)
 
     def forward_intermediates(self, x: Tensor, indices: list[int]) -> tuple[Tensor, list[Tensor]]:
-        """Images to the last feature map, and to the outputs of the stages of these numbers."""
+        """Compute the last feature map and the outputs of some stages.
+
+        Args:
+            x: Images [B, channels, H, W].
+            indices: Indices of the stages, counted from 0.
+
+        Returns:
+            The last feature map [B, width, h, w], and the outputs of the stages in the order of
+            `indices`.
+        """
         x = self.stem(x)
         stages = []
         for stage in self.stages:
@@ -60,25 +78,46 @@ class CifarNet(nn.Module):
         return self.head(x), [stages[i] for i in indices]
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """The last feature map to logits [B, C], or to its pooled features [B, width]."""
+        """Map the last feature map to logits.
+
+        Args:
+            x: The last feature map [B, width, h, w].
+            pre_logits: Whether to return the pooled features instead of the logits.
+
+        Returns:
+            Logits [B, C], or pooled features [B, width].
+        """
         x = self.pool(x).flatten(1)
         return x if pre_logits else self.fc(x)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images [B, channels, H, W] to logits [B, C]."""
+        """Map images [B, channels, H, W] to logits [B, C]."""
         return self.forward_head(self.forward_features(x))
 
 
 def _conv(inputs: int, outputs: int, size: int, stride: int = 1, groups: int = 1) -> nn.Conv2d:
+    """Create a convolution without bias, padded to keep the image size at stride 1."""
     return nn.Conv2d(inputs, outputs, size, stride, size // 2, groups=groups, bias=False)
 
 
 def _conv_bn(inputs: int, outputs: int, size: int, stride: int = 1, groups: int = 1) -> list[Any]:
+    """Create a convolution and its batch normalisation."""
     return [_conv(inputs, outputs, size, stride, groups), nn.BatchNorm2d(outputs)]
 
 
 class Residual(nn.Module):
-    """act(main(x) + shortcut(x)), the shortcut a 1x1 convolution where the shape changes."""
+    """A residual block: act(main(x) + shortcut(x)).
+
+    The shortcut is a 1x1 convolution with batch normalisation if the shape changes, and the
+    identity otherwise.
+
+    Args:
+        inputs: Number of input channels.
+        outputs: Number of output channels.
+        stride: Factor by which the block reduces height and width.
+        main: Modules of the main branch.
+        act: Whether a ReLU follows the sum.
+    """
 
     def __init__(self, inputs: int, outputs: int, stride: int, main: list[Any], act: bool) -> None:
         super().__init__()
@@ -90,12 +129,18 @@ class Residual(nn.Module):
         self.act = nn.ReLU() if act else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, inputs, H, W] to [B, outputs, H / stride, W / stride]."""
+        """Map [B, inputs, H, W] to [B, outputs, H / stride, W / stride]."""
         return self.act(self.main(x) + self.shortcut(x))
 
 
 class PreActivation(nn.Module):
-    """A wide-resnet block (Zagoruyko and Komodakis 2016): norm and ReLU before each convolution."""
+    """A Wide ResNet block (Zagoruyko and Komodakis 2016): norm and ReLU before each convolution.
+
+    Args:
+        inputs: Number of input channels.
+        outputs: Number of output channels.
+        stride: Factor by which the block reduces height and width.
+    """
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
@@ -106,17 +151,19 @@ class PreActivation(nn.Module):
         self.shortcut = None if inputs == outputs else _conv(inputs, outputs, 1, stride)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, inputs, H, W] to [B, outputs, H / stride, W / stride]."""
+        """Map [B, inputs, H, W] to [B, outputs, H / stride, W / stride]."""
         pre = self.pre(x)
         return self.main(pre) + (x if self.shortcut is None else self.shortcut(pre))
 
 
 def _basic(inputs: int, outputs: int, stride: int) -> Residual:
+    """Create a ResNet block of two 3x3 convolutions."""
     main = [*_conv_bn(inputs, outputs, 3, stride), nn.ReLU(), *_conv_bn(outputs, outputs, 3)]
     return Residual(inputs, outputs, stride, main, act=True)
 
 
 def _bottleneck(inputs: int, outputs: int, stride: int) -> Residual:
+    """Create a ResNet bottleneck block of 1x1, 3x3 and 1x1 convolutions."""
     middle = outputs // 4
     main = [*_conv_bn(inputs, middle, 1), nn.ReLU(), *_conv_bn(middle, middle, 3, stride)]
     main += [nn.ReLU(), *_conv_bn(middle, outputs, 1)]
@@ -124,6 +171,7 @@ def _bottleneck(inputs: int, outputs: int, stride: int) -> Residual:
 
 
 def _inverted(inputs: int, outputs: int, stride: int, expansion: int) -> nn.Module:
+    """Create an inverted residual block of MobileNetV2."""
     wide = inputs * expansion
     main = [*_conv_bn(inputs, wide, 1), nn.ReLU(), *_conv_bn(wide, wide, 3, stride, groups=wide)]
     main += [nn.ReLU(), *_conv_bn(wide, outputs, 1)]
@@ -133,7 +181,7 @@ def _inverted(inputs: int, outputs: int, stride: int, expansion: int) -> nn.Modu
 
 
 def _stages(block: Any, inputs: int, widths: list[int], depths: list[int]) -> list[nn.Module]:
-    """One stage for each width; every stage but the first halves the image."""
+    """Create one stage per width; every stage except the first halves height and width."""
     stages: list[nn.Module] = []
     for i, (width, depth) in enumerate(zip(widths, depths, strict=True)):
         blocks = [block(inputs, width, 1 if i == 0 else 2)]
@@ -144,7 +192,7 @@ def _stages(block: Any, inputs: int, widths: list[int], depths: list[int]) -> li
 
 
 def _resnet(depth: int, wide: int, num_classes: int, in_chans: int) -> CifarNet:
-    """ResNet-(6n + 2) for 32x32 (He et al. 2016); `wide` 4 is the x4 of CRD."""
+    """Create ResNet-(6n + 2) for 32x32 images (He et al. 2016); `wide` 4 gives the x4 of CRD."""
     stem = 16 if wide == 1 else 32
     widths = [16 * wide, 32 * wide, 64 * wide]
     stages = _stages(_basic, stem, widths, [(depth - 2) // 6] * 3)
@@ -153,7 +201,7 @@ def _resnet(depth: int, wide: int, num_classes: int, in_chans: int) -> CifarNet:
 
 
 def _wrn(depth: int, wide: int, num_classes: int, in_chans: int) -> CifarNet:
-    """Wide ResNet-(6n + 4) (Zagoruyko and Komodakis 2016)."""
+    """Create Wide ResNet-(6n + 4) (Zagoruyko and Komodakis 2016)."""
     widths = [16 * wide, 32 * wide, 64 * wide]
     stages = _stages(PreActivation, 16, widths, [(depth - 4) // 6] * 3)
     head = nn.Sequential(nn.BatchNorm2d(widths[-1]), nn.ReLU())
@@ -161,12 +209,14 @@ def _wrn(depth: int, wide: int, num_classes: int, in_chans: int) -> CifarNet:
 
 
 def _resnet50(num_classes: int, in_chans: int) -> CifarNet:
+    """Create ResNet-50 with a 3x3 stem of stride 1 and no max-pooling."""
     stages = _stages(_bottleneck, 64, [256, 512, 1024, 2048], [3, 4, 6, 3])
     stem = nn.Sequential(*_conv_bn(in_chans, 64, 3), nn.ReLU())
     return CifarNet(stem, stages, nn.Identity(), 2048, num_classes)
 
 
 def _mobilenetv2(num_classes: int, in_chans: int) -> CifarNet:
+    """Create MobileNetV2 of half width."""
     stages: list[nn.Module] = []
     inputs = 16
     table = [(1, 16, 1, 1), (6, 24, 2, 1), (6, 32, 3, 2), (6, 64, 4, 2)]
@@ -179,12 +229,13 @@ def _mobilenetv2(num_classes: int, in_chans: int) -> CifarNet:
         inputs = width
     stem = nn.Sequential(*_conv_bn(in_chans, 16, 3, 2), nn.ReLU())
     head = nn.Sequential(*_conv_bn(inputs, 1280, 1), nn.ReLU())
-    # the last stage of each size, as in the CRD repository: so that it has four, like ResNet-50
+    # Compare the last stage of each resolution, as in the CRD repository. These are four stages,
+    # as many as ResNet-50 has.
     return CifarNet(stem, stages, head, 1280, num_classes, taps=[1, 2, 4, 6])
 
 
 def _register(name: str, doc: str, make: Any, *shape: int) -> None:
-    """Make `make(*shape)` a network of timm's, which then loads its weights as any other's."""
+    """Register `make(*shape)` with timm, which can then load its weights like any other's."""
 
     def entry(pretrained: bool = False, **kwargs: Any) -> CifarNet:
         kwargs["pretrained_cfg"] = kwargs.get("pretrained_cfg") or PretrainedCfg(
@@ -215,7 +266,7 @@ _register(
     "mobilenetv2_cifar",
     """MobileNetV2 of half width (Sandler et al. 2018), expansion 6, for 32x32 images.
 
-    The stem halves the image and the third stage does not, as in the CRD repository.
+    As in the CRD repository, the stem halves height and width, but the second stage keeps them.
     """,
     _mobilenetv2,
 )

@@ -8,28 +8,32 @@ import numpy as np
 
 from pld_ray.config.trial import Data
 from pld_ray.data.decoding import in_parallel, resize
-from pld_ray.data.images import Split
+from pld_ray.data.images import Size
+from pld_ray.data.registry import Splits, register_dataset
 from pld_ray.errors import InputError
 
 
-def digits(data: Data, path: str) -> tuple[Split, Split, int]:
-    """1797 handwritten digits of 8x8 pixels, 10 classes, shipped by scikit-learn.
+@register_dataset("digits", size=Size(1437, 360, 10))
+def digits(data: Data, path: str) -> Splits:
+    """Load 1,797 handwritten digits of 8x8 pixels, 10 classes, which scikit-learn ships.
 
-    The last 360 are held out: they are written by other people than the first.
+    The last 360 are the validation split. Other people wrote them than the first ones.
     """
     from sklearn.datasets import load_digits
 
     digits = load_digits()
     images = np.round(digits.images * (255 / 16)).astype(np.uint8)[..., None]
-    if data.image_size:
+    if data.image_size and data.image_size != images.shape[1]:
         images = np.stack([resize(image[..., 0], data.image_size) for image in images])
         images = images[..., :1]
     labels = digits.target.astype(np.int64)
     return (images[:1437], labels[:1437]), (images[1437:], labels[1437:]), 10
 
 
-def cifar(data: Data, path: str) -> tuple[Split, Split, int]:
-    """CIFAR-10 or CIFAR-100: 50,000 and 10,000 images of 32x32 pixels."""
+@register_dataset("cifar10", size=Size(50_000, 10_000, 10))
+@register_dataset("cifar100", size=Size(50_000, 10_000, 100))
+def cifar(data: Data, path: str) -> Splits:
+    """Load CIFAR-10 or CIFAR-100 (Krizhevsky 2009): images of 32x32 pixels."""
     from torchvision import datasets
 
     kind = datasets.CIFAR10 if data.name == "cifar10" else datasets.CIFAR100

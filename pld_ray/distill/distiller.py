@@ -1,0 +1,212 @@
+"""The core of a training step: student, teacher and loss as one module.
+
+    images, labels -> teacher (or kept logits) -> student -> loss
+
+The training loop of trials, `fit` and plain PyTorch loops all use this module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pld_ray.distill.device import Precision, autocast
+from pld_ray.losses.features import FeatureLoss, Features
+from pld_ray.losses.plackett_luce import PLDLoss
+from pld_ray.losses.registry import REGISTRY
+from pld_ray.models.features import WithFeatures, probe_features
+
+
+class FrozenTeacher(nn.Module):
+    """A teacher that stays in evaluation mode, takes no gradients and returns float32.
+
+    Args:
+        network: Maps images [B, channels, H, W] to logits [B, C]. Its parameters are frozen.
+        renormalize: A module that is applied to the images first, such as
+            `pld_ray.models.factory.Renormalize`, if the teacher was trained with another mean and
+            standard deviation than the student.
+        precision: "float32", or "bfloat16" for a forward pass under autocast.
+
+    Attributes:
+        images_seen: The number of images that went through the network.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        renormalize: nn.Module | None = None,
+        precision: Precision = "float32",
+    ) -> None:
+        super().__init__()
+        self.network = network.eval().requires_grad_(False)
+        self.renormalize = renormalize
+        self.precision = precision
+        self.images_seen = 0
+
+    def train(self, mode: bool = True) -> FrozenTeacher:
+        """Stay in evaluation mode: dropout is off, batch norm uses its running statistics."""
+        return super().train(False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the logits [B, C] of images [B, channels, H, W]."""
+        return self._run(self.network, images).float()
+
+    def features(self, images: Tensor) -> Features:
+        """Return the features that losses compare, of images [B, channels, H, W]."""
+        return self._run(WithFeatures(self.network), images)[1]
+
+    @torch.no_grad()
+    def _run(self, network: nn.Module, images: Tensor) -> Any:
+        self.images_seen += len(images)
+        with autocast(images.device, self.precision):
+            return network(images if self.renormalize is None else self.renormalize(images))
+
+
+def _untimed(part: str) -> AbstractContextManager[None]:
+    return nullcontext()
+
+
+class Distiller(nn.Module):
+    """Student, teacher and loss as one module that turns a batch into a scalar loss.
+
+    Args:
+        student: Maps images [B, channels, H, W] to logits [B, C].
+        teacher: The teacher network. It is frozen and stays in evaluation mode. None if the loss
+            needs no teacher, or if its logits are passed with every batch.
+        loss: A loss module of `pld_ray.losses`, or any callable of (student logits [B, C],
+            teacher logits [B, C], labels [B]). Default: `PLDLoss()`.
+        renormalize: A module that is applied to the images before the teacher sees them.
+        precision: "float32", or "bfloat16" for forward passes under autocast. The loss is always
+            computed in float32.
+
+    Example:
+        >>> distiller = Distiller(student, teacher, loss=PLDLoss(temperature=1.0))
+        >>> for images, labels in loader:
+        ...     optimizer.zero_grad()
+        ...     distiller(images, labels).backward()
+        ...     optimizer.step()
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module | None = None,
+        loss: Callable[..., Tensor] | None = None,
+        *,
+        renormalize: nn.Module | None = None,
+        precision: Precision = "float32",
+    ) -> None:
+        super().__init__()
+        if teacher is not None and not isinstance(teacher, FrozenTeacher):
+            teacher = FrozenTeacher(teacher, renormalize, precision)
+        self.student = student
+        self.teacher = teacher
+        self.loss: Any = PLDLoss() if loss is None else loss
+        self.precision = precision
+        self.compares_features = isinstance(self.loss, FeatureLoss)
+        known = REGISTRY.get(getattr(self.loss, "name", ""))
+        self.needs_teacher = known is None or known.takes != "nothing"
+        if self.compares_features and teacher is None:
+            raise ValueError(
+                f"{type(self.loss).__name__} compares features: expected a teacher network"
+            )
+        self.connected = not self.compares_features
+        self.clock: Callable[[str], AbstractContextManager[None]] = _untimed
+        # In a tuple, so that the student's weights are not registered twice.
+        self._network: tuple[Any] = (WithFeatures(student) if self.compares_features else student,)
+
+    def connect(self, images: Tensor) -> None:
+        """Create what a loss on features learns, for the shapes that the networks give.
+
+        Call it once, before the optimizer is made: some losses add parameters here.
+
+        Args:
+            images: At least one image [1, channels, H, W] like those of the training.
+
+        Raises:
+            ValueError: The features of student and teacher cannot be compared.
+        """
+        if self.connected:
+            return
+        assert self.teacher is not None and isinstance(self.loss, FeatureLoss)
+        one = images[:1]
+        features = [probe_features(net, one) for net in (self.student, self.teacher.network)]
+        self.loss.connect(*features)
+        self.loss.to(one.device)
+        self.connected = True
+
+    def learnt_by_loss(self) -> list[nn.Parameter]:
+        """Return the parameters of the loss, which train with the student and are not kept."""
+        return list(self.loss.parameters()) if isinstance(self.loss, nn.Module) else []
+
+    def set_precision(self, precision: Precision) -> None:
+        """Set the precision of the forward passes of student and teacher."""
+        self.precision = precision
+        if self.teacher is not None:
+            self.teacher.precision = precision
+
+    def set_epoch(self, epoch: int) -> None:
+        """Tell the loss the epoch (from 0), if it has a schedule."""
+        if hasattr(self.loss, "set_epoch"):
+            self.loss.set_epoch(epoch)
+
+    def compile_student(self) -> None:
+        """Compile the student's forward pass with `torch.compile`."""
+        self._network = (torch.compile(self._network[0]),)
+
+    def forward(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        teacher_logits: Tensor | None = None,
+        order: Tensor | None = None,
+    ) -> Tensor:
+        """Return the loss of a batch.
+
+        Args:
+            images: [B, channels, H, W].
+            labels: Class indices, int64 [B].
+            teacher_logits: [B, C]. If given, the teacher network is not used.
+            order: The teacher's order of the classes [B, C], as `teacher_order` returns it, for
+                losses that rank. It saves them the sorting.
+
+        Returns:
+            A float32 scalar. Gradients reach the student and the parts that the loss learns.
+
+        Raises:
+            ValueError: Shapes or class counts of student, teacher and labels do not fit.
+        """
+        target: Any = teacher_logits
+        if self.compares_features:
+            if not self.connected:
+                raise ValueError(
+                    f"{type(self.loss).__name__} compares features: call "
+                    "distiller.connect(images) once, before the optimizer is made"
+                )
+            assert self.teacher is not None
+            with self.clock("teacher"):
+                target = self.teacher.features(images)
+        elif target is None and self.needs_teacher:
+            if self.teacher is None:
+                raise ValueError(
+                    f"{type(self.loss).__name__} needs a teacher: expected a teacher network or "
+                    "teacher_logits"
+                )
+            with self.clock("teacher"):
+                target = self.teacher(images)
+        with self.clock("student"), autocast(images.device, self.precision):
+            outputs = self._network[0](images)
+        with self.clock("loss"):
+            if self.compares_features:
+                logits, features = outputs
+                return self.loss(logits, labels, features, target)
+            if not isinstance(outputs, Tensor):
+                raise ValueError(
+                    f"the student returned a {type(outputs).__name__}: expected logits [B, C]"
+                )
+            ranking = {} if order is None else {"order": order}
+            return self.loss(outputs.float(), target, labels, **ranking)

@@ -1,0 +1,291 @@
+"""One call for modules and loaders of your own: `fit` and `evaluate`, without YAML or Ray.
+
+    distiller = Distiller(student, teacher, loss=PLDLoss(temperature=1.0))
+    history = fit(distiller, train_loader, epochs=10, val_loader=val_loader, lr=1e-3)
+    accuracy = evaluate(student, val_loader)
+
+They use the same core as a trial: `Distiller`, and the optimizers and schedules of `optimization`.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import pandas as pd
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from timm.optim import list_optimizers
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+
+from pld_ray.config.trial import Optimizer, Schedule
+from pld_ray.config.validation import validated
+from pld_ray.distill import metrics
+from pld_ray.distill.device import Precision, autocast, pick_device, pick_precision
+from pld_ray.distill.distiller import Distiller
+from pld_ray.distill.optimization import create_optimizer, create_schedule, update
+from pld_ray.errors import InputError, nearest
+
+Batch = tuple[Tensor, Tensor]  # images [B, channels, H, W] and labels [B]
+
+
+def fit(
+    distiller: Distiller,
+    train_loader: Iterable[Any],
+    epochs: int,
+    val_loader: Iterable[Any] | None = None,
+    *,
+    optimizer: str | torch.optim.Optimizer = "adamw",
+    lr: float = 1e-3,
+    weight_decay: float = 0.0,
+    schedule: str | Schedule = "cosine",
+    warmup_epochs: float = 0.0,
+    clip_grad: float | None = None,
+    ema: float | None = None,
+    precision: str = "auto",
+    device: str | torch.device | None = None,
+    progress: bool = True,
+) -> pd.DataFrame:
+    """Train a student with a distiller, and return what each epoch came to.
+
+    The student is changed in place. It is in training mode while it trains, and the teacher stays
+    in evaluation mode throughout.
+
+    Args:
+        distiller: Student, teacher and loss.
+        train_loader: Anything that can be iterated once per epoch and gives (images, labels):
+            float images [B, channels, H, W] and integer labels [B]. It needs a length, unless the
+            schedule is "constant".
+        epochs: How often to go through `train_loader`.
+        val_loader: If given, the student is evaluated on it after each epoch.
+        optimizer: The name of an optimizer in timm, or an optimizer object. An object keeps its
+            own learning rate and weight decay.
+        lr: Learning rate.
+        weight_decay: Weight decay.
+        schedule: "cosine", "multistep", "step", "poly", "constant", or a `Schedule` with all its
+            settings. It is stepped after each update.
+        warmup_epochs: Epochs in which the learning rate rises linearly from 0, for a schedule that
+            is given by name.
+        clip_grad: The largest norm of all gradients together.
+        ema: The decay of an exponential moving average of the student, such as 0.999. The average
+            is what is evaluated, and what the student holds in the end.
+        precision: "float32", "bfloat16", or "auto": bfloat16 on CUDA. Losses are float32.
+        device: Where to train, such as "cuda". Default: CUDA if there is a GPU, else the CPU.
+        progress: Whether to show a progress bar on a terminal.
+
+    Returns:
+        One row per epoch: epoch, train_loss, lr, images_per_second, and with `val_loader` top1 and
+        top5 in percent, val_loss in nats and ece in [0, 1].
+
+    Raises:
+        InputError: An argument or a batch cannot be used, or the loss is not finite.
+    """
+    place = _device(device)
+    if epochs < 1:
+        raise InputError(f"epochs is {epochs}: expected at least 1")
+    if precision not in ("auto", "float32", "bfloat16"):
+        raise InputError(f"precision is {precision!r}; accepted: auto, bfloat16, float32")
+    distiller.to(place)
+    distiller.set_precision(pick_precision(precision, place))
+    if not distiller.connected:
+        distiller.connect(next(_batches(train_loader, place, "train_loader"))[0])
+    settings = _schedule(schedule, warmup_epochs)
+    stepper = _optimizer(optimizer, lr, weight_decay, distiller)
+    steps = _length(train_loader, settings)
+    schedule_ = create_schedule(settings, stepper, epochs, steps)
+    average = ModelEmaV3(distiller.student, decay=ema) if ema else None
+    rows: list[dict[str, float]] = []
+    with _bar(progress) as bar:
+        task = bar.add_task("", total=epochs * steps if hasattr(train_loader, "__len__") else None)
+        for epoch in range(epochs):
+            bar.update(task, description=f"epoch {epoch + 1}/{epochs}")
+            row = _train_epoch(
+                distiller, _batches(train_loader, place, "train_loader"), epoch, steps,
+                stepper, schedule_, clip_grad, average, lambda: bar.advance(task),
+            )  # fmt: skip
+            if val_loader is not None:
+                student = distiller.student if average is None else average.module
+                batches = _batches(val_loader, place, "val_loader")
+                row |= _scores(student, batches, distiller.precision)
+            rows.append(row)
+    if average is not None:
+        distiller.student.load_state_dict(average.module.state_dict())
+    return pd.DataFrame(rows)
+
+
+def evaluate(
+    student: nn.Module,
+    loader: Iterable[Any],
+    *,
+    precision: Precision = "float32",
+    device: str | torch.device | None = None,
+) -> float:
+    """Return the accuracy of a network, in [0, 1].
+
+    The network is in evaluation mode meanwhile, and then in the mode in which it was.
+
+    Args:
+        student: Maps images [B, channels, H, W] to logits [B, C].
+        loader: Gives batches (images, labels).
+        precision: "float32" or "bfloat16".
+        device: Default: where the network's parameters are.
+
+    Raises:
+        InputError: A batch cannot be used, or there is none.
+    """
+    parameter = next(student.parameters(), None)
+    place = torch.device("cpu") if parameter is None else parameter.device
+    if device is not None:
+        place = _device(device)
+        student.to(place)
+    return _scores(student, _batches(loader, place, "loader"), precision)["top1"] / 100
+
+
+def _train_epoch(
+    distiller: Distiller,
+    batches: Iterator[Batch],
+    epoch: int,
+    steps: int,
+    optimizer: torch.optim.Optimizer,
+    schedule: Any,
+    clip_grad: float | None,
+    ema: ModelEmaV3 | None,
+    done: Callable[[], None],
+) -> dict[str, float]:
+    """Train on all batches; `done` is called after each."""
+    distiller.set_epoch(epoch)
+    distiller.train()
+    seen, rate = 0, optimizer.param_groups[0]["lr"]
+    losses: Any = 0.0  # on the device, so that no step waits for the host
+    started = time.perf_counter()
+    for number, (images, labels) in enumerate(batches):
+        step = epoch * steps + number
+        schedule.step_update(step)
+        rate = optimizer.param_groups[0]["lr"]
+        loss = distiller(images, labels)
+        update(loss, distiller, optimizer, step, clip_grad, ema)
+        losses = losses + loss.detach().double() * len(images)
+        seen += len(images)
+        done()
+    total = float(losses)
+    if not math.isfinite(total):
+        raise InputError(
+            f"the training loss is {total / seen} in epoch {epoch + 1}: expected a finite number; "
+            "a lower learning rate, clip_grad, or images without NaN may help"
+        )
+    return {
+        "epoch": epoch + 1,
+        "train_loss": total / seen,
+        "lr": rate,
+        "images_per_second": seen / (time.perf_counter() - started),
+    }
+
+
+@torch.no_grad()
+def _scores(network: nn.Module, batches: Iterator[Batch], precision: Precision) -> dict[str, float]:
+    """Metrics of a network without a teacher."""
+    training = network.training
+    network.eval()
+    try:
+        parts = []
+        for images, labels in batches:
+            with autocast(images.device, precision):
+                logits = network(images).float()
+            _check_labels("validation", labels, logits.shape[1])
+            parts.append(metrics.sums(logits, labels, None))
+    finally:
+        network.train(training)
+    return metrics.averages(torch.stack(parts).sum(0), has_teacher=False)
+
+
+# ---------------------------------------------------------------- arguments
+
+
+def _device(device: str | torch.device | None) -> torch.device:
+    if device is None:
+        return pick_device()
+    try:
+        place = torch.device(device)
+    except RuntimeError:
+        raise InputError(f"device is {device!r}: expected cpu, cuda or cuda:NUMBER") from None
+    if place.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"device is {str(device)!r}: this machine has no CUDA device; use cpu")
+    return place
+
+
+def _schedule(schedule: str | Schedule, warmup_epochs: float) -> Schedule:
+    if isinstance(schedule, Schedule):
+        return schedule
+    return validated(Schedule, {"name": schedule, "warmup_epochs": warmup_epochs}, "schedule")
+
+
+def _optimizer(
+    optimizer: str | torch.optim.Optimizer, lr: float, weight_decay: float, distiller: Distiller
+) -> torch.optim.Optimizer:
+    if isinstance(optimizer, torch.optim.Optimizer):
+        return optimizer
+    known = list_optimizers()
+    if optimizer not in known:
+        raise InputError(f"optimizer is {optimizer!r}: not in timm; {nearest(optimizer, known)}")
+    settings = {"name": optimizer, "lr": lr, "weight_decay": weight_decay}
+    return create_optimizer(validated(Optimizer, settings, "optimizer"), distiller)
+
+
+def _length(loader: Iterable[Any], schedule: Schedule) -> int:
+    """Batches in an epoch; 1 if that is unknown and does not matter."""
+    try:
+        steps = len(loader)  # type: ignore[arg-type]
+    except TypeError:
+        if schedule.name == "constant" and not schedule.warmup_epochs:
+            return 1
+        raise InputError(
+            f"train_loader is a {type(loader).__name__} without a length, which the schedule "
+            f"{schedule.name!r} needs: pass a DataLoader or a list, or schedule='constant'"
+        ) from None
+    if steps == 0:
+        raise InputError("train_loader has no batches")
+    return steps
+
+
+def _batches(loader: Iterable[Any], device: torch.device, name: str) -> Iterator[Batch]:
+    """The batches of a loader on the device, checked; InputError if there is none."""
+    count = 0
+    for batch in loader:
+        count += 1
+        if not isinstance(batch, tuple | list) or len(batch) < 2:
+            raise InputError(
+                f"{name}: a batch is a {type(batch).__name__}: expected (images, labels)"
+            )
+        images, labels = batch[0], batch[1]
+        if not isinstance(images, Tensor) or not isinstance(labels, Tensor):
+            kinds = f"({type(images).__name__}, {type(labels).__name__})"
+            raise InputError(f"{name}: a batch is {kinds}: expected two tensors, images and labels")
+        if not images.is_floating_point() or len(images) != len(labels) or labels.ndim != 1:
+            raise InputError(
+                f"{name}: images are {images.dtype} {list(images.shape)} and labels "
+                f"{list(labels.shape)}: expected floating point [B, ...] and [B]"
+            )
+        if labels.is_floating_point():
+            raise InputError(f"{name}: labels are {labels.dtype}: expected class indices")
+        yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True).long()
+    if count == 0:
+        raise InputError(
+            f"{name} gave no batch: an iterator can be read only once; pass a DataLoader or a list"
+        )
+
+
+def _check_labels(name: str, labels: Tensor, classes: int) -> None:
+    wrong = labels[(labels < 0) | (labels >= classes)]
+    if len(wrong):
+        raise InputError(f"{name}: expected labels in [0, {classes}), got {int(wrong[0])}")
+
+
+def _bar(shown: bool) -> Progress:
+    """A progress bar on standard error; nothing is shown where there is no terminal."""
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=console, disable=not (shown and console.is_terminal))
