@@ -30,7 +30,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import ray  # after sweep, which sets its environment
 import torch
 from rich import box
 from rich.console import Console
@@ -45,6 +44,8 @@ from pld_ray.models.factory import create_model
 from pld_ray.store.store import Store
 from pld_ray.sweep import runner
 from pld_ray.sweep.progress import ProgressView, redirect_prints
+
+import ray  # isort: skip  # after pld_ray.sweep, which sets Ray's environment variables
 
 PAIRS = {
     "wrn": ("wrn_40_2", "wrn_40_1"),

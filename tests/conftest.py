@@ -1,4 +1,7 @@
 import os
+import signal
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -32,6 +35,28 @@ def experiment(tmp_path):
 
     write.folder = tmp_path
     return write
+
+
+@pytest.fixture
+def cli(monkeypatch, capfd):
+    """Run the command in this process, where torch is imported already: it takes seconds."""
+    from pld_ray.cli.main import main
+
+    def run(*arguments, cwd):
+        handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+        monkeypatch.chdir(cwd)
+        monkeypatch.setattr(sys, "argv", ["pld-ray", *map(str, arguments)])
+        capfd.readouterr()
+        try:
+            with pytest.raises(SystemExit) as end:
+                main()
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        stdout, stderr = capfd.readouterr()
+        return SimpleNamespace(returncode=end.value.code or 0, stdout=stdout, stderr=stderr)
+
+    return run
 
 
 @pytest.fixture(scope="session")

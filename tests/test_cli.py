@@ -9,12 +9,6 @@ from pld_ray.config.experiment import load_experiment
 from pld_ray.config.planning import plan
 from pld_ray.store.store import Store
 
-
-def cli(*arguments, cwd, **kwargs):
-    command = [sys.executable, "-m", "pld_ray.cli", *arguments]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False, **kwargs)
-
-
 BAD = {
     "plan demmo": "no experiment 'demmo' (neither a file nor shipped): did you mean 'demo'?",
     "plan demo --set optimizer.lrr=1": "demo: optimizer.lrr: unknown field; did you mean 'lr'?",
@@ -39,7 +33,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("command", BAD)
-def test_bad_input_is_one_sentence_and_exit_code_2(command, tmp_path):
+def test_bad_input_is_one_sentence_and_exit_code_2(cli, command, tmp_path):
     done = cli(*command.split(), cwd=tmp_path)
     assert done.returncode == 2
     assert BAD[command] in done.stderr and done.stderr.startswith("pld-ray: ")
@@ -47,7 +41,13 @@ def test_bad_input_is_one_sentence_and_exit_code_2(command, tmp_path):
     assert not list(tmp_path.rglob("*.*"))  # nothing half-written
 
 
-def test_plan_prints_trials_and_json(tmp_path):
+def test_the_command_is_its_own_process_too(tmp_path):
+    command = [sys.executable, "-m", "pld_ray.cli", "plan", "demmo"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and done.stderr == f"pld-ray: {BAD['plan demmo']}\n"
+
+
+def test_plan_prints_trials_and_json(cli, tmp_path):
     done = cli("plan", "demo", "--json", cwd=tmp_path)
     planned = json.loads(done.stdout)
     assert planned["cells"] == 20 and len(planned["trials"]) == 21
@@ -66,7 +66,7 @@ def test_plan_prints_trials_and_json(tmp_path):
     ]
 
 
-def test_plan_of_several_experiments_says_what_they_share(tmp_path):
+def test_plan_of_several_experiments_says_what_they_share(cli, tmp_path):
     done = cli("plan", "cifar100_methods", "runtime", "demo", cwd=tmp_path)
     rows = {line.split()[0]: line.split()[1:] for line in done.stdout.splitlines() if line}
     # cells, trials, new, done, epochs to run; a teacher has 240 epochs, a student 250
@@ -78,7 +78,7 @@ def test_plan_of_several_experiments_says_what_they_share(tmp_path):
     assert found["unique"] == 48 + 21
 
 
-def test_tables_without_results_are_the_reported_ones(tmp_path):
+def test_tables_without_results_are_the_reported_ones(cli, tmp_path):
     printed = cli("tables", cwd=tmp_path).stdout
     for heading in ("Table 1:", "Table 2:", "Tables 5 and 8:", "Table 13:"):
         assert heading in printed
@@ -86,7 +86,7 @@ def test_tables_without_results_are_the_reported_ones(tmp_path):
     assert not list(tmp_path.rglob("table.md"))  # of nothing that was run here
 
 
-def test_status_names_failures_and_sets_the_exit_code(tmp_path):
+def test_status_names_failures_and_sets_the_exit_code(cli, tmp_path):
     made, store = plan(load_experiment("demo")), Store(tmp_path / "results")
     assert cli("status", "demo", cwd=tmp_path).returncode == 0
     trial = made.cells[-1].trial

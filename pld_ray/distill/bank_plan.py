@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
@@ -119,9 +120,8 @@ def check_disk_space(banks: Iterable[PlannedBank], store: Store) -> None:
     def takes(most: int) -> int:
         return sum(bank.takes(most) for bank in banks)
 
-    fitting = 0
-    while takes(fitting + 1) <= room:
-        fitting += 1
+    most = max(bank.views for bank in banks)
+    fitting = bisect_right(range(1, most + 1), room, key=takes)
     advice = (
         f"set teacher.views to at most {fitting}"
         if fitting

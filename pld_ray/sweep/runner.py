@@ -36,7 +36,8 @@ from pld_ray.sweep.ledger import open_ledger
 from pld_ray.sweep.liveness import start_monitor
 from pld_ray.sweep.progress import ProgressView
 from pld_ray.sweep.resources import ResourceRequest, need, nodes, resolved
-from pld_ray.sweep.scheduling import RETRIES, PlanSearcher
+from pld_ray.sweep.retries import RETRIES, RetryOnProgress
+from pld_ray.sweep.scheduling import PlanSearcher
 from pld_ray.sweep.search import SearchProgress
 from pld_ray.sweep.signals import signals_deferred
 from pld_ray.sweep.worker import fill_bank, run_trial
@@ -104,7 +105,7 @@ def run(
                 name=plan.experiment.name,
                 storage_path=scratch,
                 verbose=0,
-                callbacks=[_Follow(view, search), *loggers],
+                callbacks=[_Follow(view, search), RetryOnProgress(), *loggers],
                 failure_config=tune.FailureConfig(max_failures=RETRIES),
             ),
         )
@@ -180,7 +181,6 @@ class _Follow(Callback):
     def __init__(self, view: ProgressView, search: PlanSearcher) -> None:
         self.view, self.search = view, search
         self.told: set[str] = set()
-        self.furthest: dict[str, int] = {}  # trial id -> its last epoch in any attempt
 
     def on_step_begin(self, iteration: int, trials: Any, **_: Any) -> None:
         self.search.look()
@@ -199,9 +199,6 @@ class _Follow(Callback):
     ) -> None:
         if "epoch" in result:
             self.view.result(trial.config["id"], result)
-            if result["epoch"] > self.furthest.get(trial.config["id"], 0):
-                self.furthest[trial.config["id"]] = result["epoch"]
-                trial.max_failures = trial.run_metadata.num_failures + RETRIES
 
     def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **_: Any) -> None:
         self._end()

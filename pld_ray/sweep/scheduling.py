@@ -18,9 +18,9 @@ from pld_ray.store.claims import Claims
 from pld_ray.store.store import Store
 from pld_ray.sweep.early_stopping import EarlyStopping
 from pld_ray.sweep.resources import ResourceRequest, need, nodes, resolved
+from pld_ray.sweep.retries import give_up_reason
 from pld_ray.sweep.search import DrawnTrial
 
-RETRIES = 2  # per epoch, of a trial whose process died; progress resets the count
 LOOK = 1.0  # seconds between two queries of the nodes, or two attempts to claim a trial
 NODES_BACK = 600.0  # seconds to wait for lost nodes to come back
 
@@ -127,7 +127,7 @@ class PlanSearcher(Searcher):
 
     def failed(self, key: str, reason: str) -> None:
         """Note that all attempts of a trial have failed for this reason."""
-        reason = f"{reason} ({RETRIES + 1} times in epoch {len(self.store.epochs(key)) + 1})"
+        reason = give_up_reason(reason, len(self.store.epochs(key)) + 1)
         self.failures[key] = reason
         self.store.fail(key, reason)
 
