@@ -2,12 +2,15 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check clean
+.PHONY: demo test test-all check clean
 
 demo: .venv/installed  ## CE, KD, DIST and PLD on handwritten digits: table and figures
 	$(BIN)/pld-ray run demo
 
-test: .venv/installed  ## the tests
+test: .venv/installed  ## the tests, but for the slow ones: whole runs on Ray
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: .venv/installed  ## all tests
 	$(BIN)/python -m pytest
 
 check: .venv/installed  ## lint, format and types

@@ -141,6 +141,7 @@ def test_the_ledger_gives_a_chunk_to_one_at_a_time(monkeypatch):
 # ---------------------------------------------------------------- the commands
 
 
+@pytest.mark.slow
 def test_bank_build_ls_and_rm(local_ray, experiment, tmp_path, capfd):
     cells(experiment)
     path, storage = str(tmp_path / "small.yaml"), ["--storage", str(tmp_path / "results")]

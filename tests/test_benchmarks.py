@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pandas as pd
+import pytest
 from rich.console import Console
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
@@ -32,6 +33,7 @@ def test_the_straightforward_forms_are_pld():
         assert abs(benchmark[form](*args) - expected) < 1e-5 * expected
 
 
+@pytest.mark.slow
 def test_grid_counts_the_teachers_images(tmp_path, local_ray):
     sys.path.insert(0, str(FOLDER))
     try:

@@ -16,6 +16,7 @@ from pld_ray.config.planning import plan
 from pld_ray.store.store import Store
 from pld_ray.sweep import search
 
+pytestmark = pytest.mark.slow
 TEXT = """
 base:
   data: {name: digits, limit: 100}

@@ -6,6 +6,7 @@ from tensorboardX.proto.event_pb2 import Event
 
 from pld_ray.cli.run import Logger
 from pld_ray.config.planning import plan
+from pld_ray.data.datasets import load
 from pld_ray.distill.loop import train
 from pld_ray.errors import InputError
 from pld_ray.store.store import Store
@@ -77,9 +78,10 @@ def interrupted(trial, store, monkeypatch):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        train(trial, runner.data.load(trial.data), store, report)
+        train(trial, load(trial.data), store, report)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The ``noload``")  # of mlflow's own database code
 def test_every_logger_has_every_epoch(local_ray, experiment, tmp_path, monkeypatch):
     import mlflow
@@ -104,6 +106,7 @@ def test_every_logger_has_every_epoch(local_ray, experiment, tmp_path, monkeypat
     assert {point.step: point.value for point in history} == pytest.approx(expected)
 
 
+@pytest.mark.slow
 def test_a_logger_that_fails_is_left_out(local_ray, experiment, tmp_path, monkeypatch):
     def end(self, *args):
         raise ConnectionError("the server is away\nand stays away")

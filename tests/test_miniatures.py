@@ -13,6 +13,8 @@ from pld_ray.store.store import Store
 from pld_ray.sweep import checks, runner
 from pld_ray.sweep.progress import ProgressView
 
+pytestmark = pytest.mark.slow
+
 
 def run(name, store):
     made = plan(load_experiment(name, smoke=True))

@@ -241,6 +241,7 @@ def run(folder, *overrides):
     return load_experiment(path, overrides), Store(folder / "results")
 
 
+@pytest.mark.slow
 def test_a_search_with_asha_and_then_the_comparison(local_ray, tmp_path, capfd):
     sets = ["search.scheduler=asha", "search.num_trials=4", "grid.loss=[ce,kd]"]
     made, store = run(tmp_path, *sets)
@@ -275,6 +276,7 @@ def test_a_search_with_asha_and_then_the_comparison(local_ray, tmp_path, capfd):
         assert len(store.epochs(drawn.trial.id)) == 4
 
 
+@pytest.mark.slow
 def test_optuna_goes_on_where_it_was(local_ray, tmp_path, capfd):
     pytest.importorskip("optuna")
     sets = ["search.algorithm=optuna", "grid.loss=[ce]", "seeds=[]"]

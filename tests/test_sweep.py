@@ -46,6 +46,7 @@ def test_teachers_first_everything_once_failures_told(local_ray, experiment, tmp
     assert run(made, store)[1].keys() == diverged
 
 
+@pytest.mark.slow
 def test_students_of_a_failed_teacher_fail_with_it(local_ray, experiment, tmp_path):
     text = SMALL.replace(
         "teacher: resnet8", "teacher: {name: resnet8, train: {optimizer: {name: sgd, lr: 1e30}}}"
@@ -57,6 +58,7 @@ def test_students_of_a_failed_teacher_fail_with_it(local_ray, experiment, tmp_pa
     assert failures[made.cells[0].trial.id] == f"its teacher, trial {teacher}, failed"
 
 
+@pytest.mark.slow
 def test_two_workers_equal_one_where_no_batch_norm_is_involved(local_ray, experiment, tmp_path):
     # 101 images in batches of 66: the last has 35, of which the workers take 18 and 17
     text = """
@@ -85,6 +87,7 @@ grid: {loss: [pld, {name: fitnet, weight: 1}], workers: [1, 2]}
             assert scores[0][name] == pytest.approx(scores[1][name], rel=1e-3), name
 
 
+@pytest.mark.slow
 def test_the_demos_smallest_trial_on_two_workers(local_ray, tmp_path):
     overrides = ("workers=2", "epochs=3", "seeds=[0]", "grid.loss=[ce]")
     made, store = plan(load_experiment("demo", overrides)), Store(tmp_path)
@@ -101,6 +104,7 @@ def test_a_trial_that_never_fits_is_told(local_ray, experiment, tmp_path):
         run(plan(experiment(SMALL, "workers=4")), Store(tmp_path / "results"))
 
 
+@pytest.mark.slow
 def test_concurrent_bounds_what_runs_at_once(local_ray, experiment, tmp_path):
     bounded = ["resources.concurrent=1", "grid.loss=[ce]", "seeds=[0,1,2]", "epochs=1"]
     made, store, most = plan(experiment(SMALL, *bounded)), Store(tmp_path / "results"), []

@@ -333,6 +333,7 @@ def race(store_uri, trial, ledger, log, kill):
         bank.Bank._compute = compute
 
 
+@pytest.mark.slow
 def test_trials_that_start_together_compute_each_chunk_once(experiment, tmp_path, local_ray):
     local_ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     losses = "grid.loss=[pld,kd,dist,dkd]"

@@ -56,6 +56,7 @@ def test_sharpness_of_a_network_against_the_whole_hessian(experiment, tmp_path):
     assert trace == pytest.approx(whole.trace().item(), rel=0.5)  # an estimate from 16 vectors
 
 
+@pytest.mark.slow
 def test_landscapes_are_computed_once_and_drawn(experiment, tmp_path, local_ray):
     text = """
 base:
