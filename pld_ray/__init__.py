@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from pld_ray.config.experiment import Experiment, load_experiment
     from pld_ray.config.planning import plan
     from pld_ray.config.trial import Trial
+    from pld_ray.data.registry import register_dataset
     from pld_ray.distill.article import PLDKnowledgeDistillation
     from pld_ray.distill.distiller import Distiller
     from pld_ray.distill.fit import evaluate, fit
@@ -33,6 +34,7 @@ _HOME = {  # where each name is defined; it is imported on first use, since torc
     "fit": "distill.fit",
     "load_experiment": "config.experiment",
     "plan": "config.planning",
+    "register_dataset": "data.registry",
     "register_loss": "losses.registry",
     "save": "models.export",
 }
@@ -66,6 +68,7 @@ __all__ = [  # the losses come on top: see `dir(pld_ray)`
     "fit",
     "load_experiment",
     "plan",
+    "register_dataset",
     "register_loss",
     "save",
 ]

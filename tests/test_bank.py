@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from small import cells, chunks, run, train
 
-from pld_ray.cli.options import app
+from pld_ray.cli.main import app
 from pld_ray.data.datasets import load, size
 from pld_ray.data.images import Size
 from pld_ray.distill import bank_format, bank_plan

@@ -13,6 +13,7 @@ from rich.console import Console
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 
 
+@pytest.mark.slow
 def test_losses(tmp_path, monkeypatch, capsys):
     benchmark = runpy.run_path(str(FOLDER / "losses.py"))
     benchmark["SIZES"][:] = [(4, 10), (2, 300)]

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from analysis.records import frames
-from pld_ray.cli import options
+from pld_ray.cli.main import app
 from pld_ray.config.experiment import experiments_folder, load_experiment
 from pld_ray.config.planning import plan
 from pld_ray.errors import InputError
@@ -164,7 +164,7 @@ def test_the_command_line(folder, arguments):
     out, code = io.StringIO(), 0
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out), contextlib.chdir(folder):
         try:
-            options.app([*arguments, "--storage", storage], prog_name="pld-ray")
+            app([*arguments, "--storage", storage], prog_name="pld-ray")
         except SystemExit as end:
             code = end.code
         except (InputError, OSError) as error:

@@ -8,6 +8,7 @@ from uuid import uuid4
 
 import pytest
 import torch
+from creating import create
 from small import SMALL
 
 from pld_ray.config.planning import plan
@@ -15,7 +16,6 @@ from pld_ray.config.trial import Trial
 from pld_ray.data.datasets import load
 from pld_ray.distill.loop import train
 from pld_ray.errors import InputError
-from pld_ray.store.files import Files
 from pld_ray.store.store import Outcome, Store
 
 TRIAL = Trial.model_validate({"data": "digits", "student": "resnet8", "loss": "ce", "epochs": 3})
@@ -88,19 +88,13 @@ def test_chunks(store):
     assert store.banks() == {}
 
 
-def _create(root, path, word, start, won):
-    files = Files(root)
-    start.wait()
-    won.put((files.create(path, word * 1000), word))
-
-
 def test_of_many_who_create_a_file_one_succeeds(store):
     if store.uri.startswith("memory"):
         pytest.skip("lives in one process")
     spawn = multiprocessing.get_context("spawn")
     start, won = spawn.Event(), spawn.Queue()
     words = [b"a", b"b", b"c", b"d"]
-    many = [spawn.Process(target=_create, args=(store.uri, "x/y", w, start, won)) for w in words]
+    many = [spawn.Process(target=create, args=(store.uri, "x/y", w, start, won)) for w in words]
     for process in many:
         process.start()
     start.set()
@@ -216,6 +210,7 @@ def test_an_object_store_that_is_not_there_is_told(s3):
         store.start(TRIAL)
 
 
+@pytest.mark.slow
 def test_an_experiment_on_an_object_store_is_the_same_to_the_bit(s3, experiment, tmp_path):
     made, local = plan(experiment(SMALL)), Store(tmp_path)
     for trial in made.trials.values():
