@@ -122,7 +122,7 @@ def test_of_many_drivers_one_has_each_trial(tmp_path, dead):
         driver.start()
     time.sleep(1)
     start.set()
-    taken = [won.get(timeout=60) for _ in drivers]
+    taken = [won.get(timeout=400) for _ in drivers]
     for driver in drivers:
         driver.join()
     trials = [trial for mine in taken for trial in mine]

@@ -66,7 +66,7 @@ class Cluster(subprocess.Popen):
         return float(line[2:])
 
     def all_back(self, cpus=2.0):
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 300
         while self.ask("free") != cpus:
             assert time.monotonic() < deadline, "the cluster's resources did not come back"
             time.sleep(1)
@@ -94,7 +94,7 @@ def run(cluster, folder, *sets, text=TEXT):
 
 
 def wait(condition):
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + 600
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.2)
@@ -109,7 +109,6 @@ def children(cluster, wanted):
     return found
 
 
-@pytest.mark.timeout(600)
 def test_a_group_across_nodes_a_death_in_it_and_the_bank_they_share(cluster, tmp_path):
     driver, made, store = run(cluster, tmp_path, "workers=2", "epochs=60", "grid.loss=[kd]")
     trial = plan(made).cells[0].trial
@@ -148,7 +147,6 @@ def test_workers_run_the_code_of_whoever_joins(cluster, tmp_path):
     assert all("runtime_resources/py_modules_files" in place for place in places), places
 
 
-@pytest.mark.timeout(600)
 def test_groups_that_are_stopped_early_give_all_back(cluster, tmp_path):
     text = (
         TEXT.replace("[ce, kd]", "[ce]")
@@ -168,7 +166,6 @@ search:
     cluster.all_back()
 
 
-@pytest.mark.timeout(600)
 def test_a_node_that_dies_takes_nothing_with_it(cluster, tmp_path):
     driver, made, store = run(cluster, tmp_path, "epochs=60", "seeds=[0,1,2]")
     wait(lambda: len(store.finished(store.trials())) >= 2)

@@ -128,7 +128,6 @@ def finishes(driver, whole, store):
 # ---------------------------------------------------------------- processes
 
 
-@pytest.mark.timeout(LIMIT)
 def test_a_worker_that_is_killed(whole, store):
     path, made, *_ = whole
     with Driver(path, store.uri) as driver:
@@ -149,7 +148,6 @@ def listening(driver):
     return {ip.removeprefix("::ffff:") for ip in found}
 
 
-@pytest.mark.timeout(LIMIT)
 def test_a_worker_that_hangs(whole, store):
     path, made, *_ = whole
     with Driver(path, store.uri) as driver:
@@ -161,7 +159,6 @@ def test_a_worker_that_hangs(whole, store):
         finishes(driver, whole, store)
 
 
-@pytest.mark.timeout(LIMIT)
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_driver_that_is_told_to_stop(whole, store, number):
     path, made, *_ = whole
@@ -177,7 +174,6 @@ def test_a_driver_that_is_told_to_stop(whole, store, number):
         finishes(driver, whole, store)
 
 
-@pytest.mark.timeout(LIMIT)
 def test_a_driver_that_is_killed(whole, store):
     path, made, *_ = whole
     with Driver(path, store.uri) as driver:
@@ -197,7 +193,6 @@ def test_a_driver_that_is_killed(whole, store):
     )
 
 
-@pytest.mark.timeout(LIMIT)
 def test_two_drivers_share_the_work_and_a_killed_one_leaves_it_to_the_other(whole, store):
     path, *_ = whole
     teacher = set(results(whole[1], store))
@@ -213,7 +208,6 @@ def test_two_drivers_share_the_work_and_a_killed_one_leaves_it_to_the_other(whol
 # ---------------------------------------------------------------- files
 
 
-@pytest.mark.timeout(LIMIT)
 @pytest.mark.parametrize("kind", ["checkpoint", "record", "weights of a teacher", "bank"])
 def test_a_damaged_file(whole, tmp_path, kind):
     path, made, _, finished = whole
@@ -252,7 +246,6 @@ def half_done(trial, store):
     assert len(store.load_checkpoint(trial)["history"]) == 20
 
 
-@pytest.mark.timeout(LIMIT)
 def test_a_full_disk(whole, tmp_path):
     path = whole[0]
     mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(tmp_path)]
@@ -270,7 +263,6 @@ def test_a_full_disk(whole, tmp_path):
         subprocess.run(["umount", "-l", str(tmp_path)], check=False)
 
 
-@pytest.mark.timeout(LIMIT)
 def test_one_trial_runs_out_of_memory_and_the_others_go_on(whole, tmp_path):
     path = whole[0]
     args = "{img_size: 8, patch_size: 8, depth: 1, embed_dim: 9000000}"

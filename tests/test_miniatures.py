@@ -9,6 +9,7 @@ from analysis.records import frames
 from analysis.tables import paper_tables
 from pld_ray.config.experiment import load_experiment
 from pld_ray.config.planning import plan
+from pld_ray.config.trial import Resources
 from pld_ray.store.store import Store
 from pld_ray.sweep import checks, runner
 from pld_ray.sweep.progress import ProgressView
@@ -17,7 +18,9 @@ pytestmark = pytest.mark.slow
 
 
 def run(name, store):
-    made = plan(load_experiment(name, smoke=True))
+    small = load_experiment(name, smoke=True)
+    one = Resources(concurrent=1)  # process, which imports torch once
+    made = plan(small.model_copy(update={"resources": one}))
     images = checks.check_trials(made.trials)
     with ProgressView(made, dict(made.trials), Console(quiet=True)) as view:
         assert runner.run(made, images, store, view) == {}

@@ -19,6 +19,8 @@ base:
 grid: {loss: [ce, pld]}
 """
 
+ONE = "resources.concurrent=1"  # one process then runs them all: each imports torch for seconds
+
 
 def run(made, store):
     pending = {k: t for k, t in made.trials.items() if k not in store.finished(store.trials())}
@@ -30,7 +32,7 @@ def run(made, store):
 
 def test_teachers_first_everything_once_failures_told(local_ray, experiment, tmp_path):
     axes = ["grid.optimizer=[adamw, {name: sgd, lr: 1e30}]", "grid.teacher=[resnet8, wrn_16_2]"]
-    made, store = plan(experiment(SMALL, *axes)), Store(tmp_path / "results")
+    made, store = plan(experiment(SMALL, *axes, ONE)), Store(tmp_path / "results")
     failures, pending = run(made, store)
     # CE twice, PLD four times, and one teacher: the other is the CE student itself
     assert len(pending) == 2 + 4 + 1
@@ -51,7 +53,7 @@ def test_students_of_a_failed_teacher_fail_with_it(local_ray, experiment, tmp_pa
     text = SMALL.replace(
         "teacher: resnet8", "teacher: {name: resnet8, train: {optimizer: {name: sgd, lr: 1e30}}}"
     )
-    made, store = plan(experiment(text, "loss=pld")), Store(tmp_path / "results")
+    made, store = plan(experiment(text, "loss=pld", ONE)), Store(tmp_path / "results")
     failures, _ = run(made, store)
     teacher = next(iter(made.trials))
     assert failures.keys() == made.trials.keys()

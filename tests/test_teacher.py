@@ -157,7 +157,7 @@ def test_two_workers_agree_with_a_live_teacher(experiment, tmp_path):
         subprocess.Popen([sys.executable, "-c", WORKER, str(tmp_path), str(rank), *specs])
         for rank in (0, 1)
     ]
-    assert [worker.wait(timeout=120) for worker in workers] == [0, 0]
+    assert [worker.wait(timeout=600) for worker in workers] == [0, 0]
     kept, computed = (store.record(t.id)["metrics"] for t in (trial, live(trial)))
     for name in ("train_loss", "val_loss", "kl_teacher_student"):
         assert kept[name] == pytest.approx(computed[name], rel=1e-4)
@@ -349,9 +349,9 @@ def test_trials_that_start_together_compute_each_chunk_once(experiment, tmp_path
     task = local_ray.remote(race).options(num_cpus=0.01, max_retries=0)
     dead = task.remote(store.uri, doomed, ledger, str(log), True)
     with pytest.raises(local_ray.exceptions.WorkerCrashedError):
-        local_ray.get(dead, timeout=200)
+        local_ray.get(dead, timeout=600)
     assert len(log.read_text().split()) == 1  # it died with a claim
-    local_ray.get([task.remote(store.uri, t, ledger, str(log), False) for t in trials], timeout=200)
+    local_ray.get([task.remote(store.uri, t, ledger, str(log), False) for t in trials], timeout=600)
     names = log.read_text().split()
     assert names.count(names[0]) == 2 and len(set(names)) == len(names) - 1 == len(chunks(store))
     assert len(chunks(store)) == 4 + 1  # views, validation
