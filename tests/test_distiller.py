@@ -172,6 +172,8 @@ def test_losses_on_features_connect_first_and_learn_their_own_parts():
     distiller.connect(x)
     assert student.training
     assert all(torch.equal(statistics[k], v) for k, v in student.state_dict().items())
+    with pytest.raises(InputError, match=r"train_loader is an iterator: call distiller\.connect"):
+        fit(Distiller(student, teacher, FitNetLoss()), iter([(x, y)]), 1, progress=False)
     learnt = distiller.learnt_by_loss()
     assert [tuple(p.shape) for p in learnt] == [(16, 16, 1, 1), (16,)]
     assert not any(name.startswith("loss") for name in student.state_dict())
@@ -380,6 +382,8 @@ def test_the_articles_class(pair, tmp_path):
     assert len(history["train_loss"]) == 3 and all(0 <= a <= 1 for a in history["val_acc"])
     assert history["val_acc"][-1] == method.validate(train)
     assert method.fit(train, epochs=1)["val_acc"] == []
+    with pytest.raises(InputError, match="train_loader gave no batch: an iterator can be read"):
+        method.fit(iter(train), epochs=2)
     torch.save(student.state_dict(), tmp_path / "student.pt")
     fresh = Small()
     fresh.load_state_dict(torch.load(tmp_path / "student.pt", weights_only=True))

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from pld_ray.distill.distiller import Distiller
 from pld_ray.distill.fit import evaluate
+from pld_ray.errors import InputError
 from pld_ray.losses.plackett_luce import PLDLoss
 
 
@@ -77,10 +78,15 @@ class PLDKnowledgeDistillation:
         Returns:
             "train_loss": the mean loss of the batches of each epoch. "val_acc": the accuracy after
             each epoch, in [0, 1]; empty without `test_loader`.
+
+        Raises:
+            InputError: An epoch has no batch.
         """
         history: dict[str, list[float]] = {"train_loss": [], "val_acc": []}
         for _ in range(epochs):
             losses = [self.train_step(images, labels) for images, labels in train_loader]
+            if not losses:
+                raise InputError("train_loader gave no batch: an iterator can be read only once")
             history["train_loss"].append(sum(losses) / len(losses))
             if test_loader is not None:
                 history["val_acc"].append(self.validate(test_loader))

@@ -1,4 +1,4 @@
-"""The teacher bank as a trial reads it: kept logits, and the computation of those that are missing.
+"""The teacher bank as a trial reads it: stored logits are read, missing ones are computed.
 
 bank.read(samples, view):  the chunk is in the store?      read it
                            nobody computes it?             compute it, keep it
@@ -46,25 +46,37 @@ class Ledger(Protocol):
 
 @dataclass
 class Bank:
-    """One split of a teacher's logits, as one process reads it; it computes what is missing.
+    """The logits of a teacher on one split, as one process reads them.
 
-    Of the time, `clock` is told: "teacher" (computing), "waiting" (for others who compute), "bank"
-    (reading), and "teacher_avoided": what the logits that were read here and paid for elsewhere,
-    or before, took to compute.
+    The clock receives four kinds of seconds: "teacher" (computing), "waiting" (for a process that
+    computes), "bank" (reading), and "teacher_avoided": the time that it took to compute the logits
+    that are read here but were computed by another process, or by an earlier run.
+
+    Attributes:
+        spec: Everything that the logits depend on.
+        about: The description that the store keeps of the bank.
+        labels: Labels of the split, int64 [N].
+        classes: Number of classes C.
+        views: Number of views.
+        batch: Samples in a forward pass of the teacher.
+        teacher: Computes missing logits.
+        images: Maps batches of sample indices and a view to the images that the teacher sees.
+        clock: Measures the time.
+        ledger: Says which process computes which chunk; None if there is only this process.
+        holder: The name of this process in the ledger.
     """
 
     spec: BankSpec
-    about: dict[str, Any]  # what the store should say of it
-    labels: Ints  # [N]
+    about: dict[str, Any]
+    labels: Ints
     classes: int
     views: int
-    batch: int  # samples in a forward pass
+    batch: int
     teacher: Teacher
-    # shares of samples and a view to what the teacher sees
     images: Callable[[Iterable[Ints], int], Iterator[Tensor]]
     clock: Clock
-    ledger: Ledger | None  # says who computes what; None: no other process does
-    holder: str  # this process's name there
+    ledger: Ledger | None
+    holder: str
 
     def __post_init__(self) -> None:
         self.store, self.key = self.teacher.store, self.spec.key
@@ -81,9 +93,16 @@ class Bank:
     def read(
         self, samples: Ints, view: int, with_order: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        """Logits [B, C] of the samples in a view, and the teacher's order [B, C] if asked for.
+        """Read the logits of some samples in a view.
 
-        The order comes, label first, where there are so many classes that it is worth keeping.
+        Args:
+            samples: Indices of the samples, int64 [B].
+            view: The view, from 0.
+            with_order: Whether to read the teacher's order of the classes too.
+
+        Returns:
+            Logits, float32 [B, C], and the order [B, C] with the label first. The order is None
+            if it was not asked for, or if there are too few classes to store it.
         """
         with_order = with_order and self.classes >= bank_format.ORDER_FROM
         if view != self.view:
@@ -106,7 +125,7 @@ class Bank:
         return logits, order
 
     def fill(self) -> None:
-        """Compute every chunk that is missing and that nobody else computes."""
+        """Compute every chunk that is missing and that no other process computes."""
         names = [self._name(*divmod(i, self.chunks)) for i in range(self.chunks * self.views)]
         for name in self.store.missing_chunks(names):
             self._compute_one([name], patience=0)
@@ -118,7 +137,7 @@ class Bank:
         self.place[self.order] = np.arange(self.size)
 
     def _count(self, chunk: Ints, needed: list[int]) -> None:
-        """Add what reading these rows would have cost without the bank."""
+        """Add the time that computing these rows would have taken without the bank."""
         for number in needed:
             rows, seconds = self.logits[number]
             read = len(chunk) if len(needed) == 1 else int((chunk == number).sum())
@@ -126,8 +145,6 @@ class Bank:
             if paid:
                 self.unread[self.view, number] -= paid
             self.clock.add("teacher_avoided", (read - paid) * seconds / len(rows))
-
-    # ---- chunks
 
     def _name(self, view: int, chunk: int, kind: str = "logits") -> str:
         return f"{self.key}/{view}/{chunk}.{kind}"
@@ -137,7 +154,7 @@ class Bank:
         return order[chunk * self.spec.rows :][: self.spec.rows]
 
     def _load(self, name: str, row: np.dtype[Any], count: int) -> tuple[Array, float] | None:
-        """A chunk of the store; a damaged one is deleted, and is then as if it had never been."""
+        """Read a chunk from the store. A damaged chunk is deleted and treated as missing."""
         content = self.store.read_chunk(name)
         if content is None:
             return None
@@ -147,7 +164,7 @@ class Bank:
         return found
 
     def _chunk(self, view: int, number: int) -> tuple[Array, float]:
-        """Rows of a chunk, and the seconds they took: read, or computed here first."""
+        """Return the rows of a chunk and the seconds they took; compute them if they are missing."""
         first = view * self.chunks + number
         last = min(first + AHEAD, self.views * self.chunks)
         names = [self._name(*divmod(i, self.chunks)) for i in range(first, last)]
@@ -159,7 +176,7 @@ class Bank:
         return found
 
     def _compute_one(self, names: list[str], patience: float) -> None:
-        """Compute the first chunk that nobody else does; where there is none, wait."""
+        """Compute the first chunk that no other process computes; wait if there is none."""
         name = names[0]
         if self.ledger is not None:
             with self.clock("waiting"):
@@ -169,7 +186,7 @@ class Bank:
             name = claimed
         computed = False
         try:
-            if self.store.missing_chunks([name]):  # else it was made just before the claim
+            if self.store.missing_chunks([name]):  # another process may have finished it just now
                 self._compute(name)
             computed = True
         finally:
@@ -184,7 +201,7 @@ class Bank:
         parts = []
         with self.clock("teacher"):
             if self.clock.cuda:
-                torch.cuda.synchronize()  # the student's last steps are not the teacher's time
+                torch.cuda.synchronize()  # do not count the student's last steps
             started = time.perf_counter()
             for x in self.images(batches(samples, self.batch, drop_last=False), view):
                 parts.append(self.teacher(x).cpu())
@@ -197,7 +214,7 @@ class Bank:
         self.unread[view, number] = len(samples)
 
     def _order_chunk(self, view: int, number: int) -> Array:
-        """The teacher's order, label first, made from a chunk's logits by who needs it first."""
+        """Return the teacher's order of a chunk, label first; compute it from the logits if needed."""
         name, rows = self._name(view, number, "order"), self.logits[number][0]
         found = self._load(name, self.order_row, len(rows))
         if found is None:
@@ -211,7 +228,7 @@ class Bank:
 
 
 def _gather(chunks: dict[int, Array], chunk: Ints, row: Ints) -> Array:
-    """Rows by their chunk and the place there, [B] each; `chunks` are those that are needed."""
+    """Collect rows, given the chunk of each row and its place in that chunk, [B] each."""
     some, *others = chunks.values()
     if not others:
         return some[row]
@@ -225,7 +242,15 @@ def _gather(chunks: dict[int, Array], chunk: Ints, row: Ints) -> Array:
 def open_banks(
     teacher: Teacher, stream: Stream, clock: Clock, ledger: Ledger | None, holder: str
 ) -> tuple[Bank, Bank]:
-    """The banks of the training and the validation images, as a trial's worker reads them."""
+    """Open the banks of the training and the validation images for one worker of a trial.
+
+    Args:
+        teacher: The teacher of the trial.
+        stream: The images that the student sees.
+        clock: Measures the time.
+        ledger: Says which process computes which chunk; None if there is only this process.
+        holder: The name of this process in the ledger.
+    """
     trial, images, digest = teacher.trial, teacher.images, teacher.digest()
 
     def bank(split: Split, labels: Ints, views: int, batch: int, shown: Any) -> Bank:
@@ -259,7 +284,15 @@ def open_banks(
 
 
 def fill(trial: Trial, images: Images, store: Store, ledger: Ledger | None, holder: str) -> None:
-    """Compute what is missing in the banks that a trial reads, and that nobody else computes."""
+    """Compute all chunks that a trial reads and that no other process computes.
+
+    Args:
+        trial: A trial that reads a bank.
+        images: Its dataset.
+        store: Receives the chunks.
+        ledger: Says which process computes which chunk.
+        holder: The name of this process in the ledger.
+    """
     device = pick_device()
     stream = Stream(images, trial.data, trial.seed, device, memory_format(trial.channels_last))
     teacher = Teacher(trial, images, store, device)

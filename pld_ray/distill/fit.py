@@ -92,6 +92,10 @@ def fit(
     distiller.to(place)
     distiller.set_precision(pick_precision(precision, place))
     if not distiller.connected:
+        if iter(train_loader) is train_loader:  # the batch that is looked at would be lost
+            raise InputError(
+                "train_loader is an iterator: call distiller.connect(images) before fit"
+            )
         distiller.connect(next(_batches(train_loader, place, "train_loader"))[0])
     settings = _schedule(schedule, warmup_epochs)
     stepper = _optimizer(optimizer, lr, weight_decay, distiller)

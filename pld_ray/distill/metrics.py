@@ -1,4 +1,4 @@
-"""How good a student is: sums over validation samples that workers can add up."""
+"""Metrics of a student, as sums over validation samples that workers can add up."""
 
 from __future__ import annotations
 
@@ -10,7 +10,16 @@ BINS = 15  # of confidence, for the calibration error (Guo et al. 2017)
 
 
 def sums(logits: Tensor, labels: Tensor, teacher_logits: Tensor | None) -> Tensor:
-    """What `averages` needs of a batch: logits [B, C], labels [B]; returns [6 + 3 BINS] float64."""
+    """Compute the sums of a batch that `averages` needs.
+
+    Args:
+        logits: Logits of the student [B, C].
+        labels: Class indices, int64 [B].
+        teacher_logits: Logits of the teacher [B, C], or None.
+
+    Returns:
+        float64 [6 + 3 BINS]. The sums of two batches add up to those of both together.
+    """
     log_q = F.log_softmax(logits.float(), 1)
     confidence, predicted = log_q.max(1)
     confidence = confidence.exp().double()
@@ -36,10 +45,16 @@ def sums(logits: Tensor, labels: Tensor, teacher_logits: Tensor | None) -> Tenso
 
 
 def averages(total: Tensor, has_teacher: bool) -> dict[str, float]:
-    """Top-1 and top-5 in percent, loss in nats, ece in [0, 1], from summed `sums`.
+    """Compute metrics from the sums of all batches.
 
-    kl_teacher_student is KL(teacher || student) at temperature 1 (paper, Table 12), agreement the
-    percentage of samples on which both have the same first class.
+    Args:
+        total: The sum of `sums` over the batches.
+        has_teacher: Whether the sums include a teacher.
+
+    Returns:
+        top1 and top5 in percent, val_loss in nats, and ece in [0, 1] (Guo et al. 2017). With a
+        teacher also kl_teacher_student, KL(teacher || student) in nats at temperature 1 (paper,
+        Table 12), and agreement: the percentage of samples for which both predict the same class.
     """
     values = total.tolist()
     count, right, right5, loss, kl, agree = values[:6]
