@@ -164,7 +164,7 @@ class Bank:
         return found
 
     def _chunk(self, view: int, number: int) -> tuple[Array, float]:
-        """Return the rows of a chunk and the seconds they took; compute them if they are missing."""
+        """Return the rows of a chunk and the seconds they took, or compute them."""
         first = view * self.chunks + number
         last = min(first + AHEAD, self.views * self.chunks)
         names = [self._name(*divmod(i, self.chunks)) for i in range(first, last)]
@@ -214,7 +214,7 @@ class Bank:
         self.unread[view, number] = len(samples)
 
     def _order_chunk(self, view: int, number: int) -> Array:
-        """Return the teacher's order of a chunk, label first; compute it from the logits if needed."""
+        """Return the teacher's order of a chunk, label first."""
         name, rows = self._name(view, number, "order"), self.logits[number][0]
         found = self._load(name, self.order_row, len(rows))
         if found is None:
