@@ -1,6 +1,7 @@
 # `make demo` and `make test` set up .venv themselves; the first run takes about two minutes.
 PYTHON ?= python3
 BIN := .venv/bin
+PARALLEL := -n auto --dist loadfile  # one process per core; the tests of a file share fixtures
 
 .PHONY: demo test test-all check clean
 
@@ -8,10 +9,10 @@ demo: .venv/installed  ## CE, KD, DIST and PLD on handwritten digits: table and 
 	$(BIN)/pld-ray run demo
 
 test: .venv/installed  ## the tests, but for the slow ones: whole runs on Ray
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest $(PARALLEL) -m "not slow"
 
 test-all: .venv/installed  ## all tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL)
 
 check: .venv/installed  ## lint, format and types
 	$(BIN)/ruff check .
