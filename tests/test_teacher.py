@@ -24,7 +24,6 @@ from pld_ray.data.images import Images
 from pld_ray.data.sampling import order
 from pld_ray.data.stream import Stream
 from pld_ray.distill import bank, teacher
-from pld_ray.distill.distiller import FrozenTeacher
 from pld_ray.distill.loop import train
 from pld_ray.distill.teacher import Teacher
 from pld_ray.errors import InputError
@@ -206,7 +205,7 @@ def test_a_pretrained_teacher_sees_images_normalised_as_it_was_trained(tmp_path)
         }
     )
     teacher = Teacher(trial, images, Store(tmp_path), CPU)
-    teacher.module = FrozenTeacher(torch.nn.Identity(), teacher._renormalize())
+    teacher.network = torch.nn.Identity()
     x = next(Stream(images, trial.data, 0, CPU).val([np.arange(6)]))
     expected = (torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255 - mean) / std
     torch.testing.assert_close(teacher(x), expected)

@@ -34,15 +34,14 @@ class Teacher:
     @cached_property
     def module(self) -> FrozenTeacher:
         """The teacher as a module, on its device."""
+        return FrozenTeacher(self.network, self._renormalize(), self.precision)
+
+    @cached_property
+    def network(self) -> nn.Module:
+        """The network alone, on its device."""
         with torch.random.fork_rng():  # loading it must not change the trial's random numbers
             network = self._load()
-        network = network.to(self.device).to(memory_format=memory_format(self.trial.channels_last))
-        return FrozenTeacher(network, self._renormalize(), self.precision)
-
-    @property
-    def network(self) -> nn.Module:
-        """The network alone, in evaluation mode."""
-        return self.module.network
+        return network.to(self.device).to(memory_format=memory_format(self.trial.channels_last))
 
     def _load(self) -> nn.Module:
         teacher = self.trial.teacher
