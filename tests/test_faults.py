@@ -32,7 +32,7 @@ base:
   epochs: 60
   batch_size: 32
 grid: {loss: [ce, pld]}
-resources: {patience: 4}
+resources: {patience: 20}
 """
 LIMIT = 600  # seconds to wait for anything; a machine that is four times slower meets it
 

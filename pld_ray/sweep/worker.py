@@ -65,9 +65,10 @@ def _attempt(
     again: type[Exception],
 ) -> None:
     """Train. Raise errors of the types `again` for another attempt, and NotedError for others."""
-    with monitored(monitor, trial.id) as step:
-        from pld_ray.distill.loop import TrainingError, train
+    # Importing torch takes seconds, in which the process gives no sign of life.
+    from pld_ray.distill.loop import TrainingError, train
 
+    with monitored(monitor, trial.id) as step:
         try:
             train(trial, ray.get(images), store, report, ledger, step, _device(trial))
         except Exception as error:
