@@ -36,8 +36,8 @@ from torch.nn import functional as F
 from pld_ray.losses.common import transformed
 from pld_ray.losses.order import Ranking
 
-# dtype: (smallest safe probability, placeholder for the label's probability where the order lists
-# the label again). The placeholder vanishes in the rounding of every sum, but it is not 0 and not
+# dtype: (smallest safe probability, stand-in for the label's probability where the order lists
+# the label again). The stand-in vanishes in the rounding of every sum, but it is not 0 and not
 # so small that 1 divided by it overflows.
 LINEAR = {torch.float32: (math.exp(-50), 1e-37), torch.float64: (math.exp(-500), 1e-300)}
 
