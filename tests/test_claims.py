@@ -95,11 +95,13 @@ def test_signs_are_renewed(tmp_path, monkeypatch):
         assert json.loads(path.read_text())["until"] > max(first, time.time())
 
 
-def test_the_signs_of_dead_drivers_are_cleared_away(tmp_path):
-    files = Files(tmp_path)
+def test_a_driver_that_begins_removes_what_dead_drivers_left(files):
     elsewhere(files, "dead", until=time.time() - 1)
+    elsewhere(files, "far", until=time.time() + 3600)
+    files.write("trials/a/record.json", b"{}")
     with Claims(files) as here:
-        assert list(files.listed("drivers")) == [f"{here.name}.json"]
+        assert set(files.listed("drivers")) == {f"{here.name}.json", "far.json"}
+        assert set(files.listed("trials/a")) == {"record.json", "claim-far.json"}
 
 
 def _race(root, start, won):

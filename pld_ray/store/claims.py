@@ -43,9 +43,9 @@ class Claims:
         self.thread = threading.Thread(target=self._renew, daemon=True)
 
     def __enter__(self) -> Claims:
-        for name in self.files.listed("drivers"):
-            if not self._alive(name.removesuffix(".json")):
-                self.files.delete(f"drivers/{name}")
+        drivers = [name.removesuffix(".json") for name in self.files.listed("drivers")]
+        if dead := [driver for driver in drivers if not self._alive(driver)]:
+            self._remove(dead)
         self._sign()
         self.thread.start()
         return self
@@ -94,6 +94,15 @@ class Claims:
         """Release the claim on a trial, whatever its outcome."""
         self.held.discard(trial_id)
         self.files.delete(self._path(trial_id, self.name))
+
+    def _remove(self, dead: list[str]) -> None:
+        """Delete what dead drivers left: first their claims, then their heartbeats."""
+        claims = {f"claim-{driver}.json" for driver in dead}
+        for path in self.files.listed("trials"):
+            if path.rpartition("/")[2] in claims:
+                self.files.delete(f"trials/{path}")
+        for driver in dead:
+            self.files.delete(f"drivers/{driver}.json")
 
     def _path(self, trial_id: str, driver: str) -> str:
         return f"trials/{trial_id}/claim-{driver}.json"
