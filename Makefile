@@ -1,7 +1,8 @@
 # `make demo` and `make test` set up .venv themselves; the first run takes about two minutes.
 PYTHON ?= python3
 BIN := .venv/bin
-PARALLEL := -n auto --dist loadfile  # one process per core; the tests of a file share fixtures
+# one process per core; the tests of a file share fixtures
+PARALLEL := -n auto --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test test-all check clean
 

@@ -12,13 +12,19 @@ settings.register_profile("thorough", max_examples=10_000)  # --hypothesis-profi
 torch.set_num_threads(1)  # as in a trial's process: results then agree to the bit
 
 
+def pytest_collection_modifyitems(items):
+    """Files with slow tests come first, so that no process ends long after the others."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture(scope="session")
 def local_ray():
     """One Ray for all tests that need it."""
     import pld_ray.sweep  # noqa: F401 - sets Ray's environment before it starts
 
     ray = pytest.importorskip("ray")
-    ray.init(num_cpus=2, log_to_driver=False)
+    ray.init(num_cpus=2, log_to_driver=False, include_dashboard=False)
     yield ray
     ray.shutdown()
 

@@ -153,7 +153,8 @@ def test_bank_build_ls_and_rm(local_ray, experiment, tmp_path, capfd):
     # 3 views of 150 and one of 360, 10 float32 each
     said = "teacher bank: 32 kB in 2 banks of up to 3 views, {} of it computed so far"
     assert said.format("none") in cli("plan", path)
-    built = cli("bank", "build", path)
+    one = ("--set", "resources.concurrent=1")  # process, which imports torch once
+    built = cli("bank", "build", path, *one)
     assert "1 trials to run, 0 done before" in built
     rows = {row[3]: row for line in built.splitlines() if len(row := line.split()) == 8}
     assert rows["train"][1:] == ["resnet8", "digits", "train", "0", "3", "19", "kB"]
@@ -167,7 +168,7 @@ def test_bank_build_ls_and_rm(local_ray, experiment, tmp_path, capfd):
         "kB",
     ]  # and bank_format.json
     assert said.format("all") in cli("plan", path)
-    ran = cli("run", path)
+    ran = cli("run", path, *one)
     assert "2 trials to run, 1 done before" in ran
     assert "teacher forward passes: 0 s spent, " in ran
     store = Store(tmp_path / "results")

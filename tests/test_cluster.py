@@ -110,7 +110,7 @@ def children(cluster, wanted):
 
 
 def test_a_group_across_nodes_a_death_in_it_and_the_bank_they_share(cluster, tmp_path):
-    driver, made, store = run(cluster, tmp_path, "workers=2", "epochs=60", "grid.loss=[kd]")
+    driver, made, store = run(cluster, tmp_path, "workers=2", "epochs=40", "grid.loss=[kd]")
     trial = plan(made).cells[0].trial
     wait(lambda: store.load_checkpoint(trial))
     workers = children(cluster, lambda process: "RayTrainWorker" in process.cmdline()[0])
@@ -121,7 +121,8 @@ def test_a_group_across_nodes_a_death_in_it_and_the_bank_they_share(cluster, tmp
     trials = plan(made).trials
     assert store.finished(trials) == trials.keys()
     assert store.record(trial.id)["trial"]["workers"] == 2 and len(store.banks()) == 2
-    assert [epoch["epoch"] for epoch in store.epochs(trial.id)] == list(range(1, 61))
+    assert [epoch["epoch"] for epoch in store.epochs(trial.id)] == list(range(1, 41))
+    assert store.record(trial.id)["metrics"]["top1"] > 20  # of ten classes
     cluster.all_back()
 
 
@@ -157,7 +158,7 @@ search:
   scheduler: asha
 """
     )
-    driver, made, store = run(cluster, tmp_path, "workers=2", "epochs=200", text=text)
+    driver, made, store = run(cluster, tmp_path, "workers=2", "epochs=20", text=text)
     output = driver.communicate()[0]
     assert driver.returncode == 0, output
     states = [drawn.state for drawn in search.look(made, store)[0].drawn]
@@ -167,7 +168,7 @@ search:
 
 
 def test_a_node_that_dies_takes_nothing_with_it(cluster, tmp_path):
-    driver, made, store = run(cluster, tmp_path, "epochs=60", "seeds=[0,1,2]")
+    driver, made, store = run(cluster, tmp_path, "epochs=60", "seeds=[0,1]")
     wait(lambda: len(store.finished(store.trials())) >= 2)
     raylets = children(cluster, lambda process: process.name() == "raylet")
     [raylet for raylet in raylets if "--head" not in raylet.cmdline()][-1].kill()

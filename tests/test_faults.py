@@ -1,6 +1,8 @@
 """Faults while an experiment runs, done to the real command: one fault a test, nothing is lost.
 
-Most tests begin with a store in which the teacher has finished, so that a run is short.
+Most tests begin with a store in which the teacher has finished, so that a run is short. Where the
+fault is not done to the command itself, the command runs in the process of the tests, which has
+imported torch already and has a Ray that all tests share.
 """
 
 import json
@@ -11,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
@@ -26,13 +29,13 @@ from pld_ray.store.store import Store
 pytestmark = pytest.mark.slow
 TEXT = """
 base:
-  data: {name: digits, pad: 1, limit: 300}
+  data: {name: digits, pad: 1, limit: 200}
   student: resnet8
   teacher: {name: resnet8, train: {epochs: 2}}
-  epochs: 60
+  epochs: 40
   batch_size: 32
 grid: {loss: [ce, pld]}
-resources: {patience: 20}
+resources: {patience: 20, concurrent: 1}  # one process, which imports torch once
 """
 LIMIT = 600  # seconds to wait for anything; a machine that is four times slower meets it
 
@@ -70,30 +73,45 @@ def results(made, store):
     return found
 
 
-class Driver(subprocess.Popen):
-    """`pld-ray run` as a process."""
+@pytest.fixture
+def command(local_ray, cli, whole, tmp_path):
+    """Run the experiment in this process, beside something that happens to it meanwhile."""
 
-    def __init__(self, path, storage, *arguments, **kwargs):
+    def run(storage, *arguments, meanwhile=lambda: None):
+        with ThreadPoolExecutor(1) as other:
+            happened = other.submit(meanwhile)
+            done = cli("run", whole[0], "--storage", storage, *arguments, cwd=tmp_path)
+            happened.result(timeout=LIMIT)
+        return done.returncode, done.stdout + done.stderr
+
+    return run
+
+
+@pytest.fixture
+def finishes(command, whole, store):
+    """Run the experiment to its end; every trial then has the bits of the undisturbed run."""
+
+    def run(into=store, **kwargs):
+        code, output = command(into.uri, **kwargs)
+        assert code == 0, output
+        assert results(whole[1], into) == whole[2]
+        return output
+
+    return run
+
+
+class Driver(subprocess.Popen):
+    """The command as a process, with a Ray of its own."""
+
+    def __init__(self, path, storage):
         command = [sys.executable, "-m", "pld_ray.cli", "run", path, "--storage", storage]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        super().__init__([*command, *arguments], **pipes, **kwargs)
-
-    def trains(self):
-        """The process that trains now, if there is one."""
-        for process in psutil.Process(self.pid).children(recursive=True):
-            with suppress(psutil.Error):
-                if process.cmdline()[:1] == ["ray::ImplicitFunc.train"]:
-                    return process
-        return None
+        super().__init__(command, **pipes)
 
     def __exit__(self, kind, *error):
         if kind is not None:
             self.kill()
         super().__exit__(kind, *error)
-
-    def end(self):
-        output, _ = self.communicate(timeout=LIMIT)
-        return self.returncode, output
 
 
 def wait(condition):
@@ -104,9 +122,18 @@ def wait(condition):
     return found
 
 
+def training():
+    """The process that trains, of those that the Ray of the tests has started."""
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):
+            if process.cmdline()[:1] == ["ray::ImplicitFunc.train"]:
+                return process
+    return None
+
+
 def under_way(store, made):
     """Whether a trial has a checkpoint to continue from."""
-    found = [key for key in made.trials if len(store.epochs(key)) > 5]
+    found = [key for key in made.trials if 5 < len(store.epochs(key)) < 40]
     return any(Path(store.folder(key), "checkpoint.pt").exists() for key in found)
 
 
@@ -116,25 +143,40 @@ def damage(path):
     path.write_bytes(content)
 
 
-def finishes(driver, whole, store):
-    """The driver ends well, and every trial has the bits of the undisturbed run."""
-    _, made, expected, _ = whole
-    code, output = driver.end()
-    assert code == 0, output
-    assert results(made, store) == expected
-    return output
-
-
 # ---------------------------------------------------------------- processes
 
 
-def test_a_worker_that_is_killed(whole, store):
+def test_a_worker_that_is_killed(whole, store, finishes):
+    def kill():
+        wait(lambda: under_way(store, whole[1]))
+        training().kill()
+
+    finishes(meanwhile=kill)
+
+
+def test_a_worker_that_hangs(whole, store, finishes):
+    def suspend():
+        wait(lambda: under_way(store, whole[1]))
+        hung = training()
+        hung.suspend()  # it can do nothing, not even end when it is asked to
+        wait(lambda: not hung.is_running() or hung.status() == psutil.STATUS_ZOMBIE)
+
+    finishes(meanwhile=suspend)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_driver_that_is_told_to_stop(whole, store, finishes, number):
     path, made, *_ = whole
     with Driver(path, store.uri) as driver:
         wait(lambda: under_way(store, made))
         assert listening(driver) == {"127.0.0.1"}
-        wait(driver.trains).kill()
-        finishes(driver, whole, store)
+        driver.send_signal(number)
+        output, _ = driver.communicate(timeout=LIMIT)
+    assert driver.returncode == 128 + number
+    assert output.endswith("stopped; run the same command again to resume\n")
+    assert "Traceback" not in output
+    assert len(results(made, store)) < len(made.trials)  # it did not wait for them
+    finishes()
 
 
 def listening(driver):
@@ -148,69 +190,43 @@ def listening(driver):
     return {ip.removeprefix("::ffff:") for ip in found}
 
 
-def test_a_worker_that_hangs(whole, store):
-    path, made, *_ = whole
-    with Driver(path, store.uri) as driver:
-        wait(lambda: under_way(store, made))
-        hung = wait(driver.trains)
-        time.sleep(4)  # until it has given a sign of life
-        hung.suspend()  # it can do nothing, not even end when it is asked to
-        wait(lambda: not hung.is_running() or hung.status() == psutil.STATUS_ZOMBIE)
-        finishes(driver, whole, store)
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_driver_that_is_told_to_stop(whole, store, number):
-    path, made, *_ = whole
-    with Driver(path, store.uri) as driver:
-        wait(lambda: under_way(store, made))
-        driver.send_signal(number)
-        told = time.monotonic()
-        code, output = driver.end()
-    assert code == 128 + number and time.monotonic() - told < 60
-    assert output.endswith("stopped; run the same command again to resume\n")
-    assert "Traceback" not in output
-    with Driver(path, store.uri) as driver:
-        finishes(driver, whole, store)
-
-
-def test_a_driver_that_is_killed(whole, store):
+def test_a_driver_that_is_killed(whole, store, finishes):
     path, made, *_ = whole
     with Driver(path, store.uri) as driver:
         wait(lambda: len(store.records(made.trials)) >= 2)
         driver.kill()
         driver.communicate()
     before = store.records(made.trials)
-    with Driver(path, store.uri) as driver:
-        output = finishes(driver, whole, store)
+    output = finishes()
     if len(before) < len(made.trials):
         left = len(made.trials) - len(before)
         assert f"{left} trials to run, {len(before)} done before" in output
     assert re.search(r"^\| PLD +\| +\d\d\.\d\d ", output, re.MULTILINE)
     assert before.items() <= store.records(made.trials).items()  # not run again
-    assert not list(Path(store.uri).rglob("claim-*")) and not list(
-        Path(store.uri).rglob("drivers/*")
-    )
+    left = [*Path(store.uri).rglob("claim-*"), *Path(store.uri).rglob("drivers/*")]
+    assert not left
 
 
-def test_two_drivers_share_the_work_and_a_killed_one_leaves_it_to_the_other(whole, store):
-    path, *_ = whole
-    teacher = set(results(whole[1], store))
-    with Driver(path, store.uri) as one, Driver(path, store.uri) as two:
-        wait(lambda: store.finished(store.trials()) - teacher or one.poll() is not None)
-        before = store.records(store.trials())
-        one.kill()
-        one.communicate()
-        finishes(two, whole, store)
-    assert {key: store.record(key) for key in before} == before
+def test_two_drivers_share_the_work_and_a_killed_one_leaves_it_to_the_other(whole, store, finishes):
+    path, made, *_ = whole
+    with Driver(path, store.uri) as other:
+        wait(lambda: under_way(store, made))  # the other driver has one of the two trials
+
+        def kill():
+            wait(lambda: len(list(Path(store.uri).rglob("claim-*"))) == 2)
+            other.kill()
+            other.communicate()
+
+        finishes(meanwhile=kill)
 
 
 # ---------------------------------------------------------------- files
 
 
 @pytest.mark.parametrize("kind", ["checkpoint", "record", "weights of a teacher", "bank"])
-def test_a_damaged_file(whole, tmp_path, kind):
-    path, made, _, finished = whole
+def test_a_damaged_file(whole, tmp_path, finishes, kind):
+    _, made, _, finished = whole
+    shutil.rmtree(tmp_path / "results")
     shutil.copytree(finished.uri, tmp_path / "results")
     store = Store(tmp_path / "results")
     (teacher,) = made.teacher_ids
@@ -227,58 +243,54 @@ def test_a_damaged_file(whole, tmp_path, kind):
         damage(Path(store.folder(teacher), "student.safetensors"))
     elif kind == "bank":
         damage(sorted(tmp_path.rglob("*.logits"))[3])
-    with Driver(path, store.uri) as driver:
-        output = finishes(driver, whole, store)
+    output = finishes(store)
     assert store.record(ce) == kept  # nothing of it was damaged
     told = "1 teachers have damaged weights and are trained again"
     assert (told in output) == (kind == "weights of a teacher")
 
 
 def half_done(trial, store):
-    """A trial that was killed after 20 epochs, with a checkpoint."""
+    """A trial that was killed after 10 epochs, with a checkpoint."""
 
     def stop(metrics):
-        if metrics["epoch"] == 20:
+        if metrics["epoch"] == 10:
             raise SystemExit  # as Tune stops a trial
 
     with pytest.raises(SystemExit):
         train(trial, load(trial.data), store, stop)
-    assert len(store.load_checkpoint(trial)["history"]) == 20
+    assert len(store.load_checkpoint(trial)["history"]) == 10
 
 
-def test_a_full_disk(whole, tmp_path):
-    path = whole[0]
-    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(tmp_path)]
+def test_a_full_disk(tmp_path, command, finishes, monkeypatch):
+    monkeypatch.setattr("pld_ray.sweep.runner.RETRIES", 1)  # each imports torch
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)]
     if subprocess.run(mount, capture_output=True, check=False).returncode:
         pytest.skip("a small file system can only be mounted as root")
     try:
-        with Driver(path, tmp_path / "results") as driver:
-            code, output = driver.end()
+        code, output = command(disk / "results")
         assert code == 1 and "No space left on device" in output
         assert "Traceback" not in output
-        subprocess.run(["mount", "-o", "remount,size=99m", str(tmp_path)], check=True)
-        with Driver(path, tmp_path / "results") as driver:
-            finishes(driver, whole, Store(tmp_path / "results"))
+        subprocess.run(["mount", "-o", "remount,size=99m", str(disk)], check=True)
+        finishes(Store(disk / "results"))
     finally:
-        subprocess.run(["umount", "-l", str(tmp_path)], check=False)
+        subprocess.run(["umount", "-l", str(disk)], check=False)
 
 
-def test_one_trial_runs_out_of_memory_and_the_others_go_on(whole, tmp_path):
-    path = whole[0]
+def test_one_trial_runs_out_of_memory_and_the_others_go_on(whole, command, cli, tmp_path):
     args = "{img_size: 8, patch_size: 8, depth: 1, embed_dim: 9000000}"
     huge = f"{{name: vit_tiny_patch16_224, args: {args}}}"
     sets = ["--set", f"grid.student=[{huge}, resnet8]", "--set", "grid.loss=[ce]"]
     sets += ["--set", "epochs=2"]
-    with Driver(path, tmp_path, *sets) as driver:
-        code, output = driver.end()
+    code, output = command(tmp_path / "new", *sets)
     assert code == 1 and "1 of 1" not in output
     assert "vit_tiny_patch16_224 seed 0: FAILED: RuntimeError: " in output
-    store = Store(tmp_path)
+    store = Store(tmp_path / "new")
     done = store.records(store.trials()).values()
     assert [record["trial"]["student"]["name"] for record in done] == ["resnet8"]
-    command = [sys.executable, "-m", "pld_ray.cli", "status", path, *sets, "--storage", tmp_path]
-    status = subprocess.run(command, capture_output=True, text=True, check=False)
+    status = cli("status", whole[0], *sets, "--storage", store.uri, cwd=tmp_path)
     assert status.returncode == 1 and "FAILED: RuntimeError: " in status.stdout
-    assert str(tmp_path / "trials") in status.stdout
-    failure = json.loads(next(tmp_path.rglob("failure.json")).read_text())
+    assert str(tmp_path / "new" / "trials") in status.stdout
+    failure = json.loads(next(Path(store.uri).rglob("failure.json")).read_text())
     assert "Traceback" in failure["traceback"][0] and os.linesep not in failure["reason"]

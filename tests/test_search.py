@@ -235,6 +235,7 @@ def test_stopped_failed_and_paused_trials(experiment, tmp_path):
 
 
 def run(folder, *overrides):
+    overrides = (*overrides, "resources.concurrent=1")  # one process, which imports torch once
     path = folder / "small.yaml"
     path.write_text(TEXT)
     run_command([str(path)], overrides=list(overrides), storage=str(folder / "results"))

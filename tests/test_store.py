@@ -211,15 +211,15 @@ def test_an_object_store_that_is_not_there_is_told(s3):
 
 
 @pytest.mark.slow
-def test_an_experiment_on_an_object_store_is_the_same_to_the_bit(s3, experiment, tmp_path):
+def test_an_experiment_on_an_object_store_is_the_same_to_the_bit(s3, experiment, cli, tmp_path):
     made, local = plan(experiment(SMALL)), Store(tmp_path)
     for trial in made.trials.values():
         train(trial, load(trial.data), local, lambda metrics: None)
-    command = [sys.executable, "-m", "pld_ray.cli", "run", experiment.folder / "small.yaml"]
-    command += ["--storage", f"{s3}/whole"]
-    for said in ("3 trials to run", "all 3 trials are done"):
-        found = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
-        assert said in found.stdout
+    arguments = ["run", experiment.folder / "small.yaml", "--storage", f"{s3}/whole"]
+    command = [sys.executable, "-m", "pld_ray.cli", *arguments]  # its Ray knows where the S3 is
+    found = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert "3 trials to run" in found.stdout
+    assert "all 3 trials are done" in cli(*arguments, cwd=tmp_path).stdout
     remote = Store(f"{s3}/whole")
     for key in made.trials:
         assert remote.record(key)["weights_sha256"] == local.record(key)["weights_sha256"]

@@ -323,9 +323,9 @@ def race(store_uri, trial, ledger, log, kill):
         compute(self, name)
 
     bank.Bank._compute = noted
-    if not kill:  # wait for the other two
+    if not kill:  # wait for the other one
         Path(f"{log}.{os.getpid()}").touch()
-        while len(list(Path(log).parent.glob("log.*"))) < 3:
+        while len(list(Path(log).parent.glob("log.*"))) < 2:
             time.sleep(0.01)
     try:
         train(trial, load(trial.data), Store(store_uri), lambda metrics: None, ledger)
@@ -336,7 +336,7 @@ def race(store_uri, trial, ledger, log, kill):
 @pytest.mark.slow
 def test_trials_that_start_together_compute_each_chunk_once(experiment, tmp_path, local_ray):
     local_ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    losses = "grid.loss=[pld,kd,dist,dkd]"
+    losses = "grid.loss=[pld,kd,dist]"
     *trials, doomed = cells(experiment, losses, "data.limit=300", "epochs=4", "batch_size=64")
     store, log = Store(tmp_path), tmp_path / "log"
     train(doomed.teacher, load(doomed.teacher.data), store, lambda metrics: None)

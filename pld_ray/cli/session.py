@@ -198,7 +198,7 @@ def write_tables(plan: Plan, store: Store, out: Path | None) -> Path:
         The folder that holds the tables.
     """
     from analysis.records import frames
-    from analysis.tables import best, comparison, paper_tables
+    from analysis.tables import best, comparison, entries, paper_tables, printing
     from pld_ray.sweep import search
 
     folder = reports(plan, store, out)
@@ -215,9 +215,9 @@ def write_tables(plan: Plan, store: Store, out: Path | None) -> Path:
         typer.echo("\n" + comparison.text(*own, plan.experiment) + "\n")
     miniature = plan.experiment.miniature_of is not None
     for declared in paper_tables.of_experiment(plan.experiment.name):
-        found = paper_tables.entries(declared, frame)
-        paths += paper_tables.write(declared, found, miniature, folder)
-        typer.echo(paper_tables.text(declared, found, miniature) + "\n")
+        found = entries.of_table(declared, frame)
+        paths += printing.write(declared, found, miniature, folder)
+        typer.echo(printing.text(declared, found, miniature) + "\n")
     for note in dict.fromkeys(note for notes in frame["notes"] for note in notes):
         typer.echo(f"note: {note}\n")
     say("tables", paths)

@@ -84,19 +84,10 @@ def fit(
     Raises:
         InputError: An argument or a batch cannot be used, or the loss is not finite.
     """
-    place = _device(device)
     if epochs < 1:
         raise InputError(f"epochs is {epochs}: expected at least 1")
-    if precision not in ("auto", "float32", "bfloat16"):
-        raise InputError(f"precision is {precision!r}; accepted: auto, bfloat16, float32")
-    distiller.to(place)
-    distiller.set_precision(pick_precision(precision, place))
-    if not distiller.connected:
-        if iter(train_loader) is train_loader:  # the batch that is looked at would be lost
-            raise InputError(
-                "train_loader is an iterator: call distiller.connect(images) before fit"
-            )
-        distiller.connect(next(_batches(train_loader, place, "train_loader"))[0])
+    place = _device(device)
+    _prepare(distiller, train_loader, precision, place)
     settings = _schedule(schedule, warmup_epochs)
     stepper = _optimizer(optimizer, lr, weight_decay, distiller)
     steps = _length(train_loader, settings)
@@ -147,6 +138,22 @@ def evaluate(
         place = _device(device)
         student.to(place)
     return _scores(student, _batches(loader, place, "loader"), precision)["top1"] / 100
+
+
+def _prepare(
+    distiller: Distiller, loader: Iterable[Any], precision: str, device: torch.device
+) -> None:
+    """Move the distiller to the device, and connect it to the shape of the first images."""
+    if precision not in ("auto", "float32", "bfloat16"):
+        raise InputError(f"precision is {precision!r}; accepted: auto, bfloat16, float32")
+    distiller.to(device)
+    distiller.set_precision(pick_precision(precision, device))
+    if not distiller.connected:
+        if iter(loader) is loader:  # the batch that is looked at would be lost
+            raise InputError(
+                "train_loader is an iterator: call distiller.connect(images) before fit"
+            )
+        distiller.connect(next(_batches(loader, device, "train_loader"))[0])
 
 
 def _train_epoch(

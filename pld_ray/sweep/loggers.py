@@ -1,4 +1,4 @@
-"""TensorBoard, MLflow and Weights & Biases through Ray's own callbacks (`pld-ray run --log`).
+"""TensorBoard, MLflow and Weights & Biases as callbacks of Ray Tune (`pld-ray run --log`).
 
 Loggers are only for watching a run: all tables are made from the store. A logger that fails does
 not affect trials. It is not called again, and the run reports the failure at its end.
@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -152,22 +153,57 @@ def _mlflow(experiment: str, root: Path) -> LoggerCallback:
     return MLflowLoggerCallback(tracking_uri=uri, experiment_name=experiment)
 
 
-def _wandb(experiment: str, root: Path) -> LoggerCallback:
-    """Create Ray's Weights & Biases logger; its local files are written to ROOT."""
-    from ray.air.integrations.wandb import WandbLoggerCallback
+class _Wandb(LoggerCallback):
+    """Weights & Biases: one run per trial, all in this process; local files go below `folder`.
 
-    root.mkdir(parents=True, exist_ok=True)
-    project = os.environ.get("WANDB_PROJECT") or "pld-ray"
-    # Ray runs the logger in the cluster's environment, not in that of this command
-    settings: dict[str, Any] = {
-        name: os.environ.get(f"WANDB_{name.upper()}") for name in ("mode", "entity")
-    }
-    settings |= {"project": project, "group": experiment, "dir": str(root)}
-    return WandbLoggerCallback(upload_timeout=120, **settings)
+    Ray's own logger runs an actor per trial, and loses the epochs of an actor that fails.
+    """
+
+    UPLOAD_SECONDS = 120  # how long the end of the experiment waits for uploads
+
+    def __init__(self, experiment: str, folder: Path) -> None:
+        self.experiment, self.folder = experiment, folder
+        self.runs: dict[Any, Any] = {}
+        self.uploads: list[Future[None]] = []
+        self.threads = ThreadPoolExecutor()  # an upload does not hold up the trials
+
+    def setup(self, **_: Any) -> None:
+        """Check that W&B knows where to send the runs to, unless it is offline."""
+        import wandb
+
+        if os.environ.get("WANDB_MODE", "online") == "online" and not wandb.api.api_key:
+            raise ValueError("no API key: run `wandb login`, or set WANDB_API_KEY or WANDB_MODE")
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def log_trial_start(self, trial: Any) -> None:
+        import wandb
+
+        if trial not in self.runs:
+            self.runs[trial] = wandb.init(
+                project=os.environ.get("WANDB_PROJECT") or "pld-ray",
+                group=self.experiment,
+                id=trial.trial_id,
+                name=str(trial),
+                config=trial.config,
+                dir=self.folder,
+                reinit="create_new",
+                settings=wandb.Settings(console="off", silent=True),
+            )
+
+    def log_trial_result(self, iteration: int, trial: Any, result: dict[str, Any]) -> None:
+        self.runs[trial].log(result, step=result["training_iteration"])
+
+    def log_trial_end(self, trial: Any, failed: bool = False) -> None:
+        finish = self.runs.pop(trial).finish
+        self.uploads.append(self.threads.submit(finish, exit_code=int(failed)))
+
+    def on_experiment_end(self, trials: Any, **_: Any) -> None:
+        for upload in self.uploads:
+            upload.result(timeout=self.UPLOAD_SECONDS)
 
 
 _MAKE: dict[str, Callable[[str, Path], LoggerCallback]] = {
     "tensorboard": lambda experiment, root: _TensorBoard(root / "tensorboard" / experiment),
     "mlflow": _mlflow,
-    "wandb": _wandb,
+    "wandb": lambda experiment, root: _Wandb(experiment, root),
 }
