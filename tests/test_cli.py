@@ -10,7 +10,7 @@ from pld_ray.config.planning import plan
 from pld_ray.store.store import Store
 
 BAD = {
-    "plan demmo": "no experiment 'demmo' (neither a file nor shipped): did you mean 'demo'?",
+    "plan demmo": "'demmo' is not a file and not a shipped experiment: did you mean 'demo'?",
     "plan demo --set optimizer.lrr=1": "demo: optimizer.lrr: unknown field; did you mean 'lr'?",
     "run demo --set student=resnet9": "model 'resnet9' is not known to timm; did you mean",
     "run demo --set optimizer=adamx": "optimizer.name is 'adamx': not in timm; did you mean",
@@ -25,7 +25,7 @@ BAD = {
     "run demo --set data.cutmix=1": "cutmix: augmentation that mixes samples is not supported",
     "bank build demo --set grid.loss=[ce]": "demo: none of its trials reads a bank",
     "landscape demo": "demo: no trial has finished; run the experiment first",
-    "run demo landscape --smoke": "no experiment 'landscape' (neither a file nor shipped)",
+    "run demo landscape --smoke": "'landscape' is not a file and not a shipped experiment",
     "run demo --set data.random_resized_crop=true": "random_resized_crop needs image_size",
     "run demo --set resources.gpus_per_worker=1.5": "gpus_per_worker is 1.5: expected a whole",
     "status demo --storage nosuch://x": "storage 'nosuch://x': expected a folder or a URI",

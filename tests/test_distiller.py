@@ -183,7 +183,7 @@ def test_losses_on_features_connect_first_and_learn_their_own_parts():
     assert distiller(x, y).item() == pytest.approx(expected.item(), rel=1e-5)
     with pytest.raises(ValueError, match="ATLoss compares features: expected a teacher network"):
         Distiller(student, None, ATLoss())
-    with pytest.raises(InputError, match="model family Small: timm gives no intermediate features"):
+    with pytest.raises(InputError, match="model family Small: timm cannot return its intermediate"):
         Distiller(Small(), teacher, ATLoss())
 
 

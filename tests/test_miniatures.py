@@ -6,7 +6,7 @@ from rich.console import Console
 from analysis.figures import paper_figures
 from analysis.landscapes import weights
 from analysis.records import frames
-from analysis.tables import entries, paper_tables
+from analysis.tables import paper_entries, paper_tables
 from pld_ray.config.experiment import load_experiment
 from pld_ray.config.planning import plan
 from pld_ray.config.trial import Resources
@@ -41,7 +41,7 @@ def test_a_miniature_fills_its_table(name, local_ray, tmp_path):
     assert store.finished(store.trials()) == set(made.trials)
     frame = frames.frame(made, store)
     (table,) = paper_tables.of_experiment(f"{name}-smoke")
-    found = entries.of_table(table, frame)
+    found = paper_entries.of_table(table, frame)
     assert found and all(len(entry.scores) == entry.planned for entry in found)
     assert all(0 <= entry.mean <= 100 and entry.reported > 60 for entry in found)
     drawn = paper_figures.draw_paper(frame, made.experiment.name, True, tmp_path)

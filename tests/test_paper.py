@@ -13,8 +13,8 @@ import torch
 
 from analysis.figures import paper_figures
 from analysis.records import frames
-from analysis.tables import comparison, entries, paper_tables, printing, rendering
-from analysis.tables.entries import Entry
+from analysis.tables import comparison, paper_entries, paper_printing, paper_tables, rendering
+from analysis.tables.paper_entries import Entry
 from pld_ray.config.experiment import experiments_folder, load_experiment
 from pld_ray.config.planning import plan
 from pld_ray.config.trial import Model
@@ -88,7 +88,7 @@ def test_trials_shared_by_experiments_are_planned_once():
 
 def empty(table, tmp_path, smoke=False):
     made = plan(load_experiment(table.experiment, smoke=smoke))
-    return entries.of_table(table, frames.frame(made, Store(tmp_path / "none")))
+    return paper_entries.of_table(table, frames.frame(made, Store(tmp_path / "none")))
 
 
 def test_every_reported_number_is_in_its_table_and_none_is_in_two_places(tmp_path):
@@ -114,7 +114,7 @@ def test_every_reported_number_is_in_its_table_and_none_is_in_two_places(tmp_pat
 )
 def test_averages_come_out_as_in_the_paper(tmp_path, number, over_dist, over_kd):
     (table,) = (t for t in paper_tables.TABLES if t.numbers == number)
-    text = printing.text(table, empty(table, tmp_path), miniature=False)
+    text = paper_printing.text(table, empty(table, tmp_path), miniature=False)
     assert re.search(rf"\| average +\| +\{over_dist} \| +\{over_kd} \|", text)
     assert "no trial of" in text and "±" not in text
 
@@ -156,19 +156,19 @@ def finished(tmp_path):
 
 def test_ours_stand_beside_what_is_reported(finished, tmp_path):
     table = paper_tables.TABLES[0]
-    found = entries.of_table(table, frames.frame(*finished))
-    cells = printing.printed(table, found, miniature=False).set_index("Method")
+    found = paper_entries.of_table(table, frames.frame(*finished))
+    cells = paper_printing.printed(table, found, miniature=False).set_index("Method")
     pair = "wrn_40_2 → wrn_40_1"
     assert cells.loc["PLD", pair] == "73.00±1.00 [73.50±0.30, −0.50]"
     assert cells.loc["KD", pair] == "70.50±0.71 (n=2) [72.44±0.36, −1.94]"
     assert cells.loc["CE", pair] == "– [70.26±0.24]"
-    small = printing.printed(table, found, miniature=True).set_index("Method")
+    small = paper_printing.printed(table, found, miniature=True).set_index("Method")
     assert small.loc["PLD", pair] == "73.00±1.00 [73.50±0.30]"
-    gains = printing.printed_gains(table, found, miniature=False).set_index("PLD's gain")
+    gains = paper_printing.printed_gains(table, found, miniature=False).set_index("PLD's gain")
     assert gains.loc[pair, "over KD"] == "+2.00 [+1.06]"  # over the two seeds of both
     assert gains.loc["resnet32x4 → resnet8x4", "over KD"] == "– [+1.86]"
     assert gains.loc["average", "over KD"] == "– [+1.32]"
-    paths = {p.suffix: p for p in printing.write(table, found, False, tmp_path)}
+    paths = {p.suffix: p for p in paper_printing.write(table, found, False, tmp_path)}
     assert paths[".md"].name == "table-1.md"
     with open(paths[".csv"], newline="") as file:
         rows = {(row["row"], row["column"]): row for row in csv.DictReader(file)}
@@ -181,15 +181,15 @@ def test_ours_stand_beside_what_is_reported(finished, tmp_path):
 def test_minutes_count_what_the_bank_spared(finished):
     (table,) = (t for t in paper_tables.TABLES if t.numbers == "13")
     made = plan(load_experiment(table.experiment))
-    found = entries.of_table(table, frames.frame(made, finished[1]))
+    found = paper_entries.of_table(table, frames.frame(made, finished[1]))
     (ours,) = (e for e in found if (e.row, e.column) == ("PLD", "resnet56 → resnet20"))
     assert ours.mean == 1.5 and len(ours.scores) == 1
 
 
 def test_a_winner_needs_runs_enough(finished):
     frame = frames.frame(*finished)
-    found = entries.of_table(paper_tables.TABLES[0], frame)
-    assert not any(entries.best(found, entry) for entry in found)  # three seeds say too little
+    found = paper_entries.of_table(paper_tables.TABLES[0], frame)
+    assert not any(paper_entries.best(found, entry) for entry in found)
     table = comparison.against(frame).set_index("method")
     assert list(table.index) == ["KD", "DIST"]
     assert table.loc["DIST", "n"] == 6 and table.loc["DIST", "mean"] == 1
@@ -203,9 +203,9 @@ def test_a_winner_needs_runs_enough(finished):
         Entry("", "p", "top1", loss, "p", {i: base + i % 3 for i in range(8)}, 8, 0, 0)
         for loss, base in (("kd", 1.0), ("pld", 2.0))
     ]
-    assert [entries.best(many, entry) for entry in many] == [False, True]
+    assert [paper_entries.best(many, entry) for entry in many] == [False, True]
     lower = [dataclasses.replace(e, metric="kl_teacher_student") for e in many]
-    assert [entries.best(lower, entry) for entry in lower] == [True, False]
+    assert [paper_entries.best(lower, entry) for entry in lower] == [True, False]
 
 
 def test_tables_as_text_latex_and_html():

@@ -13,8 +13,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from analysis.figures.style import COLOURS, STYLE, save
-from analysis.tables import entries, paper_tables
-from analysis.tables.entries import Entry
+from analysis.tables import paper_entries, paper_tables
+from analysis.tables.paper_entries import Entry
 from analysis.tables.reported import network
 from pld_ray.losses import REGISTRY
 
@@ -58,7 +58,9 @@ def draw_paper(records: pd.DataFrame, experiment: str, miniature: bool, folder: 
         name, make = drawn.get(table.experiment, ("", None))
         if make is None:
             continue
-        points = [e for e in entries.of_table(table, records) if e.metric == "top1" and e.trial]
+        points = [
+            e for e in paper_entries.of_table(table, records) if e.metric == "top1" and e.trial
+        ]
         if miniature:
             points = [replace(e, reported=float("nan")) for e in points if e.scores]
         if not points:

@@ -21,7 +21,7 @@ from PIL import Image
 from analysis.figures import methods, paper_figures
 from analysis.landscapes import logits, weights
 from analysis.records import frames
-from analysis.tables import best, comparison, entries, paper_tables, printing, rendering
+from analysis.tables import best, comparison, paper_entries, paper_printing, paper_tables, rendering
 from pld_ray import __version__
 from pld_ray.config.planning import Plan
 from pld_ray.store.store import Store
@@ -130,15 +130,15 @@ def _section(
     )
     frame = frames.frame(plan, store)
     for declared in paper_tables.of_experiment(experiment.name):
-        cells = entries.of_table(declared, frame)
+        cells = paper_entries.of_table(declared, frame)
         section.blocks.append(
             Block(
                 paper_tables.title(declared, miniature),
-                printing.printed(declared, cells, miniature),
-                caption=printing.legend(declared, cells, miniature),
+                paper_printing.printed(declared, cells, miniature),
+                caption=paper_printing.legend(declared, cells, miniature),
             )
         )
-        advantage = printing.printed_gains(declared, cells, miniature)
+        advantage = paper_printing.printed_gains(declared, cells, miniature)
         if len(advantage):
             section.blocks.append(Block(cells=advantage))
     section.blocks += [

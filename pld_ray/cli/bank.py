@@ -19,10 +19,10 @@ bank_app = typer.Typer(
 @bank_app.command("ls")
 def bank_ls(storage: Storage = "results") -> None:
     """List the banks with their teacher, dataset, split, seed, number of views and size."""
-    from pld_ray.cli import estimate
+    from pld_ray.cli import plan_table
     from pld_ray.store.store import Store
 
-    estimate.show_banks(Store(storage))
+    plan_table.show_banks(Store(storage))
 
 
 @bank_app.command("rm")
@@ -78,7 +78,7 @@ def bank_build(
         teachers, untrained, store, address
     ):
         raise typer.Exit(1)
-    from pld_ray.cli import estimate
+    from pld_ray.cli import plan_table
     from pld_ray.sweep import checks, runner
     from pld_ray.sweep.progress import redirect_prints
 
@@ -91,4 +91,4 @@ def bank_build(
         console.status("computing teacher logits"),
     ):
         runner.build_banks(planned, plan.experiment.resources, images, store, address)
-    estimate.show_banks(store)
+    plan_table.show_banks(store)

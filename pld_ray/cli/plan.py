@@ -25,7 +25,7 @@ def plan(
     Teachers come first. With several experiments, show how many trials
     each one has and how many trials they share.
     """
-    from pld_ray.cli import estimate
+    from pld_ray.cli import plan_table
     from pld_ray.data import datasets
     from pld_ray.distill import bank_plan
     from pld_ray.store.store import Store
@@ -41,19 +41,19 @@ def plan(
     except InputError as error:  # planning also works on a machine without the dataset
         banks, unknown = {}, f"teacher bank: size unknown: {error}"
     if as_json:
-        found = [estimate.for_programs(planned, store, done) for planned in plans]
-        sizes = [estimate.bank_row(bank) for bank in banks.values()]
+        found = [plan_table.for_programs(planned, store, done) for planned in plans]
+        sizes = [plan_table.bank_row(bank) for bank in banks.values()]
         summary = found[0] if len(found) == 1 else {"experiments": found, "unique": len(trials)}
         typer.echo(json.dumps(summary | {"banks": sizes}, indent=1))
         return
     if len(plans) == 1:
-        estimate.show(plans[0], store, done)
+        plan_table.show(plans[0], store, done)
         if plans[0].experiment.search is not None:
-            estimate.show_search(search.look(plans[0].experiment, store))
+            plan_table.show_search(search.look(plans[0].experiment, store))
     else:
-        estimate.show_shared(plans, done)
+        plan_table.show_shared(plans, done)
     if banks or unknown:
-        typer.echo(unknown or estimate.bank_line(banks.values()))
+        typer.echo(unknown or plan_table.bank_line(banks.values()))
 
 
 @app.command()

@@ -57,14 +57,14 @@ def planned_banks(trials: dict[str, Trial], store: Store) -> dict[str, PlannedBa
     Raises:
         InputError: If the banks do not fit on the disk.
     """
-    from pld_ray.cli import estimate
+    from pld_ray.cli import plan_table
     from pld_ray.data import datasets
     from pld_ray.distill import bank_plan
 
     banks = bank_plan.planned(trials.values(), datasets.size, store)
     bank_plan.check_disk_space(banks.values(), store)
     if banks:
-        typer.echo(estimate.bank_line(banks.values()))
+        typer.echo(plan_table.bank_line(banks.values()))
     return banks
 
 
@@ -198,7 +198,7 @@ def write_tables(plan: Plan, store: Store, out: Path | None) -> Path:
         The folder that holds the tables.
     """
     from analysis.records import frames
-    from analysis.tables import best, comparison, entries, paper_tables, printing
+    from analysis.tables import best, comparison, paper_entries, paper_printing, paper_tables
     from pld_ray.sweep import search
 
     folder = reports(plan, store, out)
@@ -215,9 +215,9 @@ def write_tables(plan: Plan, store: Store, out: Path | None) -> Path:
         typer.echo("\n" + comparison.text(*own, plan.experiment) + "\n")
     miniature = plan.experiment.miniature_of is not None
     for declared in paper_tables.of_experiment(plan.experiment.name):
-        found = entries.of_table(declared, frame)
-        paths += printing.write(declared, found, miniature, folder)
-        typer.echo(printing.text(declared, found, miniature) + "\n")
+        found = paper_entries.of_table(declared, frame)
+        paths += paper_printing.write(declared, found, miniature, folder)
+        typer.echo(paper_printing.text(declared, found, miniature) + "\n")
     for note in dict.fromkeys(note for notes in frame["notes"] for note in notes):
         typer.echo(f"note: {note}\n")
     say("tables", paths)

@@ -125,7 +125,7 @@ def load_experiment(
     if not path.is_file():
         names = [file.stem for file in experiments_folder().glob("*.yaml")]
         hint = nearest(str(source), names)
-        raise InputError(f"no experiment {str(source)!r} (neither a file nor shipped): {hint}")
+        raise InputError(f"{str(source)!r} is not a file and not a shipped experiment: {hint}")
     raw = {"name": path.stem, **read_mapping(path)}
     experiment = validated(Experiment, raw, str(path))
     base, shrunk = experiment.base, raw.get("smoke", {})

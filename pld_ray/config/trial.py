@@ -257,8 +257,8 @@ class Trial(Part):
     def _consistent(self) -> Trial:
         if self.batch_size % self.workers:
             raise ValueError(
-                f"batch_size {self.batch_size} cannot be shared by {self.workers} workers: "
-                "it must be a multiple of workers"
+                f"batch_size is {self.batch_size}: expected a multiple of workers, which is "
+                f"{self.workers}"
             )
         if self.loss.needs_teacher and self.teacher is None:
             raise ValueError(f"loss {self.loss.name} needs a teacher: set the field teacher")

@@ -67,7 +67,7 @@ def decode_images(data: Data, sources: list[Any], names: list[str]) -> Bytes:
         source, name = item
         try:
             with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-                return resize(np.asarray(image.convert("RGB")), data.image_size)
+                return resize_and_crop(np.asarray(image.convert("RGB")), data.image_size)
         except (OSError, TypeError) as error:
             raise InputError(f"{name}: cannot be read as an image: {error}") from None
 
@@ -86,7 +86,7 @@ def in_parallel(function: Callable[[Any], Any], items: Any) -> Any:
         return list(pool.map(function, items))
 
 
-def resize(image: Bytes, size: int | None) -> Bytes:
+def resize_and_crop(image: Bytes, size: int | None) -> Bytes:
     """Resize the shorter side of an image to `size` (bicubic), and crop the centre.
 
     Args:

@@ -1,6 +1,6 @@
 """The core of a training step: student, teacher and loss as one module.
 
-    images, labels -> teacher (or kept logits) -> student -> loss
+    images, labels -> teacher (or stored logits) -> student -> loss
 
 The training loop of trials, `fit` and plain PyTorch loops all use this module.
 """

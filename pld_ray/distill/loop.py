@@ -291,7 +291,7 @@ def train_epoch(run: Run, epoch: int) -> tuple[float, int]:
 
 
 def read_bank(run: Run, share: Ints, view: int) -> tuple[Tensor | None, Tensor | None]:
-    """The teacher's kept logits [B, C] of some samples, and their order where it is kept."""
+    """The teacher's stored logits [B, C] of some samples, and their order where it is kept."""
     if run.bank is None:
         return None, None
     logits, ranking = run.bank.read(share, view, run.trial.loss.needs_order)

@@ -77,9 +77,9 @@ def update(
     Args:
         loss: A scalar.
         distiller: Holds the student and the parts that the loss learns.
-        optimizer: Of their parameters.
+        optimizer: The optimizer of the parameters of the student and of the loss.
         step: The number of the update, from 0.
-        clip_grad: The largest norm of all gradients together; None: they are not clipped.
+        clip_grad: The largest norm of all gradients together; None for no clipping.
         ema: The exponential moving average of the student, if there is one.
     """
     optimizer.zero_grad()

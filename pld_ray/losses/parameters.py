@@ -31,8 +31,8 @@ class LossParams(BaseModel):
 
     Class attributes:
         label: The name of the loss in tables.
-        takes: What the loss takes of the teacher: "nothing", its "logits", its logits and the
-            "order" of the classes by them, or its "features".
+        takes: What the loss takes from the teacher: "nothing", its "logits", its logits and the
+            "order" of the classes, sorted by the logits, or its "features".
         needs_teacher: Whether the loss compares the student with a teacher.
         needs_features: Whether the loss compares feature maps instead of logits.
         source: "module:class" of the loss.

@@ -40,8 +40,8 @@ def register_loss(name: str, *, label: str, takes: Takes = "logits") -> Callable
     Args:
         name: The name in YAML, such as "kd".
         label: The name in tables, such as "KD".
-        takes: What the loss takes of the teacher: "nothing", its "logits", its logits and the
-            "order" of the classes by them, or its "features" (a `FeatureLoss`).
+        takes: What the loss takes from the teacher: "nothing", its "logits", its logits and the
+            "order" of the classes, sorted by the logits, or its "features" (a `FeatureLoss`).
 
     The constructor then checks its arguments by their annotations.
 

@@ -148,13 +148,14 @@ def _check_shapes(architecture: str, args: dict[str, Any], state: dict[str, Any]
             again = timm.create_model(architecture, **args).state_dict()
     except (TypeError, RuntimeError, ValueError, AssertionError) as error:
         raise InputError(f"save: timm cannot make {architecture!r} with {args}: {error}") from None
-    for name in again.keys() | state.keys():
+    for name in dict.fromkeys([*state, *again]):
         want, got = (tuple(s[name].shape) if name in s else None for s in (state, again))
         if want != got:
             raise InputError(
-                f"save: timm makes {architecture!r} with {args} differently: tensor {name!r} is "
-                f"{want} here and {got} there; pass the other arguments that were given to "
-                "timm.create_model, such as save(student, folder, img_size=32)"
+                f"save: timm makes another network from {architecture!r} with {args}: tensor "
+                f"{name!r} has shape {want} in this network and {got} in timm's; pass the other "
+                "arguments that were given to timm.create_model, such as "
+                "save(student, folder, img_size=32)"
             )
 
 

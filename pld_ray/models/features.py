@@ -31,7 +31,7 @@ def feature_stages(network: nn.Module) -> list[int]:
     name = type(network).__name__
     if not hasattr(network, "forward_intermediates") or not hasattr(network, "feature_info"):
         raise InputError(
-            f"model family {name}: timm gives no intermediate features of it; "
+            f"model family {name}: timm cannot return its intermediate features; "
             "choose a loss on logits, such as pld, or another network"
         )
     info: Any = network.feature_info

@@ -5,9 +5,9 @@
 
 A driver has a trial if it has written its claim and then sees no claim of another live driver. Of
 two drivers, the one that writes last sees the claim of the other. So both may give way and try
-again, but they never both have the trial. The storage only has to make written files readable. If
-a driver is considered dead because its machine was suspended, a trial can run twice. Both runs
-compute the same bits, and each file stays whole.
+again, but they never both have the trial. This needs one property of the storage: a file that was
+written can be read by every driver. If a driver is considered dead because its machine was
+suspended, a trial can run twice. Both runs compute the same bits, and each file stays whole.
 """
 
 from __future__ import annotations

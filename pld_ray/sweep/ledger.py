@@ -40,7 +40,8 @@ class Ledger:
             patience: The longest time to wait for a release, in seconds.
 
         Returns:
-            The name of the chunk, or None: then it is time to look at the store again.
+            The name of the chunk, or None if no chunk is free: the caller then looks in the store
+            again.
         """
         async with self.released:
             for chunk in chunks:

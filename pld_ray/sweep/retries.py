@@ -29,5 +29,10 @@ class RetryOnProgress(Callback):
 
 
 def give_up_reason(reason: str, epoch: int) -> str:
-    """Say why a trial is not tried again. epoch: The one it did not finish, from 1."""
+    """Return the reason why a trial is not tried again.
+
+    Args:
+        reason: Why its last attempt ended.
+        epoch: The epoch that the trial did not finish, counted from 1.
+    """
     return f"{reason} ({RETRIES + 1} times in epoch {epoch})"

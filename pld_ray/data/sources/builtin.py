@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from pld_ray.config.trial import Data
-from pld_ray.data.decoding import in_parallel, resize
+from pld_ray.data.decoding import in_parallel, resize_and_crop
 from pld_ray.data.images import Size
 from pld_ray.data.registry import Splits, register_dataset
 from pld_ray.errors import InputError
@@ -24,7 +24,7 @@ def digits(data: Data, path: str) -> Splits:
     digits = load_digits()
     images = np.round(digits.images * (255 / 16)).astype(np.uint8)[..., None]
     if data.image_size and data.image_size != images.shape[1]:
-        images = np.stack([resize(image[..., 0], data.image_size) for image in images])
+        images = np.stack([resize_and_crop(image[..., 0], data.image_size) for image in images])
         images = images[..., :1]
     labels = digits.target.astype(np.int64)
     return (images[:1437], labels[:1437]), (images[1437:], labels[1437:]), 10
@@ -49,6 +49,6 @@ def cifar(data: Data, path: str) -> Splits:
             ) from None
         images = np.asarray(split.data)
         if data.image_size and data.image_size != images.shape[1]:
-            images = in_parallel(lambda image: resize(image, data.image_size), images)
+            images = in_parallel(lambda image: resize_and_crop(image, data.image_size), images)
         splits.append((images, np.asarray(split.targets, dtype=np.int64)))
     return splits[0], splits[1], 10 if data.name == "cifar10" else 100

@@ -1,4 +1,4 @@
-"""Estimate and print the work in a plan: epochs, and time where similar trials have finished."""
+"""Print the trials of a plan and its work: epochs, and time where similar trials have finished."""
 
 from __future__ import annotations
 

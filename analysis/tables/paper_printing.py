@@ -9,7 +9,7 @@ import pandas as pd
 
 from analysis.statistics import paired
 from analysis.tables import rendering
-from analysis.tables.entries import Entry, best, gains
+from analysis.tables.paper_entries import Entry, best, gains
 from analysis.tables.paper_tables import METRICS, PaperTable, title
 from analysis.tables.rendering import MISSING, signed
 
