@@ -203,6 +203,19 @@ def test_the_best_of_each_cell_is_compared_on_fresh_seeds(experiment, tmp_path):
     ]
 
 
+def test_of_finished_trials_the_best_is_that_with_the_best_score(experiment, tmp_path):
+    text = TEXT.replace("optimizer.lr: {loguniform: [1e-4, 1e-1]}", "epochs: {choice: [2, 4]}")
+    text = text.replace("    loss.temperature: {uniform: [1, 8]}\n", "")
+    made = experiment(text, "search.algorithm=grid", "grid.loss=[ce]")
+    store = Store(tmp_path)
+    (progress,) = search.look(made, store)
+    short, long = (drawn.trial for drawn in progress.drawn)
+    assert (short.epochs, long.epochs) == (2, 4)
+    finish(store, short, 90.0)
+    finish(store, long, 80.0)
+    assert search.look(made, store)[0].best.trial.id == short.id
+
+
 def test_stopped_failed_and_paused_trials(experiment, tmp_path):
     made, store = experiment(TEXT, "search.scheduler=asha"), Store(tmp_path)
     first = search.look(made, store)[0]

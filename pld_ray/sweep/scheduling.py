@@ -189,6 +189,7 @@ class PlanSearcher(Searcher):
     def _fail(self, key: str, reason: str) -> None:
         """Note that a waiting trial fails without running."""
         del self.waiting[key]
+        self.asked.pop(key, None)
         self.failures[key] = reason
 
     def save(self, checkpoint_path: str) -> None:

@@ -207,15 +207,14 @@ class SearchProgress:
     def best(self) -> DrawnTrial | None:
         """The best trial among those with a score that did not fail; None if there is none.
 
-        Finished trials come first, then trials with more epochs, then those with better scores.
+        Finished trials come first, by their score. Of the others, those with more epochs come
+        first, then those with better scores.
         """
         scored = [d for d in self.drawn if d.state != "failed" and d.score is not None]
         sign = 1 if self.group.search.mode == "max" else -1
-        return max(
-            scored,
-            key=lambda d: (d.state == "done", d.epoch, sign * (d.score or 0.0)),
-            default=None,
-        )
+        if finished := [d for d in scored if d.state == "done"]:
+            return max(finished, key=lambda d: sign * (d.score or 0.0))
+        return max(scored, key=lambda d: (d.epoch, sign * (d.score or 0.0)), default=None)
 
 
 def groups(experiment: Experiment) -> list[SearchCell]:
