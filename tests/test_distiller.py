@@ -284,7 +284,18 @@ def test_fit_validates_averages_and_takes_objects(pair):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"epochs": 0}, "epochs is 0: expected at least 1"),
+        ({"epochs": 0}, "epochs is 0: expected a whole number from 1"),
+        ({"epochs": 1.5}, "epochs is 1.5: expected a whole number from 1"),
+        ({"clip_grad": -1.0}, "clip_grad is -1.0: expected a number above 0, or None"),
+        ({"clip_grad": math.nan}, "clip_grad is nan: expected a number above 0, or None"),
+        ({"ema": 1.0}, "ema is 1.0: expected a number between 0 and 1, or None"),
+        ({"optimizer": torch.optim.AdamW}, "expected a torch optimizer, or the name of one in"),
+        ({"optimizer": torch.optim.SGD(Small().parameters())}, "none of the student's parameters"),
+        ({"schedule": "multistep"}, "schedule is 'multistep', which needs milestones"),
+        ({"warmup_epochs": 1}, "warmup_epochs is 1: expected fewer than the 1 epochs"),
+        ({"schedule": Schedule(), "warmup_epochs": 1}, "warmup_epochs: expected in the Schedule"),
+        ({"train_loader": TensorDataset(*batch())}, "pass a DataLoader, not a dataset"),
+        ({"train_loader": [(batch()[0][:0], batch()[1][:0])]}, "train_loader gave no batch"),
         ({"lr": -1.0}, "optimizer: lr is -1.0: input should be greater than 0"),
         ({"optimizer": "adamx"}, "optimizer is 'adamx': not in timm; did you mean"),
         ({"schedule": "cosin"}, "schedule: name is 'cosin'; did you mean 'cosine'"),
@@ -300,7 +311,8 @@ def test_fit_validates_averages_and_takes_objects(pair):
         ({"train_loader": [(batch()[0], batch()[1] + 9)]}, "labels: expected classes in [0, 4)"),
         ({"train_loader": [(batch()[0] * math.nan, batch()[1])]}, "training loss is nan in epoch"),
         ({"val_loader": [(batch()[0], batch()[1] + 9)]}, "expected labels in [0, 4), got"),
-        ({"val_loader": iter(loader(1)), "epochs": 2}, "val_loader gave no batch: an iterator can"),
+        ({"val_loader": [(batch()[0] * math.nan, batch()[1])]}, "logits are not finite on the val"),
+        ({"val_loader": iter(loader(1)), "epochs": 2}, "val_loader is an iterator, which can be"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_used_is_one_sentence(pair, change, message):
@@ -322,6 +334,84 @@ def test_class_counts_that_differ_are_told(pair):
 
     with pytest.raises(ValueError, match=r"the student returned a dict: expected logits \[B, C\]"):
         Distiller(Output(), pair[1])(*batch())
+    with pytest.raises(ValueError, match=r"the teacher returned a dict: expected logits \[B, C\]"):
+        Distiller(pair[0], Output())(*batch())
+    with pytest.raises(ValueError, match=r"the network returned a dict: expected logits \[B, C\]"):
+        evaluate(Output(), loader())
+
+
+def sharing():
+    student = Small()
+    return student, nn.Sequential(student.body, nn.Linear(6, 4))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda s, t: Distiller(s, s), "student and teacher share parameters"),
+        (lambda s, t: Distiller(*sharing()), "student and teacher share parameters"),
+        (lambda s, t: Distiller(s, len), "expected a torch module"),
+        (lambda s, t: Distiller(s, t, PLDLoss), "expected a loss module, such as PLDLoss()"),
+        (lambda s, t: Distiller(s, t, "pld"), "loss is 'pld': expected a loss module"),
+        (lambda s, t: Distiller(s, t, nn.CrossEntropyLoss()), "a torch.nn.CrossEntropyLoss, which"),
+        (lambda s, t: Distiller(s, t, precision="bf16"), "precision is 'bf16': expected 'float32'"),
+        (
+            lambda s, t: Distiller(s, Distiller(s, t).teacher, renormalize=nn.Identity()),
+            "renormalize: expected a teacher network that is not frozen yet",
+        ),
+        (
+            lambda s, t: Distiller(s, t, PLDLoss(reduction="none"))(*batch()),
+            "the loss returned [8]: expected one number, such as a mean",
+        ),
+        (lambda s, t: evaluate(s, loader(), precision="auto"), "precision is 'auto': expected"),
+        (lambda s, t: PLDKnowledgeDistillation(t, s, device="cpu").fit(loader(), 0), "epochs is 0"),
+    ],
+)
+def test_what_cannot_be_distilled_is_one_sentence(pair, make, message):
+    with pytest.raises(ValueError) as error:
+        make(*pair)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_network_that_was_a_teacher_is_frozen(pair):
+    student, teacher = pair
+    Distiller(student, teacher)
+    with pytest.raises(InputError, match="the student has no parameter that trains"):
+        fit(Distiller(teacher, loss=CELoss()), loader(), 1, progress=False)
+
+
+def test_another_student_is_the_one_that_trains(pair):
+    student, teacher = pair
+    distiller, other = Distiller(Small(), teacher), copy.deepcopy(student)
+    distiller.student = student
+    fit(distiller, loader(), 1, progress=False)
+    assert not torch.equal(student.head.weight, other.head.weight)
+
+
+def test_an_optimizer_without_what_the_loss_learns_is_refused():
+    student, teacher = (timm.create_model("resnet8", num_classes=4) for _ in range(2))
+    shown = [(torch.randn(8, 3, 8, 8), torch.randint(0, 4, (8,)))]
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+    with pytest.raises(InputError, match="it lacks parameters that the loss learns"):
+        fit(Distiller(student, teacher, FitNetLoss()), shown, 1, optimizer=optimizer)
+
+
+def test_a_last_update_that_breaks_the_student_is_told(pair):
+    class Breaking(torch.optim.SGD):
+        def step(self):
+            for parameter in self.param_groups[0]["params"]:
+                parameter.data.fill_(math.inf)
+
+    student, teacher = pair
+    with pytest.raises(InputError, match="the last update made the student's weights infinite"):
+        fit(Distiller(student, teacher), loader(1), 1, optimizer=Breaking(student.parameters()))
+
+
+def test_images_of_other_types_are_float32(pair):
+    x, y = batch()
+    torch.manual_seed(0)
+    fit(Distiller(*copy.deepcopy(pair)), [(x.double(), y.int())], 1, val_loader=[(x.half(), y)])
+    assert evaluate(pair[0].eval(), [(x.double(), y)]) == evaluate(pair[0], [(x, y)])
 
 
 def test_an_iterator_serves_one_epoch_of_a_constant_schedule(pair):
@@ -360,6 +450,17 @@ def test_what_is_saved_is_what_timm_opens(tmp_path, name, made, told):
         assert not (tmp_path / "wrong").exists()
     with pytest.raises(InputError, match="timm did not make this Small: expected a path that ends"):
         save(Small(), tmp_path / "small")
+
+
+def test_a_network_of_the_same_shapes_with_other_logits_is_not_saved(tmp_path):
+    network = timm.create_model("resnet10t", num_classes=4, global_pool="max")
+    with pytest.raises(InputError, match="gives other logits; pass the other arguments"):
+        save(network, tmp_path / "wrong")
+    assert not (tmp_path / "wrong").exists()
+    save(network, tmp_path / "right", global_pool="max")
+    x = torch.randn(2, 3, 64, 64)
+    again = timm.create_model(f"local-dir:{tmp_path / 'right'}", pretrained=True).eval()
+    assert torch.equal(again(x), network.eval()(x))
 
 
 def test_the_articles_class(pair, tmp_path):

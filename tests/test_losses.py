@@ -6,6 +6,7 @@ import reference
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn import functional as F
 
 import pld_ray
 from pld_ray.losses import (
@@ -268,7 +269,23 @@ def test_wrong_arguments_say_what_was_expected(loss):
 REGISTRY_BY_CLASS = {params.source.split(":")[1]: params for params in REGISTRY.values()}
 
 
+def test_a_class_that_is_ignored_is_as_in_pytorch():
+    x, y = torch.randn(6, 4), torch.tensor([0, 0, 1, 2, 3, 1])
+    expected = F.cross_entropy(x, y, ignore_index=0)
+    torch.testing.assert_close(CELoss(ignore_index=0)(x, None, y), expected)
+    kept = PLDLoss()(x[2:], x.flip(0)[2:], y[2:])
+    torch.testing.assert_close(PLDLoss(ignore_index=0)(x, x.flip(0), y), kept)
+
+
 def test_parameters_are_checked():
+    with pytest.raises(TypeError, match="'temprature'; did you mean 'temperature'"):
+        PLDLoss(temprature=4.0)
+    with pytest.raises(TypeError, match="KDLoss: unknown argument 'T'; accepted: "):
+        KDLoss(T=4)
+    with pytest.raises(TypeError, match="unknown argument 'reductoin'; did you mean 'reduction'"):
+        create_loss(REGISTRY["pld"](name="pld"), reductoin="sum")
+    with pytest.raises(TypeError, match="ignore_index is 'x': expected an integer or None"):
+        CELoss(ignore_index="x")
     with pytest.raises(ValueError, match="reduction is 'avg': expected one of"):
         CELoss(reduction="avg")
     for wrong in ({"top_k": 0}, {"top_k": "some"}, {"tolerance": 0.0}, {"adaptive": "margins"}):

@@ -6,6 +6,7 @@ with `Distiller` and `fit`.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterable
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pld_ray.distill.distiller import Distiller
-from pld_ray.distill.fit import evaluate
+from pld_ray.distill.fit import checked_batches, evaluate
 from pld_ray.errors import InputError
 from pld_ray.losses.plackett_luce import PLDLoss
 
@@ -80,14 +81,18 @@ class PLDKnowledgeDistillation:
             each epoch, in [0, 1]; empty without `test_loader`.
 
         Raises:
-            InputError: An epoch has no batch.
+            InputError: A batch cannot be used, an epoch has no batch, or the loss is not finite.
         """
+        if type(epochs) is not int or epochs < 1:
+            raise InputError(f"epochs is {epochs!r}: expected a whole number from 1")
         history: dict[str, list[float]] = {"train_loss": [], "val_acc": []}
         for _ in range(epochs):
-            losses = [self.train_step(images, labels) for images, labels in train_loader]
-            if not losses:
-                raise InputError("train_loader gave no batch: an iterator can be read only once")
-            history["train_loss"].append(sum(losses) / len(losses))
+            shown = checked_batches(train_loader, self.device, "train_loader")
+            losses = [self.train_step(images, labels) for images, labels in shown]
+            mean = sum(losses) / len(losses)
+            if not math.isfinite(mean):
+                raise InputError(f"the training loss is {mean}: a lower learning rate may help")
+            history["train_loss"].append(mean)
             if test_loader is not None:
                 history["val_acc"].append(self.validate(test_loader))
         return history

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from pld_ray.distill.device import Precision, autocast
 from pld_ray.losses.features import FeatureLoss, Features
 from pld_ray.losses.plackett_luce import PLDLoss
-from pld_ray.losses.registry import REGISTRY
+from pld_ray.losses.registry import CLASSES, REGISTRY
 from pld_ray.models.features import WithFeatures, probe_features
 
 
@@ -53,7 +53,7 @@ class FrozenTeacher(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the logits [B, C] of images [B, channels, H, W]."""
-        return self._run(self.network, images).float()
+        return check_logits("teacher", self._run(self.network, images)).float()
 
     def features(self, images: Tensor) -> Features:
         """Return the features that losses compare, of images [B, channels, H, W]."""
@@ -64,6 +64,20 @@ class FrozenTeacher(nn.Module):
         self.images_seen += len(images)
         with autocast(images.device, self.precision):
             return network(images if self.renormalize is None else self.renormalize(images))
+
+
+def check_logits(name: str, outputs: Any) -> Tensor:
+    """Return what a network returned if it is a tensor.
+
+    Raises:
+        ValueError: It is something else, such as an object that holds the logits.
+    """
+    if not isinstance(outputs, Tensor):
+        raise ValueError(
+            f"the {name} returned a {type(outputs).__name__}: expected logits [B, C]; wrap it in a "
+            "module that returns them"
+        )
+    return outputs
 
 
 def _untimed(part: str) -> AbstractContextManager[None]:
@@ -83,6 +97,10 @@ class Distiller(nn.Module):
         precision: "float32", or "bfloat16" for forward passes under autocast. The loss is always
             computed in float32.
 
+    Raises:
+        ValueError: The loss needs a teacher network and there is none, student and teacher share
+            parameters, or an argument is something else than expected.
+
     Example:
         >>> distiller = Distiller(student, teacher, loss=PLDLoss(temperature=1.0))
         >>> for images, labels in loader:
@@ -101,23 +119,32 @@ class Distiller(nn.Module):
         precision: Precision = "float32",
     ) -> None:
         super().__init__()
+        _check_modules(student, teacher, loss)
         if teacher is not None and not isinstance(teacher, FrozenTeacher):
-            teacher = FrozenTeacher(teacher, renormalize, precision)
+            teacher = FrozenTeacher(teacher, renormalize)
+        elif renormalize is not None:
+            raise ValueError("renormalize: expected a teacher network that is not frozen yet")
         self.student = student
         self.teacher = teacher
         self.loss: Any = PLDLoss() if loss is None else loss
-        self.precision = precision
+        self.set_precision(precision)
         self.compares_features = isinstance(self.loss, FeatureLoss)
-        known = REGISTRY.get(getattr(self.loss, "name", ""))
-        self.needs_teacher = known is None or known.takes != "nothing"
+        name: str = getattr(self.loss, "name", "")
+        registered = CLASSES.get(name) is type(self.loss)
+        self.needs_teacher = not registered or REGISTRY[name].needs_teacher
         if self.compares_features and teacher is None:
             raise ValueError(
                 f"{type(self.loss).__name__} compares features: expected a teacher network"
             )
         self.connected = not self.compares_features
         self.clock: Callable[[str], AbstractContextManager[None]] = _untimed
+        self._use_student()
+
+    def _use_student(self) -> None:
+        """Make the network of the forward pass from the student."""
+        network = WithFeatures(self.student) if self.compares_features else self.student
         # In a tuple, so that the student's weights are not registered twice.
-        self._network: tuple[Any] = (WithFeatures(student) if self.compares_features else student,)
+        self._network: tuple[Any, nn.Module] = (network, self.student)
 
     def connect(self, images: Tensor) -> None:
         """Create what a loss on features learns, for the shapes that the networks give.
@@ -144,7 +171,13 @@ class Distiller(nn.Module):
         return list(self.loss.parameters()) if isinstance(self.loss, nn.Module) else []
 
     def set_precision(self, precision: Precision) -> None:
-        """Set the precision of the forward passes of student and teacher."""
+        """Set the precision of the forward passes of student and teacher.
+
+        Raises:
+            ValueError: It is neither "float32" nor "bfloat16".
+        """
+        if precision not in ("float32", "bfloat16"):
+            raise ValueError(f"precision is {precision!r}: expected 'float32' or 'bfloat16'")
         self.precision = precision
         if self.teacher is not None:
             self.teacher.precision = precision
@@ -156,7 +189,7 @@ class Distiller(nn.Module):
 
     def compile_student(self) -> None:
         """Compile the student's forward pass with `torch.compile`."""
-        self._network = (torch.compile(self._network[0]),)
+        self._network = (torch.compile(self._network[0]), self.student)
 
     def forward(
         self,
@@ -181,7 +214,13 @@ class Distiller(nn.Module):
             ValueError: Shapes or class counts of student, teacher and labels do not fit.
         """
         target: Any = teacher_logits
+        if self._network[1] is not self.student:  # it was replaced by another module
+            self._use_student()
         if self.compares_features:
+            if teacher_logits is not None:
+                raise ValueError(
+                    f"{type(self.loss).__name__} compares features: expected no teacher_logits"
+                )
             if not self.connected:
                 raise ValueError(
                     f"{type(self.loss).__name__} compares features: call "
@@ -204,9 +243,31 @@ class Distiller(nn.Module):
             if self.compares_features:
                 logits, features = outputs
                 return self.loss(logits, labels, features, target)
-            if not isinstance(outputs, Tensor):
-                raise ValueError(
-                    f"the student returned a {type(outputs).__name__}: expected logits [B, C]"
-                )
+            logits = check_logits("student", outputs).float()
             ranking = {} if order is None else {"order": order}
-            return self.loss(outputs.float(), target, labels, **ranking)
+            loss = self.loss(logits, target, labels, **ranking)
+        if not isinstance(loss, Tensor) or loss.ndim > 0:
+            given = list(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+            raise ValueError(f"the loss returned {given}: expected one number, such as a mean")
+        return loss
+
+
+def _check_modules(student: Any, teacher: Any, loss: Any) -> None:
+    """ValueError unless these can be the parts of a distiller."""
+    for name, module in (("student", student), ("teacher", teacher)):
+        if not isinstance(module, nn.Module) and not (name == "teacher" and module is None):
+            raise ValueError(f"{name} is a {type(module).__name__}: expected a torch module")
+    if loss is not None and (isinstance(loss, type) or not callable(loss)):
+        raise ValueError(f"loss is {loss!r}: expected a loss module, such as PLDLoss()")
+    if isinstance(loss, nn.modules.loss._Loss):
+        raise ValueError(
+            f"loss is a torch.nn.{type(loss).__name__}, which takes no teacher logits: expected a "
+            "loss of pld_ray.losses, or a function of (student logits, teacher logits, labels)"
+        )
+    if teacher is not None:
+        shared = set(map(id, student.parameters())) & set(map(id, teacher.parameters()))
+        if shared:
+            raise ValueError(
+                "student and teacher share parameters, which would be frozen with the teacher: "
+                "expected two networks; copy.deepcopy makes another"
+            )

@@ -26,7 +26,7 @@ from pld_ray.config.trial import Optimizer, Schedule
 from pld_ray.config.validation import validated
 from pld_ray.distill import metrics
 from pld_ray.distill.device import Precision, autocast, pick_device, pick_precision
-from pld_ray.distill.distiller import Distiller
+from pld_ray.distill.distiller import Distiller, check_logits
 from pld_ray.distill.optimization import create_optimizer, create_schedule, update
 from pld_ray.errors import InputError, nearest
 
@@ -70,10 +70,11 @@ def fit(
             settings. It is stepped after each update.
         warmup_epochs: Epochs in which the learning rate rises linearly from 0, for a schedule that
             is given by name.
-        clip_grad: The largest norm of all gradients together.
+        clip_grad: The largest norm of all gradients together; None for no clipping.
         ema: The decay of an exponential moving average of the student, such as 0.999. The average
             is what is evaluated, and what the student holds in the end.
-        precision: "float32", "bfloat16", or "auto": bfloat16 on CUDA. Losses are float32.
+        precision: "float32", "bfloat16", or "auto": bfloat16 on CUDA. Losses are float32. It
+            replaces the precision of the distiller.
         device: Where to train, such as "cuda". Default: CUDA if there is a GPU, else the CPU.
         progress: Whether to show a progress bar on a terminal.
 
@@ -84,11 +85,20 @@ def fit(
     Raises:
         InputError: An argument or a batch cannot be used, or the loss is not finite.
     """
-    if epochs < 1:
-        raise InputError(f"epochs is {epochs}: expected at least 1")
+    if type(epochs) is not int or epochs < 1:
+        raise InputError(f"epochs is {epochs!r}: expected a whole number from 1")
+    if clip_grad is not None and not clip_grad > 0:
+        raise InputError(f"clip_grad is {clip_grad!r}: expected a number above 0, or None")
+    if ema is not None and not 0 < ema < 1:
+        raise InputError(f"ema is {ema!r}: expected a number between 0 and 1, or None")
+    for name, loader in (("train_loader", train_loader), ("val_loader", val_loader)):
+        if isinstance(loader, Iterator) and epochs > 1:
+            raise InputError(
+                f"{name} is an iterator, which can be read only once: pass a DataLoader or a list"
+            )
     place = _device(device)
     _prepare(distiller, train_loader, precision, place)
-    settings = _schedule(schedule, warmup_epochs)
+    settings = _schedule(schedule, warmup_epochs, epochs)
     stepper = _optimizer(optimizer, lr, weight_decay, distiller)
     steps = _length(train_loader, settings)
     schedule_ = create_schedule(settings, stepper, epochs, steps)
@@ -99,16 +109,18 @@ def fit(
         for epoch in range(epochs):
             bar.update(task, description=f"epoch {epoch + 1}/{epochs}")
             row = _train_epoch(
-                distiller, _batches(train_loader, place, "train_loader"), epoch, steps,
+                distiller, checked_batches(train_loader, place, "train_loader"), epoch, steps,
                 stepper, schedule_, clip_grad, average, lambda: bar.advance(task),
             )  # fmt: skip
             if val_loader is not None:
                 student = distiller.student if average is None else average.module
-                batches = _batches(val_loader, place, "val_loader")
+                batches = checked_batches(val_loader, place, "val_loader")
                 row |= _scores(student, batches, distiller.precision)
             rows.append(row)
     if average is not None:
         distiller.student.load_state_dict(average.module.state_dict())
+    if not all(torch.isfinite(parameter).all() for parameter in distiller.student.parameters()):
+        raise InputError("the last update made the student's weights infinite or NaN: lower lr")
     return pd.DataFrame(rows)
 
 
@@ -131,13 +143,16 @@ def evaluate(
 
     Raises:
         InputError: A batch cannot be used, or there is none.
+        ValueError: The precision is unknown, or the network returns no logits [B, C].
     """
+    if precision not in ("float32", "bfloat16"):
+        raise ValueError(f"precision is {precision!r}: expected 'float32' or 'bfloat16'")
     parameter = next(student.parameters(), None)
     place = torch.device("cpu") if parameter is None else parameter.device
     if device is not None:
         place = _device(device)
         student.to(place)
-    return _scores(student, _batches(loader, place, "loader"), precision)["top1"] / 100
+    return _scores(student, checked_batches(loader, place, "loader"), precision)["top1"] / 100
 
 
 def _prepare(
@@ -149,11 +164,11 @@ def _prepare(
     distiller.to(device)
     distiller.set_precision(pick_precision(precision, device))
     if not distiller.connected:
-        if iter(loader) is loader:  # the batch that is looked at would be lost
+        if isinstance(loader, Iterator):  # the batch that is looked at would be lost
             raise InputError(
                 "train_loader is an iterator: call distiller.connect(images) before fit"
             )
-        distiller.connect(next(_batches(loader, device, "train_loader"))[0])
+        distiller.connect(next(checked_batches(loader, device, "train_loader"))[0])
 
 
 def _train_epoch(
@@ -205,7 +220,9 @@ def _scores(network: nn.Module, batches: Iterator[Batch], precision: Precision) 
         parts = []
         for images, labels in batches:
             with autocast(images.device, precision):
-                logits = network(images).float()
+                logits = check_logits("network", network(images)).float()
+            if not torch.isfinite(logits).all():
+                raise InputError("the network's logits are not finite on the validation images")
             _check_labels("validation", labels, logits.shape[1])
             parts.append(metrics.sums(logits, labels, None))
     finally:
@@ -228,22 +245,56 @@ def _device(device: str | torch.device | None) -> torch.device:
     return place
 
 
-def _schedule(schedule: str | Schedule, warmup_epochs: float) -> Schedule:
-    if isinstance(schedule, Schedule):
-        return schedule
-    return validated(Schedule, {"name": schedule, "warmup_epochs": warmup_epochs}, "schedule")
+def _schedule(schedule: str | Schedule, warmup_epochs: float, epochs: int) -> Schedule:
+    if warmup_epochs and isinstance(schedule, Schedule):
+        raise InputError("warmup_epochs: expected in the Schedule, or a schedule given by name")
+    if not isinstance(schedule, Schedule):
+        given = {"name": schedule, "warmup_epochs": warmup_epochs}
+        schedule = validated(Schedule, given, "schedule")
+    if schedule.name == "multistep" and not schedule.milestones:
+        raise InputError(
+            "schedule is 'multistep', which needs milestones: pass "
+            "Schedule(name='multistep', milestones=[...])"
+        )
+    if schedule.warmup_epochs >= epochs:
+        raise InputError(
+            f"warmup_epochs is {schedule.warmup_epochs:g}: expected fewer than the {epochs} epochs"
+        )
+    return schedule
 
 
 def _optimizer(
     optimizer: str | torch.optim.Optimizer, lr: float, weight_decay: float, distiller: Distiller
 ) -> torch.optim.Optimizer:
+    if not any(parameter.requires_grad for parameter in distiller.student.parameters()):
+        raise InputError(
+            "the student has no parameter that trains: expected requires_grad (a network that was "
+            "a teacher is frozen)"
+        )
     if isinstance(optimizer, torch.optim.Optimizer):
+        _check_parameters(optimizer, distiller)
         return optimizer
+    if not isinstance(optimizer, str):
+        raise InputError(
+            f"optimizer is {optimizer!r}: expected a torch optimizer, or the name of one in timm"
+        )
     known = list_optimizers()
     if optimizer not in known:
         raise InputError(f"optimizer is {optimizer!r}: not in timm; {nearest(optimizer, known)}")
     settings = {"name": optimizer, "lr": lr, "weight_decay": weight_decay}
     return create_optimizer(validated(Optimizer, settings, "optimizer"), distiller)
+
+
+def _check_parameters(optimizer: torch.optim.Optimizer, distiller: Distiller) -> None:
+    """InputError unless an optimizer trains the student and what the loss learns."""
+    trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    if not any(id(parameter) in trained for parameter in distiller.student.parameters()):
+        raise InputError("optimizer: it has none of the student's parameters")
+    if not all(id(parameter) in trained for parameter in distiller.learnt_by_loss()):
+        raise InputError(
+            "optimizer: it lacks parameters that the loss learns: call distiller.connect(images) "
+            "first, and add distiller.learnt_by_loss() to the optimizer"
+        )
 
 
 def _length(loader: Iterable[Any], schedule: Schedule) -> int:
@@ -262,11 +313,10 @@ def _length(loader: Iterable[Any], schedule: Schedule) -> int:
     return steps
 
 
-def _batches(loader: Iterable[Any], device: torch.device, name: str) -> Iterator[Batch]:
-    """The batches of a loader on the device, checked; InputError if there is none."""
+def checked_batches(loader: Iterable[Any], device: torch.device, name: str) -> Iterator[Batch]:
+    """The batches of a loader on the device, float32, checked; InputError if there is none."""
     count = 0
     for batch in loader:
-        count += 1
         if not isinstance(batch, tuple | list) or len(batch) < 2:
             raise InputError(
                 f"{name}: a batch is a {type(batch).__name__}: expected (images, labels)"
@@ -275,14 +325,19 @@ def _batches(loader: Iterable[Any], device: torch.device, name: str) -> Iterator
         if not isinstance(images, Tensor) or not isinstance(labels, Tensor):
             kinds = f"({type(images).__name__}, {type(labels).__name__})"
             raise InputError(f"{name}: a batch is {kinds}: expected two tensors, images and labels")
-        if not images.is_floating_point() or len(images) != len(labels) or labels.ndim != 1:
+        if labels.ndim != 1 or not images.is_floating_point() or len(images) != len(labels):
             raise InputError(
                 f"{name}: images are {images.dtype} {list(images.shape)} and labels "
                 f"{list(labels.shape)}: expected floating point [B, ...] and [B]"
+                + ("; pass a DataLoader, not a dataset" if labels.ndim == 0 else "")
             )
         if labels.is_floating_point():
             raise InputError(f"{name}: labels are {labels.dtype}: expected class indices")
-        yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True).long()
+        if len(images) == 0:
+            continue
+        count += 1
+        images, labels = (x.to(device, non_blocking=True) for x in (images, labels))
+        yield images.float(), labels.long()
     if count == 0:
         raise InputError(
             f"{name} gave no batch: an iterator can be read only once; pass a DataLoader or a list"

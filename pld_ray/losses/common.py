@@ -5,11 +5,14 @@ The base class checks the arguments, flattens leading dimensions to rows and red
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from typing import Any, TypedDict, Unpack, cast
 
 import torch
 from torch import Tensor, nn
+
+from pld_ray.errors import nearest
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -45,11 +48,18 @@ class DistillationLoss(nn.Module, ABC):
 
     Raises:
         ValueError: `reduction` is not one of these values.
+        TypeError: An argument is unknown, or `ignore_index` is not an integer.
     """
 
     def __init__(self, **options: Unpack[Options]) -> None:
         super().__init__()
+        for option in options.keys() - Options.__annotations__:
+            own = [*inspect.signature(type(self).__init__).parameters][1:]
+            known = nearest(option, {*own, *Options.__annotations__} - {"options"})
+            raise TypeError(f"{type(self).__name__}: unknown argument {option!r}; {known}")
         self.ignore_index = options.get("ignore_index", -100)
+        if type(self.ignore_index) not in (int, type(None)):
+            raise TypeError(f"ignore_index is {self.ignore_index!r}: expected an integer or None")
         self.reduction = options.get("reduction", "mean")
         if self.reduction not in REDUCTIONS:
             raise ValueError(f"reduction is {self.reduction!r}: expected one of {REDUCTIONS}")
@@ -187,7 +197,8 @@ def _check_inputs(
         return ignore_index is not None
     classes = student.shape[-1]
     low, high = int(labels.min()), int(labels.max())
-    ignoring = ignore_index is not None and not (low >= 0 and high < classes)
+    in_range = low >= 0 and high < classes
+    ignoring = ignore_index is not None and (not in_range or 0 <= ignore_index < classes)
     if ignoring:
         wrong = labels[(labels != ignore_index) & ((labels < 0) | (labels >= classes))]
         low, high = (int(wrong[0]),) * 2 if len(wrong) else (0, 0)

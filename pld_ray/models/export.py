@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import warnings
 from pathlib import Path
@@ -39,14 +40,15 @@ def save(
             alone. Networks of this package need `import pld_ray.models` before they are loaded.
         mean: Mean of each channel of the training images, in [0, 1], for config.json.
         std: Their standard deviation.
-        args: Arguments that were given to `timm.create_model` and change the network's shape.
+        args: Arguments that were given to `timm.create_model` and change the network.
             `num_classes` and `in_chans` are found without them.
 
     Returns:
         The paths of the files.
 
     Raises:
-        InputError: timm cannot make the network again from its name and these arguments.
+        InputError: timm cannot make the network again from its name and these arguments, or the
+            network that it makes gives other logits.
     """
     path = Path(path)
     state = {name: x.detach().cpu().contiguous() for name, x in network.state_dict().items()}
@@ -66,6 +68,7 @@ def save(
     _, height, width = known.get("input_size") or (3, 224, 224)
     size = args.get("img_size") or (height, width)
     size = (size, size) if isinstance(size, int) else tuple(size)
+    _check_logits(network, known, {"num_classes": classes, **args}, state, size)
     images = {"mean": mean, "std": std}
     config = _config(network, known["architecture"], classes, args, size)
     config["pretrained_cfg"] |= {name: list(x) for name, x in images.items() if x is not None}
@@ -157,6 +160,25 @@ def _check_shapes(architecture: str, args: dict[str, Any], state: dict[str, Any]
                 "arguments that were given to timm.create_model, such as "
                 "save(student, folder, img_size=32)"
             )
+
+
+@torch.no_grad()
+def _check_logits(
+    network: nn.Module, known: Any, args: dict[str, Any], state: dict[str, Any], size: Any
+) -> None:
+    """InputError unless the network that timm makes gives the same logits, on random images."""
+    again = timm.create_model(known["architecture"], **args)
+    again.load_state_dict(state)
+    ours = copy.deepcopy(network).cpu()
+    fixed = known.get("fixed_input_size")
+    images = torch.randn(2, args.get("in_chans", 3), *(size if fixed else (64, 64)))
+    expected, got = (each.float().eval()(images) for each in (ours, again))
+    if not torch.allclose(got, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max())):
+        raise InputError(
+            f"save: the network that timm makes from {known['architecture']!r} with {args} gives "
+            "other logits; pass the other arguments that were given to timm.create_model, such as "
+            "save(student, folder, global_pool='max'), or save the weights to a .safetensors file"
+        )
 
 
 def _onnx(model: nn.Module, images: Images) -> bytes:
