@@ -291,7 +291,7 @@ def test_fit_validates_averages_and_takes_objects(pair):
         ({"ema": 1.0}, "ema is 1.0: expected a number between 0 and 1, or None"),
         ({"optimizer": torch.optim.AdamW}, "expected a torch optimizer, or the name of one in"),
         ({"optimizer": torch.optim.SGD(Small().parameters())}, "none of the student's parameters"),
-        ({"schedule": "multistep"}, "schedule is 'multistep', which needs milestones"),
+        ({"schedule": "multistep"}, "schedule: multistep needs milestones"),
         ({"warmup_epochs": 1}, "warmup_epochs is 1: expected fewer than the 1 epochs"),
         ({"schedule": Schedule(), "warmup_epochs": 1}, "warmup_epochs: expected in the Schedule"),
         ({"train_loader": TensorDataset(*batch())}, "pass a DataLoader, not a dataset"),

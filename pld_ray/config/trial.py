@@ -142,6 +142,12 @@ class Schedule(Part):
     milestones: tuple[int, ...] = ()
     decay_epochs: float = Field(30, gt=0)
 
+    @model_validator(mode="after")
+    def _consistent(self) -> Schedule:
+        if self.name == "multistep" and not self.milestones:
+            raise ValueError("multistep needs milestones, the epochs of its decays")
+        return self
+
 
 class Weights(Part):
     """A teacher with existing weights.

@@ -251,11 +251,6 @@ def _schedule(schedule: str | Schedule, warmup_epochs: float, epochs: int) -> Sc
     if not isinstance(schedule, Schedule):
         given = {"name": schedule, "warmup_epochs": warmup_epochs}
         schedule = validated(Schedule, given, "schedule")
-    if schedule.name == "multistep" and not schedule.milestones:
-        raise InputError(
-            "schedule is 'multistep', which needs milestones: pass "
-            "Schedule(name='multistep', milestones=[...])"
-        )
     if schedule.warmup_epochs >= epochs:
         raise InputError(
             f"warmup_epochs is {schedule.warmup_epochs:g}: expected fewer than the {epochs} epochs"
