@@ -35,8 +35,9 @@ def load(data: Data) -> Images:
         if len(images) == 0:
             raise InputError(f"data {data.name!r}: its {name} split has no images")
         if labels.min() < 0 or labels.max() >= classes:
+            wrong = labels.min() if labels.min() < 0 else labels.max()
             raise InputError(
-                f"data {data.name!r}: {name} has a label {labels.max()}, expected 0..{classes - 1}"
+                f"data {data.name!r}: {name} has a label {wrong}: expected 0..{classes - 1}"
             )
     if train.shape[1:] != val.shape[1:]:
         raise InputError(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import math
 import os
 from collections.abc import Callable
@@ -14,37 +13,39 @@ import numpy as np
 
 from pld_ray.config.trial import Data
 from pld_ray.data.encoded import EncodedImages
+from pld_ray.data.image_files import open_rgb
 from pld_ray.data.images import NO_IMAGES, Bytes
 from pld_ray.errors import InputError
 
 
-def keep_encoded(data: Data, sources: list[Any], root: str) -> EncodedImages:
+def keep_encoded(
+    data: Data, sources: list[Any], root: str, rows: list[str] | None = None
+) -> EncodedImages:
     """Wrap encoded images, which are decoded later.
 
     Args:
         data: The settings of the dataset; `image_size` must be set.
         sources: The paths of the files, or their contents.
         root: The folder of the dataset. Paths relative to it are the names of the images.
+        rows: With contents, what error messages call each image, such as "FILE row 3".
 
     Returns:
         The encoded images.
     """
     assert data.image_size is not None
     shorter = math.ceil(data.image_size / data.crop_pct)
-    paths = contents = None
+    paths = contents = told = None
     if sources and isinstance(sources[0], bytes):
         sizes = [len(content) for content in sources]
         contents = np.frombuffer(b"".join(sources), np.uint8)
         names = [hashlib.sha256(content).digest() for content in sources]
+        told = np.array([os.fsencode(row) for row in rows or []])
     else:
         sizes = in_parallel(os.path.getsize, sources)
         paths = np.array([os.fsencode(source) for source in sources])
         names = [os.fsencode(os.path.relpath(source, root)) for source in sources]
     ends = np.cumsum(np.asarray(sizes, np.int64))
-    return EncodedImages(paths, contents, ends, np.array(names), data.image_size, shorter)
-
-
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"}
+    return EncodedImages(paths, contents, ends, np.array(names), data.image_size, shorter, told)
 
 
 def decode_images(data: Data, sources: list[Any], names: list[str]) -> Bytes:
@@ -61,15 +62,9 @@ def decode_images(data: Data, sources: list[Any], names: list[str]) -> Bytes:
     Raises:
         InputError: A file is not an image, or the images differ in size or are not square.
     """
-    from PIL import Image
 
     def read(item: tuple[Any, str]) -> Bytes:
-        source, name = item
-        try:
-            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-                return resize_and_crop(np.asarray(image.convert("RGB")), data.image_size)
-        except (OSError, TypeError) as error:
-            raise InputError(f"{name}: cannot be read as an image: {error}") from None
+        return resize_and_crop(np.asarray(open_rgb(*item)), data.image_size)
 
     images = in_parallel(read, zip(sources, names, strict=True))
     shapes = {image.shape for image in images}

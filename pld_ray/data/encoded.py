@@ -7,12 +7,11 @@ crop of an image is resized directly to its final size.
 from __future__ import annotations
 
 import hashlib
-import io
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from typing import Any, TypeVar
 
@@ -20,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pld_ray.data.augmentation import Draws, centre, crop
-from pld_ray.errors import InputError
+from pld_ray.data.image_files import open_rgb
 
 AHEAD = 2  # batches that are decoded in advance
 _In = TypeVar("_In")
@@ -40,6 +39,7 @@ class EncodedImages:
         names: The names of the images: relative paths, or SHA-256 hashes of the contents.
         size: The side of a decoded image in pixels.
         shorter: The shorter side of the whole image before the centre crop of `size`, in pixels.
+        told: What error messages call each image, if `names` are hashes.
         begin: The position of the first image in `contents`, in bytes.
     """
 
@@ -49,6 +49,7 @@ class EncodedImages:
     names: npt.NDArray[np.bytes_]
     size: int
     shorter: int
+    told: npt.NDArray[np.bytes_] | None = None
     begin: int = 0
 
     def __len__(self) -> int:
@@ -59,8 +60,10 @@ class EncodedImages:
         paths = None if self.paths is None else self.paths[rows]
         first = rows.indices(len(self))[0]
         begin = int(self.ends[first - 1]) if first else self.begin
-        ends, names = self.ends[rows], self.names[rows]
-        return EncodedImages(paths, self.contents, ends, names, self.size, self.shorter, begin)
+        told = None if self.told is None else self.told[rows]
+        return replace(
+            self, paths=paths, ends=self.ends[rows], names=self.names[rows], told=told, begin=begin
+        )
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -93,26 +96,26 @@ class EncodedImages:
 
     def _one(self, i: int, draws: list[list[float]] | None) -> npt.NDArray[np.uint8]:
         """Decode the image with index i, uint8 [size, size, 3]."""
-        from PIL import Image
+        from PIL.Image import Resampling
 
-        source: Any
+        source: str | bytes
         if self.paths is not None:
             source = os.fsdecode(self.paths[i].item())
         else:
             assert self.contents is not None
             start = self.ends[i - 1] if i else self.begin
-            source = io.BytesIO(self.contents[start : self.ends[i]].tobytes())
-        try:
-            with Image.open(source) as image:
-                picture = image.convert("RGB")
-        except OSError as error:
-            name = os.fsdecode(self.names[i].item())
-            raise InputError(f"{name}: cannot be read as an image: {error}") from None
+            source = self.contents[start : self.ends[i]].tobytes()
+        picture = open_rgb(source, self._name(i))
         width, height = picture.size
         box = centre(width, height, self.size / self.shorter) if draws is None else None
         box = box or crop(width, height, draws or [])
         side = self.size, self.size
-        return np.asarray(picture.resize(side, Image.Resampling.BICUBIC, box=box))
+        return np.asarray(picture.resize(side, Resampling.BICUBIC, box=box))
+
+    def _name(self, i: int) -> str:
+        """Return what error messages call the image with index i."""
+        names = self.names if self.told is None else self.told
+        return os.fsdecode(names[i].item())
 
 
 def prefetch(function: Callable[[_In], _Out], items: Iterable[_In]) -> Iterator[_Out]:

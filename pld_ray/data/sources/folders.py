@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from pld_ray.config.trial import Data
-from pld_ray.data.decoding import IMAGE_SUFFIXES, decode_images, keep_encoded
+from pld_ray.data.decoding import decode_images, keep_encoded
+from pld_ray.data.image_files import NOT_READ, READ
 from pld_ray.data.images import Size
 from pld_ray.data.registry import Splits, register_dataset
 from pld_ray.data.sampling import Ints, random_bits
@@ -20,13 +21,18 @@ Files = tuple[list[str], Ints]  # paths and labels
 def list_folder(data: Data, path: str) -> tuple[Files, Files, int]:
     """List the files and labels of both splits, class after class, and count the classes.
 
-    Classes and files are in the order of their names.
+    Classes and files are in the order of their names. Hidden files and folders, whose names start
+    with a dot, are left out.
+
+    Raises:
+        InputError: A split is missing, its classes differ from those of the other split, or a
+            class has no images or has images that cannot be read.
     """
     splits: list[Files] = []
     known: list[str] = []
     for names in (["train"], ["val", "validation", "test"]):
         root = _existing(data, path, names)
-        classes = sorted(child.name for child in root.iterdir() if child.is_dir())
+        classes = sorted(child.name for child in root.iterdir() if _is_class(child))
         odd = sorted(set(classes) ^ set(known or classes))
         if odd:
             where = root if odd[0] in classes else Path(path) / "train"
@@ -34,12 +40,9 @@ def list_folder(data: Data, path: str) -> tuple[Files, Files, int]:
         known = classes
         files, labels = [], []
         for label, name in enumerate(classes):
-            for folder, _, inside in sorted(os.walk(root / name, followlinks=True)):
-                found = [f for f in sorted(inside) if Path(f).suffix.lower() in IMAGE_SUFFIXES]
-                files += [os.path.join(folder, file) for file in found]
-                labels += [label] * len(found)
-        if not files:
-            raise InputError(f"data {data.name!r}: there are no images in {root}")
+            found = _images(data, root / name)
+            files += found
+            labels += [label] * len(found)
         splits.append((files, np.asarray(labels, dtype=np.int64)))
     return splits[0], splits[1], len(known)
 
@@ -47,12 +50,37 @@ def list_folder(data: Data, path: str) -> tuple[Files, Files, int]:
 def _existing(data: Data, path: str, names: list[str]) -> Path:
     for name in names:
         folder = Path(path) / name
-        if folder.is_dir() and any(child.is_dir() for child in folder.iterdir()):
+        if folder.is_dir() and any(_is_class(child) for child in folder.iterdir()):
             return folder
     raise InputError(
         f"data {data.name!r}: expected a folder {' or '.join(names)} with a folder a class "
         f"in {path}"
     )
+
+
+def _is_class(path: Path) -> bool:
+    return path.is_dir() and not path.name.startswith(".")
+
+
+def _images(data: Data, folder: Path) -> list[str]:
+    """List the images of a class, in the folder and in all folders below it."""
+    files: list[tuple[str, str]] = []
+    not_read: list[tuple[str, str]] = []
+    for place, below, inside in os.walk(folder, followlinks=True):
+        below[:] = [name for name in below if not name.startswith(".")]
+        for name in inside:
+            suffix = os.path.splitext(name)[1].lower()
+            if not name.startswith(".") and (suffix in READ or suffix in NOT_READ):
+                (files if suffix in READ else not_read).append((place, name))
+    read = f"files with these endings are read: {', '.join(sorted(READ))}"
+    if not_read:
+        raise InputError(
+            f"data {data.name!r}: {folder} has {len(not_read)} images that cannot be read, such as "
+            f"{min(not_read)[1]}: convert or remove them; {read}"
+        )
+    if not files:
+        raise InputError(f"data {data.name!r}: the class {folder} has no images; {read}")
+    return [os.path.join(*file) for file in sorted(files)]
 
 
 def folder_size(data: Data, path: str) -> Size:

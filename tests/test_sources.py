@@ -1,0 +1,212 @@
+"""Data as people have it on their disks: what is read, and what is refused with its name."""
+
+import io
+import zlib
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from pld_ray.config.trial import Data
+from pld_ray.data.datasets import load, size
+from pld_ray.data.stream import Stream
+from pld_ray.errors import InputError
+
+CPU = torch.device("cpu")
+CLASSES = ("ant", "bee", "cat")
+
+
+def picture(c, i):
+    """An image of 6x6 pixels of class c, in which channel c is the brightest."""
+    pixels = np.random.default_rng(100 * c + i).integers(0, 80, (6, 6, 3)).astype(np.uint8)
+    pixels[..., c] += 120
+    return Image.fromarray(pixels)
+
+
+def png(c, i, **options):
+    buffer = io.BytesIO()
+    picture(c, i).save(buffer, "PNG", **options)
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Three classes with 4 training and 2 validation images each."""
+    for split, numbers in (("train", range(4)), ("val", range(4, 6))):
+        for c, name in enumerate(CLASSES):
+            (tmp_path / split / name).mkdir(parents=True)
+            for i in numbers:
+                (tmp_path / split / name / f"{i}.png").write_bytes(png(c, i))
+    return tmp_path
+
+
+def found(folder, **settings):
+    return load(Data(name=f"folder:{folder}", **settings))
+
+
+def refused(folder, *parts, **settings):
+    with pytest.raises(InputError) as error:
+        images = found(folder, **settings)
+        list(Stream(images, Data(name="x"), 0, CPU).val([np.arange(6)]))
+    assert "\n" not in str(error.value)
+    for part in parts:
+        assert part in str(error.value)
+
+
+def test_hidden_files_and_folders_are_not_data(folder):
+    for path in ("train/.ipynb_checkpoints", "val/.ipynb_checkpoints", "train/ant/.thumbs"):
+        (folder / path).mkdir()
+    (folder / "train/ant/.thumbs/0-checkpoint.png").write_bytes(png(0, 0))
+    (folder / "train/ant/._0.png").write_bytes(b"what macOS writes")
+    (folder / "train/ant/Thumbs.db").write_bytes(b"what Windows writes")
+    images = found(folder)
+    assert images.classes == 3 and (len(images.train), len(images.val)) == (12, 6)
+    assert size(Data(name=f"folder:{folder}")) == (12, 6, 3)
+
+
+def test_a_class_without_readable_images_is_refused(folder):
+    for file in (folder / "train/ant").iterdir():
+        file.rename(file.with_suffix(".HEIC"))
+    refused(folder, "train/ant has 4 images that cannot be read, such as 0.HEIC", ".jpeg, .jpg, ")
+    for file in (folder / "train/ant").iterdir():
+        file.unlink()
+    refused(folder, "the class ", "train/ant has no images", ".jpeg, .jpg, ")
+
+
+def test_one_image_that_would_be_left_out_is_refused(folder):
+    (folder / "val/cat/4.png").rename(folder / "val/cat/4.gif")
+    refused(folder, "val/cat has 1 images that cannot be read, such as 4.gif")
+
+
+@pytest.mark.parametrize("order", ["<u2", ">u2"])
+def test_grey_images_of_16_bits_use_their_full_range(folder, order):
+    ramp = np.linspace(0, 65535, 256 * 4).reshape(32, 32).round().astype(np.uint16)
+    (folder / "val/ant/4.png").unlink()
+    Image.fromarray(ramp.astype(order)).save(folder / "val/ant/4.tif")
+    settings = {"image_size": 32}
+    image = found(folder, **settings).val[0]
+    expected = np.round(ramp / 65535 * 255)
+    assert abs(image.astype(int) - expected[..., None]).max() == 0
+    assert len(np.unique(image)) == 256 and image.mean() == pytest.approx(127.5, abs=0.6)
+
+
+def test_images_of_32_bits_have_no_known_range(folder):
+    for mode, numbers in (("F", np.float32), ("I", np.int32)):
+        (folder / "val/ant/4.png").unlink(missing_ok=True)
+        Image.fromarray(np.full((6, 6), 70000, numbers)).save(folder / "val/ant/4.tif")
+        refused(folder, "val/ant/4.tif: cannot be read as an image: its mode " + mode)
+
+
+def test_a_long_comment_is_not_needed(folder):
+    note = PngInfo()
+    note.add_text("x", "y" * 2**21, zip=True)
+    (folder / "train/ant/0.png").write_bytes(png(0, 0, pnginfo=note))
+    with Image.open(folder / "val/ant/4.png") as image:
+        np.testing.assert_array_equal(found(folder).val[0], np.asarray(image))
+
+
+@pytest.mark.parametrize("settings", [{}, {"image_size": 6, "random_resized_crop": True}])
+def test_a_picture_that_is_too_large_is_named(folder, settings):
+    def chunk(kind, content):
+        crc = zlib.crc32(kind + content).to_bytes(4, "big")
+        return len(content).to_bytes(4, "big") + kind + content + crc
+
+    side = (20_000).to_bytes(4, "big")  # 400 million pixels, in the header alone
+    head = chunk(b"IHDR", side + side + bytes([1, 0, 0, 0, 0]))
+    content = b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+    (folder / "val/ant/4.png").write_bytes(content)
+    refused(folder, "val/ant/4.png: cannot be read as an image: ", "400000000 pixels", **settings)
+
+
+# ---------------------------------------------------------------- parquet
+
+TRAIN, VAL = [0, 1, 2] * 4, [0, 1, 2] * 2
+CELL = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+
+
+def table(labels, first=0, image="image", label="label", cell=CELL):
+    contents = [png(i % 3, first + i) for i in range(len(labels))]
+    cells = contents if cell == pa.binary() else [{"bytes": x, "path": None} for x in contents]
+    return pa.table({image: pa.array(cells, cell), label: labels})
+
+
+def parquet(folder, **tables):
+    for name, content in tables.items():
+        pq.write_table(content, folder / f"{name}-00000-of-00001.parquet")
+    return Data(name=f"parquet:{folder}")
+
+
+def test_a_test_split_is_validation_only_where_there_is_no_other(tmp_path):
+    data = parquet(
+        tmp_path, train=table(TRAIN), validation=table(VAL, 50), test=table([-1] * 4, 90)
+    )
+    images = load(data)
+    assert (len(images.train), len(images.val), images.classes) == (12, 6, 3)
+    assert size(data) == (12, 6, 3) and images.val_labels.tolist() == VAL
+    (tmp_path / "validation-00000-of-00001.parquet").unlink()
+    parquet(tmp_path, test=table(VAL[:3], 90))
+    assert len(load(data).val) == 3
+
+
+def test_words_are_classes_in_sorted_order(tmp_path):
+    words = [["cat", "ant", "bee"][i] for i in TRAIN], ["bee", "ant"]
+    data = parquet(tmp_path, train=table(words[0]), val=table(words[1]))
+    images = load(data)
+    assert images.classes == 3 and size(data) == (12, 2, 3)
+    assert images.train_labels[:3].tolist() == [2, 0, 1] and images.val_labels.tolist() == [1, 0]
+    parquet(tmp_path, val=table(["bee", "dog"]))
+    with pytest.raises(InputError, match=r"val-\S+ row 1: its label 'dog' is not a class of the"):
+        load(data)
+
+
+def test_images_may_be_plain_binary(tmp_path):
+    plain = parquet(
+        tmp_path,
+        train=table(TRAIN, cell=pa.binary()),
+        val=table(VAL, cell=pa.binary()),
+    )
+    with Image.open(io.BytesIO(png(1, 1))) as image:
+        np.testing.assert_array_equal(load(plain).train[1], np.asarray(image))
+
+
+@pytest.mark.parametrize(
+    ("labels", "said"),
+    [
+        ([0, 1, None], "row 2: its label is None: expected a class index from 0"),
+        ([0, -1, 2], "row 1: its label is -1: expected a class index from 0"),
+        ([0.0, 1.0, 2.0], "row 0: its label is 0.0: expected a class index from 0"),
+        (["ant", None], "row 1: its label is None: expected a word"),
+    ],
+)
+def test_labels_that_are_none_are_named(tmp_path, labels, said):
+    data = parquet(tmp_path, train=table(labels), val=table(labels[:1]))
+    with pytest.raises(InputError, match=rf"train-\S+ {said}"):
+        load(data)
+
+
+def test_columns_of_other_names_are_told(tmp_path):
+    names = {"image": "img", "label": "fine_label"}
+    data = parquet(tmp_path, train=table(TRAIN, **names), test=table(VAL, **names))
+    with pytest.raises(InputError, match="has no column image; its columns are img, fine_label: "):
+        load(data)
+
+
+@pytest.mark.parametrize("settings", [{}, {"image_size": 6, "random_resized_crop": True}])
+def test_a_broken_row_is_named_by_its_file(tmp_path, settings):
+    broken = table(VAL).to_pylist()
+    broken[2]["image"]["bytes"] = b"no image"
+    data = parquet(
+        tmp_path,
+        train=table(TRAIN),
+        validation=pa.Table.from_pylist(broken, table(VAL).schema),
+    ).model_copy(update=settings)
+    with pytest.raises(InputError, match=r"/validation-\S+ row 2: cannot be read as an image"):
+        list(Stream(load(data), data, 0, CPU).val([np.arange(6)]))
+    broken[2]["image"]["bytes"] = None
+    parquet(tmp_path, validation=pa.Table.from_pylist(broken, table(VAL).schema))
+    with pytest.raises(InputError, match="row 2: its image is a NoneType: expected the bytes"):
+        load(data)
