@@ -10,7 +10,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogFormatter, MaxNLocator
 
 from analysis.figures.style import PAGE, STYLE, method_colours, save
 
@@ -115,20 +115,30 @@ def learning_curves(curves: pd.DataFrame, colours: dict[str, str]) -> Figure:
                 by_epoch = lines.groupby("epoch")[metric]
                 mean, std = by_epoch.mean(), by_epoch.std().fillna(0)
                 colour = colours[str(method)]
-                axis.plot(mean.index, mean, color=colour, lw=1.4, label=method)
+                point = "o" if len(mean) == 1 else ""
+                axis.plot(mean.index, mean, color=colour, lw=1.4, marker=point, label=method)
                 if metric == "top1" and section["method"].nunique() <= 6:
                     axis.fill_between(
                         mean.index, mean - std, mean + std, color=colour, alpha=0.13, lw=0
                     )
             axis.set_xlabel("epoch")
-            axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+            axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         row[0].set_ylabel("validation top-1 (%)")
         row[0].set_title(_title(key), loc="left")
         row[1].set_ylabel("each method's own training loss")
         row[1].set_yscale("log")
+        for each in (row[1].yaxis.set_major_formatter, row[1].yaxis.set_minor_formatter):
+            each(_PlainNumbers(minor_thresholds=(1, 0.4)))
         row[1].legend(loc="center left", bbox_to_anchor=(1, 0.5))
     figure.tight_layout()
     return figure
+
+
+class _PlainNumbers(LogFormatter):
+    """Labels a logarithmic axis with 0.2 instead of 2e-01, at the same ticks."""
+
+    def __call__(self, x: float, pos: int | None = None) -> str:
+        return f"{x:.3g}" if super().__call__(x, pos) else ""
 
 
 def _title(key: Any) -> str:
