@@ -8,6 +8,8 @@ import torch
 from hypothesis import settings
 
 os.environ.pop("RAY_ADDRESS", None)
+# Ray's default is 15: beside busy processes, its workers would then get almost no time.
+os.environ["RAY_worker_niceness"] = "0"
 settings.register_profile("thorough", max_examples=10_000)  # --hypothesis-profile=thorough
 torch.set_num_threads(1)  # as in a trial's process: results then agree to the bit
 
