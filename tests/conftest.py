@@ -9,7 +9,7 @@ from hypothesis import settings
 
 os.environ.pop("RAY_ADDRESS", None)
 # Ray's default is 15: beside busy processes, its workers would then get almost no time.
-os.environ["RAY_worker_niceness"] = "0"
+os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112 - this is its name
 settings.register_profile("thorough", max_examples=10_000)  # --hypothesis-profile=thorough
 torch.set_num_threads(1)  # as in a trial's process: results then agree to the bit
 
