@@ -85,17 +85,9 @@ def fit(
     Raises:
         InputError: An argument or a batch cannot be used, or the loss is not finite.
     """
-    if type(epochs) is not int or epochs < 1:
-        raise InputError(f"epochs is {epochs!r}: expected a whole number from 1")
-    if clip_grad is not None and not clip_grad > 0:
-        raise InputError(f"clip_grad is {clip_grad!r}: expected a number above 0, or None")
-    if ema is not None and not 0 < ema < 1:
-        raise InputError(f"ema is {ema!r}: expected a number between 0 and 1, or None")
-    for name, loader in (("train_loader", train_loader), ("val_loader", val_loader)):
-        if isinstance(loader, Iterator) and epochs > 1:
-            raise InputError(
-                f"{name} is an iterator, which can be read only once: pass a DataLoader or a list"
-            )
+    _check_arguments(
+        epochs, clip_grad, ema, {"train_loader": train_loader, "val_loader": val_loader}
+    )
     place = _device(device)
     _prepare(distiller, train_loader, precision, place)
     settings = _schedule(schedule, warmup_epochs, epochs)
@@ -231,6 +223,22 @@ def _scores(network: nn.Module, batches: Iterator[Batch], precision: Precision) 
 
 
 # ---------------------------------------------------------------- arguments
+
+
+def _check_arguments(
+    epochs: int, clip_grad: float | None, ema: float | None, loaders: dict[str, Any]
+) -> None:
+    if type(epochs) is not int or epochs < 1:
+        raise InputError(f"epochs is {epochs!r}: expected a whole number from 1")
+    if clip_grad is not None and not clip_grad > 0:
+        raise InputError(f"clip_grad is {clip_grad!r}: expected a number above 0, or None")
+    if ema is not None and not 0 < ema < 1:
+        raise InputError(f"ema is {ema!r}: expected a number between 0 and 1, or None")
+    for name, loader in loaders.items():
+        if isinstance(loader, Iterator) and epochs > 1:
+            raise InputError(
+                f"{name} is an iterator, which can be read only once: pass a DataLoader or a list"
+            )
 
 
 def _device(device: str | torch.device | None) -> torch.device:
