@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from own_modules import Small, batch, loader
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
@@ -24,7 +25,6 @@ from pld_ray import (
     PLDLoss,
     evaluate,
     fit,
-    save,
     teacher_order,
 )
 from pld_ray.config.trial import Schedule
@@ -34,36 +34,12 @@ from pld_ray.losses import Features
 from pld_ray.models.factory import Renormalize
 
 
-class Small(nn.Module):
-    """Logits of four classes, with batch norm and dropout, so that the mode matters."""
-
-    def __init__(self, width=6):
-        super().__init__()
-        self.body = nn.Sequential(
-            nn.Flatten(), nn.Linear(12, width), nn.BatchNorm1d(width), nn.ReLU(), nn.Dropout(0.5)
-        )
-        self.head = nn.Linear(width, 4)
-
-    def forward(self, x):
-        return self.head(self.body(x))
-
-
-def batch(seed=0, count=8):
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(count, 3, 2, 2, generator=generator)
-    return x, torch.randint(0, 4, (count,), generator=generator)
-
-
 @pytest.fixture
 def pair():
     torch.manual_seed(0)
     teacher, student = Small(9), Small()
     teacher.train()(batch(7)[0])  # running statistics that are not those of the first batch
     return student, teacher
-
-
-def loader(batches=3):
-    return [batch(seed) for seed in range(batches)]
 
 
 # ---------------------------------------------------------------- the core
@@ -380,6 +356,15 @@ def test_a_network_that_was_a_teacher_is_frozen(pair):
         fit(Distiller(teacher, loss=CELoss()), loader(), 1, progress=False)
 
 
+def test_a_kind_of_cross_entropy_needs_no_teacher(pair):
+    class Own(CELoss):
+        pass
+
+    x, y = batch()
+    student = pair[0].eval()
+    assert torch.equal(Distiller(student, loss=Own())(x, y), F.cross_entropy(student(x), y))
+
+
 def test_another_student_is_the_one_that_trains(pair):
     student, teacher = pair
     distiller, other = Distiller(Small(), teacher), copy.deepcopy(student)
@@ -419,48 +404,7 @@ def test_an_iterator_serves_one_epoch_of_a_constant_schedule(pair):
     assert len(history) == 1
 
 
-# ---------------------------------------------------------------- save, the article, the example
-
-
-@pytest.mark.parametrize(
-    ("name", "made", "told"),
-    [
-        ("resnet8", {"num_classes": 4, "in_chans": 1}, {}),
-        (
-            "vit_tiny_patch16_224",
-            {"num_classes": 4, "img_size": 8, "patch_size": 4, "embed_dim": 48, "depth": 2},
-            {"img_size": 8, "patch_size": 4, "embed_dim": 48, "depth": 2},
-        ),
-    ],
-)
-def test_what_is_saved_is_what_timm_opens(tmp_path, name, made, told):
-    network = timm.create_model(name, **made).eval()
-    x = torch.randn(2, made.get("in_chans", 3), 8, 8)
-    save(network, tmp_path / "folder", mean=(0.5,), **told)
-    again = timm.create_model(f"local-dir:{tmp_path / 'folder'}", pretrained=True).eval()
-    assert torch.equal(again(x), network(x)) and again.pretrained_cfg["mean"] == [0.5]
-    save(network, tmp_path / "weights.safetensors")
-    from safetensors.torch import load_file
-
-    kept = load_file(tmp_path / "weights.safetensors")
-    assert kept.keys() == network.state_dict().keys()
-    if told:
-        with pytest.raises(InputError, match="pass the other arguments that were given to timm"):
-            save(network, tmp_path / "wrong")
-        assert not (tmp_path / "wrong").exists()
-    with pytest.raises(InputError, match="timm did not make this Small: expected a path that ends"):
-        save(Small(), tmp_path / "small")
-
-
-def test_a_network_of_the_same_shapes_with_other_logits_is_not_saved(tmp_path):
-    network = timm.create_model("resnet10t", num_classes=4, global_pool="max")
-    with pytest.raises(InputError, match="gives other logits; pass the other arguments"):
-        save(network, tmp_path / "wrong")
-    assert not (tmp_path / "wrong").exists()
-    save(network, tmp_path / "right", global_pool="max")
-    x = torch.randn(2, 3, 64, 64)
-    again = timm.create_model(f"local-dir:{tmp_path / 'right'}", pretrained=True).eval()
-    assert torch.equal(again(x), network.eval()(x))
+# ---------------------------------------------------------------- the article, the example
 
 
 def test_the_articles_class(pair, tmp_path):

@@ -1,12 +1,14 @@
 import pytest
 import timm
 import torch
+from safetensors.torch import load_file
 
 from pld_ray.config.planning import plan
 from pld_ray.data.datasets import load
 from pld_ray.data.stream import Stream
 from pld_ray.distill.loop import train
-from pld_ray.models.export import export_student
+from pld_ray.errors import InputError
+from pld_ray.models.export import export_student, save
 from pld_ray.models.factory import create_model
 from pld_ray.store.store import Store
 
@@ -65,3 +67,42 @@ def test_onnx_gives_the_same_logits(experiment, tmp_path):
     found, expected = (top1(m, trial, images) for m in (run, model))
     torch.testing.assert_close(found[1], expected[1], rtol=1e-3, atol=1e-4)
     assert found[0] == pytest.approx(store.record(trial.id)["metrics"]["top1"])
+
+
+@pytest.mark.parametrize(
+    ("name", "made", "told"),
+    [
+        ("resnet8", {"num_classes": 4, "in_chans": 1}, {}),
+        (
+            "vit_tiny_patch16_224",
+            {"num_classes": 4, "img_size": 8, "patch_size": 4, "embed_dim": 48, "depth": 2},
+            {"img_size": 8, "patch_size": 4, "embed_dim": 48, "depth": 2},
+        ),
+    ],
+)
+def test_what_is_saved_is_what_timm_opens(tmp_path, name, made, told):
+    network = timm.create_model(name, **made).eval()
+    x = torch.randn(2, made.get("in_chans", 3), 8, 8)
+    save(network, tmp_path / "folder", mean=(0.5,), **told)
+    again = timm.create_model(f"local-dir:{tmp_path / 'folder'}", pretrained=True).eval()
+    assert torch.equal(again(x), network(x)) and again.pretrained_cfg["mean"] == [0.5]
+    save(network, tmp_path / "weights.safetensors")
+    kept = load_file(tmp_path / "weights.safetensors")
+    assert kept.keys() == network.state_dict().keys()
+    if told:
+        with pytest.raises(InputError, match="pass the other arguments that were given to timm"):
+            save(network, tmp_path / "wrong")
+        assert not (tmp_path / "wrong").exists()
+    with pytest.raises(InputError, match="timm did not make this Linear: expected a path"):
+        save(torch.nn.Linear(2, 2), tmp_path / "small")
+
+
+def test_a_network_of_the_same_shapes_with_other_logits_is_not_saved(tmp_path):
+    network = timm.create_model("resnet10t", num_classes=4, global_pool="max")
+    with pytest.raises(InputError, match="gives other logits; pass the other arguments"):
+        save(network, tmp_path / "wrong")
+    assert not (tmp_path / "wrong").exists()
+    save(network, tmp_path / "right", global_pool="max")
+    x = torch.randn(2, 3, 64, 64)
+    again = timm.create_model(f"local-dir:{tmp_path / 'right'}", pretrained=True).eval()
+    assert torch.equal(again(x), network.eval()(x))

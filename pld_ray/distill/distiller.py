@@ -130,7 +130,7 @@ class Distiller(nn.Module):
         self.set_precision(precision)
         self.compares_features = isinstance(self.loss, FeatureLoss)
         name: str = getattr(self.loss, "name", "")
-        registered = CLASSES.get(name) is type(self.loss)
+        registered = isinstance(self.loss, CLASSES.get(name, ()))
         self.needs_teacher = not registered or REGISTRY[name].needs_teacher
         if self.compares_features and teacher is None:
             raise ValueError(

@@ -48,18 +48,16 @@ def read_rows(data: Data, path: str, names: tuple[str, ...], columns: list[str])
     for file in files:
         try:
             there = pq.read_schema(file).names
-            if missing := [name for name in columns if name not in there]:
-                raise InputError(
-                    f"{file}: has no column {missing[0]}; its columns are {', '.join(there)}: "
-                    "expected image and label"
-                )
-            table = pq.read_table(file, columns=columns)
-        except InputError:
-            raise
+            table = pq.read_table(file, columns=[name for name in columns if name in there])
         except Exception as error:  # pyarrow raises many types for a broken file
             raise InputError(
                 f"{file}: expected a parquet file with columns image and label: {error}"
             ) from None
+        if missing := [name for name in columns if name not in there]:
+            raise InputError(
+                f"{file}: has no column {missing[0]}; its columns are {', '.join(there)}: "
+                "expected image and label"
+            )
         for name in columns:
             found.columns[name].extend(table[name].to_pylist())
         found.places.extend(f"{file} row {row}" for row in range(len(table)))
