@@ -69,7 +69,7 @@ def overhead(epochs: int, folder: Path) -> tuple[float, float]:
     made = plan(load_experiment("demo", (*sets, "teacher.train.epochs=1")))
     store = Store(folder / str(epochs))
     pending = made.trials
-    images = checks.check_trials(pending)
+    images = checks.check_trials(pending).images
     view = Watch(made, pending, Console(quiet=True))
     runner.run(made, images, store, view)
     students = [key for key in view.ends if key not in made.teacher_ids]

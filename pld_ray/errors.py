@@ -19,6 +19,10 @@ class InputError(ValueError):
         super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in message))
 
 
+class MissingError(InputError):
+    """Something that the input names is not on this machine. It can be elsewhere."""
+
+
 def nearest(word: str, valid: Iterable[str], limit: int = 12) -> str:
     """Return the end of an error message that helps with an unknown name.
 

@@ -1,6 +1,7 @@
 import os
 import signal
 import sys
+import tempfile
 from types import SimpleNamespace
 
 import pytest
@@ -8,6 +9,8 @@ import torch
 from hypothesis import settings
 
 os.environ.pop("RAY_ADDRESS", None)
+_cache = tempfile.TemporaryDirectory(prefix="pld-ray-cache-")  # not that of the user
+os.environ["XDG_CACHE_HOME"] = _cache.name
 # Ray's default is 15: beside busy processes, its workers would then get almost no time.
 os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112 - this is its name
 settings.register_profile("thorough", max_examples=10_000)  # --hypothesis-profile=thorough

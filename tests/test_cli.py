@@ -14,7 +14,7 @@ BAD = {
     "plan demo --set optimizer.lrr=1": "demo: optimizer.lrr: unknown field; did you mean 'lr'?",
     "run demo --set student=resnet9": "model 'resnet9' is not known to timm; did you mean",
     "run demo --set optimizer=adamx": "optimizer.name is 'adamx': not in timm; did you mean",
-    "run demo --set data.name=folder:/nowhere": "expected a folder train with a folder a class in",
+    "run demo --set data.name=folder:/nowhere": "the folder /nowhere does not exist",
     "run demo --set teacher=resnet18.a1_in1k": "has 1000 classes, but the data has 10;",
     "run demo --address 127.0.0.1:9": "no Ray cluster answers there",
     "run demo --set loss.temperature=-1": "loss.temperature is -1: input should be greater than 0",

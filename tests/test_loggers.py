@@ -21,7 +21,9 @@ base: {data: {name: digits, limit: 100}, student: resnet8, epochs: 4, batch_size
 def run(made, store, names):
     followed = loggers.create(names, "small", store)
     with ProgressView(made, made.trials, Console(quiet=True)) as view:
-        failures = runner.run(made, checks.check_trials(made.trials), store, view, loggers=followed)
+        failures = runner.run(
+            made, checks.check_trials(made.trials).images, store, view, loggers=followed
+        )
     return failures, [logger.problem for logger in followed]
 
 

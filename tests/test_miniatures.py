@@ -27,7 +27,7 @@ def run(name, store, *sets):
     small = load_experiment(name, (*SMALLER, *sets), smoke=True)
     one = Resources(concurrent=1)  # process, which imports torch once
     made = plan(small.model_copy(update={"resources": one}))
-    images = checks.check_trials(made.trials)
+    images = checks.check_trials(made.trials).images
     with ProgressView(made, dict(made.trials), Console(quiet=True)) as view:
         assert runner.run(made, images, store, view) == {}
     return made, images

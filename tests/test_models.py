@@ -22,7 +22,10 @@ LITERATURE = {  # parameters for 100 classes, in millions, as the CRD and mdisti
 
 @pytest.mark.parametrize("name", LITERATURE)
 def test_parameter_counts_match_the_literature(name):
-    assert round(check_model(Model(name=name), 100, 3, 32) / 1e6, 3) == LITERATURE[name]
+    with torch.device("meta"):
+        network = create_model(Model(name=name), 100, 3, 32)
+    parameters = sum(x.numel() for x in network.parameters())
+    assert round(parameters / 1e6, 3) == LITERATURE[name]
 
 
 @pytest.mark.parametrize(

@@ -241,3 +241,11 @@ def test_an_experiment_on_an_object_store_is_the_same_to_the_bit(s3, experiment,
 )
 def test_states_for_people(outcome, state):
     assert outcome.state(9) == state
+
+
+def test_documents_are_strict_json(store):
+    found = {"values": [[1.0, float("nan")], [float("inf"), 2.0]], "top_eigenvalue": -float("inf")}
+    store.keep_landscape(TRIAL, found)
+    content = store.files.read(f"trials/{TRIAL.id}/landscape.json").decode()
+    assert json.loads(content, parse_constant=pytest.fail)["values"] == [[1.0, None], [None, 2.0]]
+    assert store.landscape(TRIAL.id)["top_eigenvalue"] is None

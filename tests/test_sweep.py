@@ -25,7 +25,7 @@ ONE = "resources.concurrent=1"  # one process then runs them all: each imports t
 
 def run(made, store):
     pending = {k: t for k, t in made.trials.items() if k not in store.finished(store.trials())}
-    images = checks.check_trials(pending)
+    images = checks.check_trials(pending).images
     with ProgressView(made, pending, Console(quiet=True)) as view:
         failures = runner.run(made, images, store, view)
     return failures, pending
@@ -111,7 +111,7 @@ def test_concurrent_bounds_what_runs_at_once(local_ray, experiment, tmp_path):
             most.append(len(self.running))
 
     with Counting(made, made.trials, Console(quiet=True)) as view:
-        assert runner.run(made, checks.check_trials(made.trials), store, view) == {}
+        assert runner.run(made, checks.check_trials(made.trials).images, store, view) == {}
     assert most == [1, 1, 1] and len(store.finished(made.trials)) == 3
 
 

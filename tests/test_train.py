@@ -13,6 +13,7 @@ from pld_ray.config.trial import Trial
 from pld_ray.data.datasets import load
 from pld_ray.distill import metrics
 from pld_ray.distill.loop import TrainingError, train
+from pld_ray.distill.optimization import update
 from pld_ray.store.store import Store
 
 SMALL = """
@@ -165,13 +166,45 @@ def test_metrics_against_loops():
     assert got["ece"] == pytest.approx(ece, rel=1e-5)
 
 
-def test_a_loss_that_is_not_finite_ends_the_trial(experiment, tmp_path):
+@pytest.mark.parametrize(
+    ("limit", "lr", "said"),
+    [
+        (
+            32,
+            "1e30",
+            "ce",
+            "the validation loss is (nan|inf) after epoch 1: ",
+        ),  # one step per epoch
+        (150, "1e30", "the training loss is (nan|inf) in step [23] of epoch 1: "),
+    ],
+)
+def test_what_is_not_finite_first_ends_the_trial(experiment, tmp_path, limit, lr, said):
     text = SMALL.replace("clip_grad: 1", "clip_grad: null")
-    made = experiment(text, "loss=ce", "optimizer=sgd", "optimizer.lr=1e30", "ema=null")
-    trial = plan(made).cells[0].trial
-    with pytest.raises(TrainingError, match="the training loss is (nan|inf) in epoch"):
+    sets = (
+        "loss=ce",
+        f"optimizer={{name: sgd, lr: {lr}}}",
+        "ema=null",
+        "schedule={name: constant, warmup_epochs: 0}",
+    )
+    trial = plan(experiment(text, *sets, f"data.limit={limit}")).cells[0].trial
+    with pytest.raises(TrainingError, match=said):
         run(trial, Store(tmp_path))
     assert Store(tmp_path).record(trial.id) is None
+    for file in tmp_path.rglob("*.json*"):
+        assert "NaN" not in file.read_text() and "Infinity" not in file.read_text()
+
+
+def test_a_weight_that_is_not_finite_after_the_last_step_ends_the_trial(
+    experiment, tmp_path, monkeypatch
+):
+    def broken(loss, distiller, *rest):
+        update(loss, distiller, *rest)
+        next(distiller.student.parameters()).data[0] = float("inf")
+
+    monkeypatch.setattr("pld_ray.distill.loop.update", broken)
+    trial = plan(experiment(SMALL, "loss=ce", "data.limit=32", "ema=null")).cells[0].trial
+    with pytest.raises(TrainingError, match="not finite after step 1, the last of epoch 1: "):
+        run(trial, Store(tmp_path))
 
 
 @pytest.mark.parametrize("name", ["adamw", "lamb", "adan", "adabelief", "sgd"])
@@ -189,8 +222,8 @@ def test_schedules():
         optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=2.0)
         scheduler = create_schedule(spec, optimizer, epochs, steps)
         seen = []
-        for update in range(epochs * steps):
-            scheduler.step_update(update)
+        for step in range(epochs * steps):
+            scheduler.step_update(step)
             seen.append(optimizer.param_groups[0]["lr"])
         return seen
 
@@ -202,9 +235,3 @@ def test_schedules():
     steps = rates(Schedule(name="multistep", milestones=(2, 3)), 4, 2)
     # timm counts the update that follows: the rate falls one update before the milestone
     assert steps == pytest.approx([2, 2, 2, 0.2, 0.2, 0.02, 0.02, 0.02])
-
-
-def test_no_batch_is_told(experiment, tmp_path):
-    made = experiment(SMALL, "loss=ce", "drop_last=true", "data.limit=10")
-    with pytest.raises(TrainingError, match="batch_size is 64 and there are 10 training images"):
-        run(plan(made).cells[0].trial, Store(tmp_path))

@@ -70,7 +70,7 @@ def bank_build(
     """
     from pld_ray.config.planning import Cell, Plan
 
-    plan, store = session.opened(experiment, overrides, smoke, storage)
+    plan, store = session.opened(experiment, overrides, smoke, storage, download=True)
     banks = session.planned_banks(plan.trials, store)
     cells = tuple(Cell(plan.trials[key], None) for key in plan.teacher_ids)
     teachers = Plan(plan.experiment, cells)
@@ -85,7 +85,7 @@ def bank_build(
     planned = [bank for bank in banks.values() if bank.split == "train"]
     if not planned:
         raise InputError(f"{plan.experiment.name}: none of its trials reads a bank")
-    images = checks.check_trials({bank.trial.id: bank.trial for bank in planned}, address)
+    images = checks.check_trials({bank.trial.id: bank.trial for bank in planned}, address).images
     with (
         redirect_prints(session.ray_log(store)) as console,
         console.status("computing teacher logits"),

@@ -132,7 +132,7 @@ def landscape(
     with Console().status(f"{len(trials)} students: starting Ray"):
         from pld_ray.sweep import checks, cluster
 
-        shown = checks.check_trials({trial.id: trial for trial in trials.values()}, address)
+        shown = checks.check_trials({trial.id: trial for trial in trials.values()}, address).images
     with (
         redirect_prints(session.ray_log(store)) as console,
         console.status(f"{points} x {points} points around {len(trials)} students"),

@@ -39,7 +39,8 @@ def run(
     code is 1 if any trial has failed.
     """
     failed = False
-    for plan, store in [session.opened(name, overrides, smoke, storage) for name in experiments]:
+    opened = [session.opened(name, overrides, smoke, storage, True) for name in experiments]
+    for plan, store in opened:
         if plan.experiment.search is not None:
             failed |= session.run_search(plan.experiment, store, address, log or ())
             plan = session.planned(plan.experiment, store)

@@ -124,14 +124,21 @@ def train(
     """
     from rich.console import Console
 
+    from pld_ray.data import datasets
     from pld_ray.sweep.progress import ProgressView, redirect_prints
 
     with Console().status(f"{len(pending)} trials to run: checking them and starting Ray"):
-        from pld_ray.sweep import checks, loggers, runner
+        from pld_ray.sweep import checks, identity, loggers, runner
 
         followed = loggers.create(log, plan.experiment.name, store)
         cells = {each.group.key: each.group.cell.trial for each in progress}
-        ready = checks.check_trials(pending | cells, address)
+        ready, notes = checks.check_trials(pending | cells, address)
+        for trial in {trial.data: trial for trial in pending.values()}.values():
+            if trial.data.fingerprint:
+                images = ready[datasets.sharing_key(trial.data)]
+                store.keep_dataset(identity.dataset_entry(trial.data, images))
+    for note in notes:
+        typer.echo(f"note: {note}", err=True)
     to_draw = sum({each.group.key: each.to_draw for each in progress}.values())
     with (
         redirect_prints(ray_log(store)) as console,
@@ -152,24 +159,37 @@ def ray_log(store: Store) -> Path:
 
 
 def opened(
-    experiment: str, overrides: list[str] | None, smoke: bool, storage: str
+    experiment: str,
+    overrides: list[str] | None,
+    smoke: bool,
+    storage: str,
+    download: bool = False,
 ) -> tuple[Plan, Store]:
-    """Load an experiment and open the store of its results.
+    """Load an experiment, identify its data, and open the store of its results.
+
+    What the user should know about the data is printed.
 
     Args:
         experiment: Path of a YAML file, or name of a shipped experiment.
         overrides: Overrides of the form FIELD=VALUE.
         smoke: Whether to load the miniature of the experiment.
         storage: Folder or URI of the store.
+        download: Whether a dataset of a hub may be downloaded.
 
     Returns:
         The plan of the experiment and the store.
     """
     from pld_ray.config.experiment import load_experiment
     from pld_ray.store.store import Store
+    from pld_ray.sweep.identity import DataIdentity
 
     store = Store(storage)
-    return planned(load_experiment(experiment, tuple(overrides or ()), smoke), store), store
+    identity = DataIdentity(store, download)
+    loaded = load_experiment(experiment, tuple(overrides or ()), smoke).identified(identity)
+    plan = planned(loaded, store)
+    for note in identity.notes:
+        typer.echo(f"note: {note}", err=True)
+    return plan, store
 
 
 def planned(experiment: Experiment, store: Store) -> Plan:

@@ -5,15 +5,17 @@ recipe < base < grid < --set  ->  Trial (validated)  ->  Plan (unique, teachers 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, model_validator
+from pydantic import Field, PrivateAttr, model_validator
 
 from pld_ray.config.grid import axis
 from pld_ray.config.merge import merge, named, nest
+from pld_ray.config.paths import absolute_paths
 from pld_ray.config.search_space import Search
-from pld_ray.config.trial import Model, Resources
+from pld_ray.config.trial import Data, Model, Resources
 from pld_ray.config.validation import Part, validated
 from pld_ray.config.yaml_files import parse_yaml, read_mapping
 from pld_ray.errors import InputError, nearest
@@ -71,6 +73,21 @@ class Experiment(Part):
     overrides: dict[str, Any] = {}
     smoke: Smoke = Smoke()
     miniature_of: Experiment | None = None
+    _identify: Callable[[Data], str | None] | None = PrivateAttr(None)
+
+    def identified(self, identify: Callable[[Data], str | None]) -> Experiment:
+        """Return a copy whose trials are identified by what their data holds.
+
+        Args:
+            identify: Returns the fingerprint of a dataset, or None if it has none or is not known.
+        """
+        copy = self.model_copy()
+        copy._identify = identify
+        return copy
+
+    def fingerprint(self, data: Data) -> str | None:
+        """Return the fingerprint of a dataset, or None if it has none or is not known."""
+        return None if self._identify is None else self._identify(data)
 
     @model_validator(mode="before")
     @classmethod
@@ -126,11 +143,13 @@ def load_experiment(
         names = [file.stem for file in experiments_folder().glob("*.yaml")]
         hint = nearest(str(source), names)
         raise InputError(f"{str(source)!r} is not a file and not a shipped experiment: {hint}")
-    raw = {"name": path.stem, **read_mapping(path)}
+    folder = path.absolute().parent
+    raw = {"name": path.stem, **absolute_paths(read_mapping(path), folder)}
     experiment = validated(Experiment, raw, str(path))
     base, shrunk = experiment.base, raw.get("smoke", {})
     if experiment.recipe is not None:
-        recipe = read_mapping(_find_recipe(experiment.recipe, path))
+        file = _find_recipe(experiment.recipe, path)
+        recipe = absolute_paths(read_mapping(file), file.absolute().parent)
         shrunk = merge(recipe.pop("smoke", {}), shrunk)
         base = merge(recipe, base)
     changed = experiment.model_dump(by_alias=True, exclude_unset=True)
@@ -142,6 +161,7 @@ def load_experiment(
         if not equals or not field:
             raise InputError(f"--set {item}: expected FIELD=VALUE, such as loss.temperature=2")
         value = parse_yaml(text, f"--set {item}")
+        value = absolute_paths({field: value}, Path.cwd())[field]
         first, _, rest = field.partition(".")
         if first == "grid" and rest:
             changed["grid"] = changed["grid"] | {rest: value}

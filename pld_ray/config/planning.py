@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import cache, cached_property
-from pathlib import Path
+from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
 from pydantic import Field
@@ -15,6 +13,7 @@ from pydantic import Field
 from pld_ray.config.experiment import Experiment
 from pld_ray.config.grid import axis, each_loss
 from pld_ray.config.merge import merge, named, nest
+from pld_ray.config.teacher_files import teacher_file
 from pld_ray.config.trial import Trial, Weights
 from pld_ray.config.validation import Part, validated
 from pld_ray.errors import InputError, nearest
@@ -28,8 +27,12 @@ class TeacherEntry(Part):
         name: The name of the network in timm.
         args: Further arguments for `timm.create_model`.
         weights: "train" (train the teacher under the experiment's base settings, changed by
-            `train`), "pretrained" (timm's weights), or the path of a safetensors file. The default
-            is "pretrained" for a name with a tag, else "train".
+            `train`), "pretrained" (timm's weights), or the path of a file: safetensors, or a state
+            dict that `torch.save` wrote. The default is "pretrained" for a name with a tag, else
+            "train".
+        mean: The mean of each channel, in [0, 1], of the images for which a weights file was
+            trained. The default is that of a config.json beside the file, else that of the data.
+        std: The standard deviation that belongs to it.
         train: Settings of the teacher's own training, merged over the experiment's `base`.
         logits: The type in which the bank stores the teacher's logits, or "live" to compute them
             in every step.
@@ -40,6 +43,8 @@ class TeacherEntry(Part):
     name: str
     args: dict[str, Any] = {}
     weights: str = ""
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
     train: dict[str, Any] = {}
     logits: Literal["float16", "float32", "live"] = "float16"
     views: int | None = Field(None, ge=1)
@@ -228,7 +233,7 @@ def build(
                 continue
         raw = merge(raw, nest(field, value))
     taught = _teacher(raw.pop("teacher", None), raw, experiment)
-    return [_cell(raw | {"seed": seed}, taught, experiment.name) for seed in seeds]
+    return [_cell(raw | {"seed": seed}, taught, experiment) for seed in seeds]
 
 
 def _teacher(entry: Any, raw: dict[str, Any], experiment: Experiment) -> dict[str, Any]:
@@ -239,16 +244,14 @@ def _teacher(entry: Any, raw: dict[str, Any], experiment: Experiment) -> dict[st
     teacher = validated(TeacherEntry, named("teacher", entry), where)
     taught = {"teacher_logits": teacher.logits, "views": teacher.views}
     weights = teacher.weights or ("pretrained" if "." in teacher.name else "train")
+    if weights in ("train", "pretrained") and (teacher.mean or teacher.std):
+        raise InputError(f"{where}.mean and std: only for a weights file, not for {weights!r}")
     if weights == "pretrained":
         return {"teacher": Weights(name=teacher.name, args=teacher.args, weights=weights), **taught}
     if weights != "train":
-        fixed = Weights(
-            name=teacher.name,
-            args=teacher.args,
-            weights=weights,
-            sha256=_sha256(weights, where),
-        )
-        return {"teacher": fixed, **taught}
+        given = teacher.model_dump(include={"mean", "std"}, exclude_none=True)
+        known = teacher_file(weights, f"{where}.weights") | given
+        return {"teacher": Weights(name=teacher.name, args=teacher.args, **known), **taught}
     base = {key: value for key, value in experiment.base.items() if key != "teacher"}
     for field, value in experiment.overrides.items():
         if field.partition(".")[0] not in ("loss", "student", "teacher"):
@@ -257,11 +260,13 @@ def _teacher(entry: Any, raw: dict[str, Any], experiment: Experiment) -> dict[st
     base |= settings | {"data": raw.get("data")}
     base = merge(base, teacher.train)
     above = _teacher(base.pop("teacher", None), base, experiment)
-    return {"teacher": _cell(base, above, experiment.name).trial, **taught}
+    return {"teacher": _cell(base, above, experiment).trial, **taught}
 
 
-def _cell(raw: dict[str, Any], taught: dict[str, Any], where: str) -> Cell:
+def _cell(raw: dict[str, Any], taught: dict[str, Any], experiment: Experiment) -> Cell:
     """Return the validated cell, with the fields that do not affect its trial set to defaults.
+
+    Its data gets its fingerprint.
 
     A loss that needs no teacher gets no teacher, but it keeps the same views of the images as the
     other losses. A loss that compares features reads no stored logits.
@@ -269,33 +274,16 @@ def _cell(raw: dict[str, Any], taught: dict[str, Any], where: str) -> Cell:
     for field in ("teacher_logits", "views"):
         if field in raw:
             raise InputError(
-                f"{where}: {field}: set teacher.{field.removeprefix('teacher_')} instead"
+                f"{experiment.name}: {field}: set teacher.{field.removeprefix('teacher_')} instead"
             )
-    trial = validated(Trial, raw | taught, where)
-    unused: dict[str, Any] = {}
+    trial = validated(Trial, raw | taught, experiment.name)
+    changed: dict[str, Any] = {}
+    if fingerprint := experiment.fingerprint(trial.data):
+        changed["data"] = trial.data.model_copy(update={"fingerprint": fingerprint})
     if not trial.loss.needs_teacher:
-        unused["teacher"] = None
+        changed["teacher"] = None
     if not trial.loss.needs_teacher or trial.loss.needs_features:
-        unused["teacher_logits"] = "float16"
+        changed["teacher_logits"] = "float16"
     if not trial.data.augmented or (trial.views or 0) >= trial.epochs:
-        unused["views"] = None
-    return Cell(trial.model_copy(update=unused) if unused else trial, trial.teacher_name)
-
-
-def _sha256(path: str, where: str) -> str:
-    """Return the SHA-256 of a weights file; InputError if the file cannot be read."""
-    try:
-        state = Path(path).stat()
-        return _digest(path, state.st_mtime_ns, state.st_size)
-    except OSError as error:
-        raise InputError(
-            f'{where}.weights is {path!r}: expected "train", "pretrained" or a safetensors file '
-            f"({error.strerror})"
-        ) from None
-
-
-@cache
-def _digest(path: str, mtime: int, size: int) -> str:
-    """Return the SHA-256 of a file; cached until its modification time or size changes."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        changed["views"] = None
+    return Cell(trial.model_copy(update=changed) if changed else trial, trial.teacher_name)

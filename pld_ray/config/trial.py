@@ -38,11 +38,41 @@ class Model(Part):
     args: dict[str, Any] = {}
 
 
+class Columns(Part):
+    """The columns of a dataset that holds images and labels in a table.
+
+    Attributes:
+        image: The column of the images: image files, as bytes or as a mapping with bytes and path.
+        label: The column of the labels: class indices, or words.
+    """
+
+    image: str = "image"
+    label: str = "label"
+
+
+class Splits(Part):
+    """The splits of a Hugging Face dataset by their names. A part is, for example, "train[:90%]".
+
+    Attributes:
+        train: The split to train on.
+        val: The split to validate on; by default "validation", or "test" if there is no other.
+    """
+
+    train: str = "train"
+    val: str | None = None
+
+
 class Data(Part):
     """A dataset and the augmentation of its training images.
 
     Attributes:
-        name: "digits", "cifar10", "cifar100", "imagenet", "folder:PATH" or "parquet:PATH".
+        name: "digits", "cifar10", "cifar100", "imagenet", "folder:PATH", "parquet:PATH", or
+            "hf:NAME" for a dataset of the Hugging Face hub or a local folder in one of its layouts.
+        columns: The columns of images and labels ("hf" and "parquet").
+        split: The names of the splits ("hf" and "parquet").
+        config: The configuration of a dataset of the hub that has several ("hf").
+        fingerprint: The hash of what the dataset holds. It identifies the data, wherever and in
+            whatever files it is stored. A plan fills it in. If it is given, other data is refused.
         root: The folder of an existing copy of CIFAR or ImageNet. By default CIFAR is downloaded,
             and ImageNet is expected in the folder `imagenet`.
         image_size: Resize the shorter side to this many pixels, and crop the centre.
@@ -55,12 +85,16 @@ class Data(Part):
         mean: The mean of each channel, in [0, 1]; by default measured on the training images.
         std: The standard deviation of each channel, in [0, 1]; by default measured on the training
             images.
-        holdout: Validate on this many of the last training images instead, and do not train on
-            them.
-        limit: Keep only this many of the first training images, after `holdout`.
+        holdout: Validate on this many training images instead, and do not train on them. They are
+            drawn by a hash of their index, from every class in proportion to its size.
+        limit: Keep only this many training images, after `holdout`, drawn in the same way.
     """
 
     name: str
+    columns: Columns = Columns()
+    split: Splits = Splits()
+    config: str | None = None
+    fingerprint: str | None = Field(None, pattern="^[0-9a-f]{16}$")
     root: str | None = None
     image_size: int | None = Field(None, ge=1)
     pad: int = Field(0, ge=0)
@@ -93,6 +127,10 @@ class Data(Part):
                 raise ValueError("pad: cannot be combined with random_resized_crop")
         elif self.crop_pct != 1:
             raise ValueError("crop_pct: needs random_resized_crop")
+        if not self.name.startswith(("hf:", "parquet:")):
+            for field in ("columns", "split", "config"):
+                if getattr(self, field) != Data.model_fields[field].default:
+                    raise ValueError(f"{field}: only for data named hf:NAME or parquet:PATH")
         return self
 
     @property
@@ -155,14 +193,26 @@ class Weights(Part):
     Attributes:
         name: The name of the network in timm.
         args: Further arguments for `timm.create_model`.
-        weights: "pretrained" (timm's weights) or the path of a safetensors file.
+        weights: "pretrained" (timm's weights) or the path of a file (safetensors, or a state dict
+            that `torch.save` wrote).
         sha256: The SHA-256 of that file. It identifies the teacher, wherever the file is.
+        mean: The mean of each channel of the images for which the file was trained, in [0, 1]; by
+            default that of the student's images.
+        std: The standard deviation that belongs to it.
     """
 
     name: str
     args: dict[str, Any] = {}
     weights: str
     sha256: str | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Weights:
+        if (self.mean is None) != (self.std is None):
+            raise ValueError("mean and std: expected both or neither")
+        return self
 
 
 class Resources(Part):
@@ -266,6 +316,12 @@ class Trial(Part):
                 f"batch_size is {self.batch_size}: expected a multiple of workers, which is "
                 f"{self.workers}"
             )
+        if "." in self.student.name:
+            raise ValueError(
+                f"student is {self.student.name!r}: the tag after the dot names pretrained "
+                "weights, and students are trained from scratch: expected "
+                f"{self.student.name.partition('.')[0]!r}"
+            )
         if self.loss.needs_teacher and self.teacher is None:
             raise ValueError(f"loss {self.loss.name} needs a teacher: set the field teacher")
         return self
@@ -296,9 +352,13 @@ class Trial(Part):
 
     @property
     def flat(self) -> dict[str, Any]:
-        """The settings by dotted field, without teacher, loss, seed and the student's name."""
+        """The settings by dotted field.
+
+        Teacher, loss, seed, the student's name and the fingerprint of the data are left out.
+        """
         dump = self.model_dump(mode="json", exclude={"teacher", "loss", "seed"})
         dump["student"].pop("name")
+        dump["data"].pop("fingerprint")
         if self.teacher is None or self.loss.needs_features:  # no logits are stored
             dump.pop("teacher_logits")
         flat: dict[str, Any] = {}
@@ -322,13 +382,15 @@ def _short(value: Any) -> str:
 
 
 NOT_IDENTITY = {"root", "compile"}  # fields that do not change the result of a trial
+WHERE = ("name", "columns", "split", "config")  # fields that say where data is, not what it holds
 
 
 def canonical(trial: Trial) -> dict[str, Any]:
     """Return the settings in the canonical form that defines the id of a trial.
 
     Default values are left out, so that ids stay the same when fields are added. Whole numbers have
-    one form: 1.0 becomes 1.
+    one form: 1.0 becomes 1. Data with a fingerprint and weights with a hash are identified by them
+    and not by their paths.
 
     Args:
         trial: The trial.
@@ -347,6 +409,12 @@ def canonical(trial: Trial) -> dict[str, Any]:
         return value
 
     dump = trial.model_dump(mode="json", exclude_defaults=True)
-    if isinstance(trial.teacher, Weights) and trial.teacher.sha256:
-        dump["teacher"].pop("weights")  # the file's content identifies it, not its path
+    each: Any = dump
+    while each:
+        if "fingerprint" in each.get("data", {}):
+            for field in WHERE:
+                each["data"].pop(field, None)
+        if "sha256" in each:
+            each.pop("weights")
+        each = each.get("teacher")
     return {"format": 1, **clean(dump)}

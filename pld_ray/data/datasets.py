@@ -1,22 +1,84 @@
-"""Datasets by name: loading and checking them, and finding their size.
+"""Datasets by name: finding, identifying, checking and loading them.
 
-A dataset is two uint8 arrays [N, H, W, channels] in memory, which all trials of a node share, or
-two lists of encoded images that stand for such arrays.
+    settings -> found where it is stored -> fingerprint, size
+             -> loaded: a part (limit, holdout), its mean and deviation
+
+Small images are decoded into one uint8 array [N, H, W, channels] in memory, which all trials of a
+machine share. Others stay encoded until a batch needs them.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
 import numpy as np
 
 from pld_ray.config.trial import Data
-from pld_ray.data import sources  # noqa: F401 - registers the datasets
-from pld_ray.data.encoded import EncodedImages
-from pld_ray.data.images import NO_IMAGES, Bytes, Images, Size
-from pld_ray.data.registry import find_dataset
-from pld_ray.data.sampling import order
+from pld_ray.data import (
+    sources,  # noqa: F401 - registers the datasets
+    subsets,
+)
+from pld_ray.data.encoded import EncodedImages, StoredImages, decode_all, resize_array
+from pld_ray.data.fingerprints import fingerprint
+from pld_ray.data.images import Bytes, Found, Images, Size, Split
+from pld_ray.data.registry import MAY_DOWNLOAD, find_dataset
+from pld_ray.data.sampling import Ints, order
 from pld_ray.errors import InputError
 
 MEASURED = 1024  # images of a large dataset that its mean and deviation are measured on
+IN_MEMORY = 2**30  # bytes; decoded datasets above this size stay encoded
+
+
+@contextmanager
+def without_downloads() -> Iterator[None]:
+    """Find only datasets that are on this machine, such as for a plan."""
+    token = MAY_DOWNLOAD.set(False)
+    try:
+        yield
+    finally:
+        MAY_DOWNLOAD.reset(token)
+
+
+def find(data: Data) -> Found:
+    """Find the dataset that `data` names, and decode nothing.
+
+    Raises:
+        MissingError: It is not on this machine.
+        InputError: It cannot be used.
+    """
+    dataset, path = find_dataset(data)
+    found = dataset.find(data, path)
+    for split, (images, _) in (("train", found.train), ("val", found.val or found.train)):
+        if len(images) == 0:
+            raise InputError(f"data {data.name!r}: its {split} split has no images")
+    return found
+
+
+def identify(data: Data) -> str | None:
+    """Return the fingerprint of the dataset that `data` names; None if its name identifies it.
+
+    Raises:
+        MissingError: It is not on this machine.
+        InputError: It cannot be used, or `data` names another fingerprint.
+    """
+    if find_dataset(data)[0].fixed:
+        return None
+    return _checked(data, find(data))
+
+
+def _checked(data: Data, found: Found) -> str:
+    """Return the fingerprint of a dataset; InputError if `data` names another one."""
+    answer = fingerprint(found)
+    if data.fingerprint not in (None, answer):
+        raise InputError(
+            f"data {data.name!r}: its fingerprint is {answer}, and data.fingerprint is "
+            f"{data.fingerprint}: the data has changed; expected the same data, or no "
+            "data.fingerprint"
+        )
+    return answer
 
 
 def load(data: Data) -> Images:
@@ -25,37 +87,84 @@ def load(data: Data) -> Images:
     Raises:
         InputError: It is not there, or it cannot be used.
     """
-    dataset, path = find_dataset(data)
-    (train, train_labels), (val, val_labels), classes = dataset.load(data, path)
-    if data.holdout:
-        val, val_labels = train[-data.holdout :], train_labels[-data.holdout :]
-        train, train_labels = train[: -data.holdout], train_labels[: -data.holdout]
-    train, train_labels = train[: data.limit], train_labels[: data.limit]
-    for name, images, labels in (("train", train, train_labels), ("val", val, val_labels)):
-        if len(images) == 0:
-            raise InputError(f"data {data.name!r}: its {name} split has no images")
-        if labels.min() < 0 or labels.max() >= classes:
-            wrong = labels.min() if labels.min() < 0 else labels.max()
-            raise InputError(
-                f"data {data.name!r}: {name} has a label {wrong}: expected 0..{classes - 1}"
-            )
-    if train.shape[1:] != val.shape[1:]:
+    found = find(data)
+    identity = data.name if find_dataset(data)[0].fixed else _checked(data, found)
+    (train, train_labels), kept, (val, val_labels), held = _parts(data, found)
+    images = [_pixels(data, split, rows, identity) for split, rows in ((train, kept), (val, held))]
+    if images[0].shape[1:] != images[1].shape[1:]:
         raise InputError(
-            f"data {data.name!r}: train images are {train.shape[1:]} and val images "
-            f"{val.shape[1:]}: set data.image_size"
+            f"data {data.name!r}: train images are {images[0].shape[1:]} and val images "
+            f"{images[1].shape[1:]}: set data.image_size"
         )
-    channels = train.shape[3]
-    for field in ("mean", "std"):
-        given = getattr(data, field)
-        if given is not None and len(given) != channels:
-            raise InputError(f"data.{field} is {given}: expected {channels} numbers, one a channel")
-    if isinstance(train, EncodedImages):
-        some = order(0, 0, len(train))[:MEASURED]
-        sample = train.decode(some) if data.mean is None or data.std is None else NO_IMAGES
+    mean, std = _statistics(data, images[0])
+    return Images(
+        train=images[0],
+        train_labels=train_labels[kept],
+        val=images[1],
+        val_labels=val_labels[held],
+        classes=len(found.class_names),
+        mean=mean,
+        std=std,
+        class_names=found.class_names,
+    )
+
+
+def _parts(data: Data, found: Found) -> tuple[Split, Ints, Split, Ints]:
+    """Return both splits, each followed by the rows that `holdout` and `limit` leave of it."""
+    train, val = found.train, found.val
+    kept = np.arange(len(train[1]))
+    if data.holdout:
+        most = len(kept) - len(np.unique(train[1]))
+        if data.holdout > most:
+            raise InputError(
+                f"data.holdout is {data.holdout}: expected at most {most}, which leaves one "
+                "training image per class"
+            )
+        kept, held = subsets.hold_out(train[1], data.holdout)
+        val = train
     else:
-        sample = train
-    mean, std = _statistics(sample)
-    return Images(train, train_labels, val, val_labels, classes, data.mean or mean, data.std or std)
+        assert val is not None  # `find` refuses it
+        held = np.arange(len(val[1]))
+    if data.limit:
+        kept = kept[subsets.draw(train[1][kept], data.limit)]
+    return train, kept, val, held
+
+
+def _pixels(
+    data: Data, images: Bytes | StoredImages, rows: Ints, identity: str
+) -> Bytes | EncodedImages:
+    """Return rows of the images: decoded, or encoded if they are cropped at random or large."""
+    if isinstance(images, np.ndarray):
+        return resize_array(images[rows], data.image_size)
+    if len(empty := rows[images.sizes[rows] < 0]):
+        raise InputError(f"{images.name(int(empty[0]))}: has no image")
+    if data.image_size is None:
+        return decode_all(data.name, images, rows)
+    shorter = math.ceil(data.image_size / data.crop_pct)
+    encoded = EncodedImages(images, rows, data.image_size, shorter, identity)
+    if data.random_resized_crop or math.prod(encoded.shape) > IN_MEMORY:
+        return encoded
+    return encoded.decode(np.arange(len(rows)))
+
+
+def describe(data: Data, images: Images) -> dict[str, Any]:
+    """Return what a program needs to use a student of these images; records hold it.
+
+    Returns:
+        The fingerprint, mean and std per channel in [0, 1], the names of the classes, the number
+        of channels and the image size in pixels, and the number of training and validation images.
+    """
+    _, channels, size = images.shape
+    return {
+        "fingerprint": data.fingerprint,
+        "mean": list(images.mean),
+        "std": list(images.std),
+        "class_names": list(images.class_names),
+        "channels": channels,
+        "image_size": size,
+        "train": len(images.train),
+        "val": len(images.val),
+    }
 
 
 def sharing_key(data: Data) -> str:
@@ -72,15 +181,35 @@ def size(data: Data) -> Size:
     Raises:
         InputError: It is not there.
     """
-    dataset, path = find_dataset(data)
-    found = dataset.size(data, path) if callable(dataset.size) else dataset.size
+    found = find_dataset(data)[0].size
+    if found is None:
+        there = find(data)
+        val = 0 if there.val is None else len(there.val[1])
+        found = Size(len(there.train[1]), val, len(there.class_names))
     if data.holdout:
         held = min(data.holdout, found.train)
         found = found._replace(train=found.train - held, val=held)
     return found._replace(train=min(found.train, data.limit or found.train))
 
 
-def _statistics(images: Bytes) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def _statistics(
+    data: Data, train: Bytes | EncodedImages
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return mean and standard deviation of each channel: those of `data`, else measured."""
+    channels = train.shape[3]
+    for field in ("mean", "std"):
+        given = getattr(data, field)
+        if given is not None and len(given) != channels:
+            raise InputError(f"data.{field} is {given}: expected {channels} numbers, one a channel")
+    if data.mean is not None and data.std is not None:
+        return data.mean, data.std
+    if isinstance(train, EncodedImages):
+        train = train.decode(order(0, 0, len(train))[:MEASURED])
+    mean, std = measure(train)
+    return data.mean or mean, data.std or std
+
+
+def measure(images: Bytes) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation of each channel, in [0, 1], exactly, from the histogram."""
     values = np.arange(256) / 255
     counts = np.stack([np.bincount(c.ravel(), minlength=256) for c in np.moveaxis(images, 3, 0)])

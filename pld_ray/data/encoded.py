@@ -1,4 +1,4 @@
-"""Images that stay encoded, on disk or in memory, until a batch needs them, for large datasets.
+"""Images that stay encoded on the disk until a batch needs them.
 
 A random resized crop is a pure function of (seed, view, index), like all other random choices. The
 crop of an image is resized directly to its final size.
@@ -13,57 +13,65 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from pld_ray.data.augmentation import Draws, centre, crop
 from pld_ray.data.image_files import open_rgb
+from pld_ray.data.sampling import Ints
+from pld_ray.errors import InputError
 
 AHEAD = 2  # batches that are decoded in advance
+DECODER = "pillow-bicubic"  # part of the digest: other pixels are other images
 _In = TypeVar("_In")
 _Out = TypeVar("_Out")
 
 
+class StoredImages(Protocol):
+    """The image files of one split, wherever they are stored."""
+
+    def __len__(self) -> int: ...
+
+    @property
+    def sizes(self) -> Ints:
+        """The size of each file in bytes, int64 [N]."""
+
+    def read(self, i: int) -> bytes:
+        """Return the content of the file with index i."""
+
+    def name(self, i: int) -> str:
+        """Return what error messages call the image with index i."""
+
+    def check_visible(self) -> None:
+        """Raise InputError if this machine does not see the files."""
+
+
 @dataclass(frozen=True)
 class EncodedImages:
-    """One split of encoded images, with the length and shape of the decoded array.
-
-    All data are arrays, so that the processes of a node share them.
+    """Rows of image files, with the length and shape of the decoded array.
 
     Attributes:
-        paths: The paths of the files, or None if `contents` holds the images.
-        contents: The concatenated contents of the files, or None if there are paths.
-        ends: The total bytes up to and including each image, int64 [N].
-        names: The names of the images: relative paths, or SHA-256 hashes of the contents.
+        files: The image files.
+        rows: The indices of the images in `files`, int64 [N].
         size: The side of a decoded image in pixels.
         shorter: The shorter side of the whole image before the centre crop of `size`, in pixels.
-        told: What error messages call each image, if `names` are hashes.
-        begin: The position of the first image in `contents`, in bytes.
+        identity: A text that identifies the content of `files`.
     """
 
-    paths: npt.NDArray[np.bytes_] | None
-    contents: npt.NDArray[np.uint8] | None
-    ends: npt.NDArray[np.int64]
-    names: npt.NDArray[np.bytes_]
+    files: StoredImages
+    rows: Ints
     size: int
     shorter: int
-    told: npt.NDArray[np.bytes_] | None = None
-    begin: int = 0
+    identity: str
 
     def __len__(self) -> int:
-        return len(self.ends)
+        return len(self.rows)
 
-    def __getitem__(self, rows: slice) -> EncodedImages:
-        """Return a contiguous slice of the images."""
-        paths = None if self.paths is None else self.paths[rows]
-        first = rows.indices(len(self))[0]
-        begin = int(self.ends[first - 1]) if first else self.begin
-        told = None if self.told is None else self.told[rows]
-        return replace(
-            self, paths=paths, ends=self.ends[rows], names=self.names[rows], told=told, begin=begin
-        )
+    def __getitem__(self, rows: Ints) -> EncodedImages:
+        """Return the images with the indices `rows`."""
+        return replace(self, rows=self.rows[rows])
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -72,8 +80,9 @@ class EncodedImages:
 
     @cached_property
     def digest(self) -> bytes:
-        """A hash of names and sizes; hashing the contents could mean reading too many bytes."""
-        return hashlib.sha256(self.names.tobytes() + self.ends.tobytes()).digest()
+        """A hash of the files, the rows and the way in which they are decoded."""
+        said = f"{self.identity} {self.size} {self.shorter} {DECODER}"
+        return hashlib.sha256(said.encode() + self.rows.tobytes()).digest()
 
     def decode(
         self, index: npt.NDArray[np.int64], draws: Draws | None = None
@@ -92,30 +101,59 @@ class EncodedImages:
             InputError: A file cannot be read as an image.
         """
         cuts: Iterable[Any] = [None] * len(index) if draws is None else draws.tolist()
-        return np.stack(list(_pool().map(self._one, index.tolist(), cuts)))
+        out = np.empty((len(index), *self.shape[1:]), np.uint8)
 
-    def _one(self, i: int, draws: list[list[float]] | None) -> npt.NDArray[np.uint8]:
-        """Decode the image with index i, uint8 [size, size, 3]."""
-        from PIL.Image import Resampling
+        def one(slot: int, row: int, cut: Any) -> None:
+            out[slot] = self._one(row, cut)
 
-        source: str | bytes
-        if self.paths is not None:
-            source = os.fsdecode(self.paths[i].item())
-        else:
-            assert self.contents is not None
-            start = self.ends[i - 1] if i else self.begin
-            source = self.contents[start : self.ends[i]].tobytes()
-        picture = open_rgb(source, self._name(i))
-        width, height = picture.size
-        box = centre(width, height, self.size / self.shorter) if draws is None else None
-        box = box or crop(width, height, draws or [])
-        side = self.size, self.size
-        return np.asarray(picture.resize(side, Resampling.BICUBIC, box=box))
+        list(_pool().map(one, range(len(index)), self.rows[index].tolist(), cuts))
+        return out
 
-    def _name(self, i: int) -> str:
-        """Return what error messages call the image with index i."""
-        names = self.names if self.told is None else self.told
-        return os.fsdecode(names[i].item())
+    def _one(self, row: int, draws: list[list[float]] | None) -> npt.NDArray[np.uint8]:
+        """Decode the image in a row of `files`, uint8 [size, size, 3]."""
+        picture = open_rgb(self.files.read(row), self.files.name(row))
+        part = self.size / self.shorter
+        box = centre(*picture.size, part) if draws is None else crop(*picture.size, draws)
+        return resize(picture, self.size, box)
+
+
+def decode_all(where: str, files: StoredImages, rows: Ints) -> npt.NDArray[np.uint8]:
+    """Decode images at their own size, uint8 [N, H, H, 3].
+
+    Raises:
+        InputError: A file is not an image, or the images differ in size or are not square.
+    """
+
+    def read(row: int) -> npt.NDArray[np.uint8]:
+        return np.asarray(open_rgb(files.read(row), files.name(row)))
+
+    images = list(_pool().map(read, rows.tolist()))
+    shapes = {image.shape for image in images}
+    if len(shapes) > 1 or any(shape[0] != shape[1] for shape in shapes):
+        raise InputError(
+            f"data {where!r}: its images differ in size or are not square: set data.image_size"
+        )
+    return np.stack(images)
+
+
+def resize_array(images: npt.NDArray[np.uint8], size: int | None) -> npt.NDArray[np.uint8]:
+    """Resize square images [N, H, H, channels] to `size` pixels; None leaves them as they are."""
+    side = images.shape[1]
+    if size is None or size == side:
+        return images
+    from PIL import Image
+
+    grey = images.shape[3] == 1
+    pictures = (Image.fromarray(image[..., 0] if grey else image) for image in images)
+    found = np.stack([resize(picture, size, (0, 0, side, side)) for picture in pictures])
+    return found[..., None] if grey else found
+
+
+def resize(picture: Any, size: int, box: tuple[float, float, float, float]) -> Any:
+    """Resize the part of a Pillow image in `box` to size x size pixels (bicubic); uint8 array."""
+    from PIL.Image import Resampling
+
+    return np.asarray(picture.resize((size, size), Resampling.BICUBIC, box=box))
 
 
 def prefetch(function: Callable[[_In], _Out], items: Iterable[_In]) -> Iterator[_Out]:

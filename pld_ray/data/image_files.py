@@ -23,13 +23,13 @@ NOT_READ = {
 TEXT_BYTES = 2**26  # of comments in a PNG file, which Pillow unpacks; its default refuses 1 MiB
 
 
-def open_rgb(source: str | bytes | None, name: str) -> Image:
+def open_rgb(content: bytes, name: str) -> Image:
     """Open an image as RGB with 8 bits per channel.
 
     Grey images of 16 bits are scaled from the full range of the type: 65535 becomes 255.
 
     Args:
-        source: The path of the file, or its content.
+        content: The content of the file.
         name: The name of the image for error messages.
 
     Raises:
@@ -37,8 +37,10 @@ def open_rgb(source: str | bytes | None, name: str) -> Image:
     """
     pillow = _pillow()
     try:
-        with pillow.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+        with pillow.open(io.BytesIO(content)) as image:
             return _to_rgb(image)
+    except pillow.UnidentifiedImageError:
+        raise InputError(f"{name}: cannot be read as an image: not an image file") from None
     except (OSError, ValueError, TypeError, SyntaxError, pillow.DecompressionBombError) as error:
         raise InputError(f"{name}: cannot be read as an image: {error}") from None
 

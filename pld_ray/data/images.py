@@ -1,4 +1,4 @@
-"""The types of a loaded dataset: images, labels and their statistics."""
+"""The types of a dataset: as it is found, and as trials see it."""
 
 from __future__ import annotations
 
@@ -10,17 +10,36 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from pld_ray.data.encoded import EncodedImages
+from pld_ray.data.encoded import EncodedImages, StoredImages
 from pld_ray.data.sampling import Ints
 
 Bytes = npt.NDArray[np.uint8]
-Pixels = Bytes | EncodedImages  # [N, H, W, channels]
-Split = tuple[Pixels, Ints]  # images, labels [N]
+Split = tuple[Bytes | StoredImages, Ints]  # images and labels [N]
+NO_IMAGES = np.zeros((0, 1, 1, 3), np.uint8)
+
+
+@dataclass(frozen=True)
+class Found:
+    """A dataset where it is stored. Nothing is decoded yet.
+
+    Attributes:
+        train: The training images, and their labels, int64 [N], in [0, C). Images are a uint8
+            array [N, H, W, channels], or image files (`StoredImages`).
+        val: The same for the validation images; None if the dataset has no validation split.
+        class_names: The names of the C classes, in the order of the labels.
+        state: A text that changes when the files change, such as their sizes and times. The
+            fingerprint is cached by it. None: the fingerprint is not cached.
+    """
+
+    train: Split
+    val: Split | None
+    class_names: tuple[str, ...]
+    state: str | None = None
 
 
 @dataclass(frozen=True)
 class Images:
-    """A loaded dataset.
+    """A dataset as trials see it, after `holdout`, `limit` and `image_size`.
 
     Attributes:
         train: The training images, uint8 [N, H, W, channels].
@@ -30,26 +49,34 @@ class Images:
         classes: The number of classes.
         mean: The mean of each channel, in [0, 1].
         std: The standard deviation of each channel, in [0, 1].
+        class_names: The names of the classes.
     """
 
-    train: Pixels
+    train: Bytes | EncodedImages
     train_labels: Ints
-    val: Pixels
+    val: Bytes | EncodedImages
     val_labels: Ints
     classes: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    class_names: tuple[str, ...] = ()
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """(classes, channels, image size): the sizes that a network needs."""
         return self.classes, self.train.shape[3], self.train.shape[1]
 
+    def check_visible(self) -> None:
+        """Raise InputError if this machine does not see the files of images that stay encoded."""
+        for images in (self.train, self.val):
+            if isinstance(images, EncodedImages):
+                images.files.check_visible()
+
     @cached_property
-    def fingerprint(self) -> str:
+    def digest(self) -> str:
         """The hash of images, labels and statistics, as 16 hex digits.
 
-        It does not depend on where the dataset is stored. Encoded images enter by name and size.
+        It does not depend on where the dataset is stored. Teacher logits are stored under it.
         """
         digest = hashlib.sha256(repr((self.classes, self.mean, self.std)).encode())
         for array in (self.train, self.train_labels, self.val, self.val_labels):
@@ -73,6 +100,3 @@ class Size(NamedTuple):
     train: int
     val: int
     classes: int
-
-
-NO_IMAGES = np.zeros((0, 1, 1, 3), np.uint8)

@@ -255,7 +255,7 @@ def open_banks(
 
     def bank(split: Split, labels: Ints, views: int, batch: int, shown: Any) -> Bank:
         spec = bank_format.spec(
-            trial, split, digest, images.fingerprint, teacher.precision == "bfloat16"
+            trial, split, digest, images.digest, teacher.precision == "bfloat16"
         )
         return Bank(
             spec=spec,

@@ -44,7 +44,7 @@ class BankSpec(Part):
         model: Name of the teacher's network.
         args: Further arguments of the network.
         weights: SHA-256 of the teacher's weights.
-        images: Fingerprint of the dataset.
+        images: Hash of the images (`Images.digest`).
         split: "train" or "val".
         pad: Zero padding before the random crop, in pixels.
         flip: Whether images are flipped at random.
@@ -54,6 +54,8 @@ class BankSpec(Part):
         logits: Type in which the logits are stored.
         rows: Number of samples per chunk.
         random_resized_crop: Whether the images are random resized crops.
+        mean: Mean of the images for which a teacher's weights file was trained, if it says so.
+        std: The standard deviation that belongs to it.
     """
 
     model: str
@@ -68,6 +70,8 @@ class BankSpec(Part):
     logits: Literal["float16", "float32"]
     rows: int
     random_resized_crop: bool = False
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
 
     @property
     def key(self) -> str:
@@ -101,7 +105,7 @@ def spec(trial: Trial, split: Split, weights: str, images: str, bfloat16: bool) 
         trial: A trial with a teacher whose logits are stored.
         split: "train" or "val".
         weights: SHA-256 of the teacher's weights.
-        images: Fingerprint of the dataset.
+        images: Hash of the images (`Images.digest`).
         bfloat16: Whether the teacher's forward pass runs in bfloat16.
     """
     assert trial.teacher is not None and trial.teacher_logits != "live"
@@ -120,6 +124,8 @@ def spec(trial: Trial, split: Split, weights: str, images: str, bfloat16: bool) 
         logits=trial.teacher_logits if train else "float32",
         rows=math.ceil(ROWS / trial.batch_size) * trial.batch_size if train else ROWS,
         random_resized_crop=trial.data.random_resized_crop and train,
+        mean=getattr(trial.teacher, "mean", None),
+        std=getattr(trial.teacher, "std", None),
     )
 
 

@@ -26,6 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pld_ray import __version__
 from pld_ray.config.trial import Trial
+from pld_ray.data.datasets import describe
 from pld_ray.data.images import Images
 from pld_ray.data.sampling import Ints, batches, order, random_bits
 from pld_ray.data.stream import Stream
@@ -72,7 +73,7 @@ def train(
         device: Default: the CUDA device if there is one, else the CPU.
 
     Raises:
-        TrainingError: The loss is not finite, or there is no batch to train on.
+        TrainingError: The loss, a weight or a logit of the teacher is not finite.
     """
     run = set_up(trial, images, store, ledger, alive, device or pick_device())
     resume(run)
@@ -159,14 +160,6 @@ def set_up(
     distiller = make_distiller(trial, student, teacher if bank is None else None, images)
     distiller.clock = clock
     steps = len(list(batches(order(0, 0, len(images.train)), trial.batch_size, trial.drop_last)))
-    if steps == 0:
-        raise TrainingError(
-            f"batch_size is {trial.batch_size} and there are {len(images.train)} training images: "
-            "with drop_last that leaves no batch"
-        )
-    val_index = order(0, 0, len(images.val))[rank::world]
-    if len(val_index) == 0:
-        raise TrainingError("there are fewer validation images than workers")
     optimizer = create_optimizer(trial.optimizer, distiller)
     return Run(
         trial=trial,
@@ -186,7 +179,7 @@ def set_up(
         schedule=create_schedule(trial.schedule, optimizer, trial.epochs, steps),
         steps=steps,
         ema=ModelEmaV3(student, decay=trial.ema) if trial.ema else None,
-        val_index=val_index,
+        val_index=order(0, 0, len(images.val))[rank::world],
     )
 
 
@@ -241,7 +234,10 @@ def evaluate_teacher(run: Run) -> None:
         run.teacher_val = list(logits.split(VAL_BATCH))
     else:
         run.teacher_val = validation_logits(run, run.teacher)
-    run.distiller.loss.notice(torch.cat(run.teacher_val))
+    logits = torch.cat(run.teacher_val)
+    if sum_over_workers((~logits.isfinite()).sum()).item():
+        raise TrainingError(f"the logits of the teacher {run.trial.teacher_name} are not finite")
+    run.distiller.loss.notice(logits)
     total = sum_over_workers(validation_sums(run, run.teacher_val, None))
     run.teacher_scores = {"teacher_top1": metrics.averages(total, False)["top1"]}
 
@@ -259,15 +255,10 @@ def train_epoch(run: Run, epoch: int) -> tuple[float, int]:
     seed_epoch(trial.seed, epoch + 1, run.rank)
     run.distiller.set_epoch(epoch)
     run.distiller.train()
-    train_loss = torch.zeros((), dtype=torch.float64, device=run.device)
+    losses: list[Tensor] = []  # they stay on the device, since reading one would wait for it
     view = trial.view(epoch)
     samples = order(trial.seed, epoch, len(run.images.train))
     global_batches = list(batches(samples, trial.batch_size, trial.drop_last))
-    if len(global_batches[-1]) < run.world:
-        raise TrainingError(
-            f"the last batch has {len(global_batches[-1])} samples for {run.world} workers: "
-            "set drop_last: true"
-        )
     shares = [batch[run.rank :: run.world] for batch in global_batches]
     shown = run.stream.train(shares, view)
     for number, (batch, share) in enumerate(zip(global_batches, shares, strict=True)):
@@ -282,12 +273,28 @@ def train_epoch(run: Run, epoch: int) -> tuple[float, int]:
         loss = loss * (len(share) * run.world / len(batch))
         with run.clock("student"):
             update(loss, run.distiller, run.optimizer, step, trial.clip_grad, run.ema)
-        train_loss += loss.detach() * len(batch)
-    seen = sum(map(len, global_batches))
-    mean = sum_over_workers(train_loss).item() / (run.world * seen)
-    if not math.isfinite(mean):
-        raise TrainingError(f"the training loss is {mean} in epoch {epoch + 1}")
-    return mean, seen
+        losses.append(loss.detach())
+    sizes = torch.tensor([len(batch) for batch in global_batches], dtype=torch.float64)
+    means = sum_over_workers(torch.stack(losses).double()).cpu() / run.world
+    check_finite(run, epoch, means)
+    return float((means * sizes).sum() / sizes.sum()), int(sizes.sum())
+
+
+def check_finite(run: Run, epoch: int, losses: Tensor) -> None:
+    """Raise TrainingError if a loss [steps] of an epoch, or a weight after it, is not finite."""
+    wrong = losses.isfinite().logical_not().nonzero()
+    if len(wrong):
+        step = int(wrong[0])
+        raise TrainingError(
+            f"the training loss is {losses[step]:g} in step {step + 1} of epoch {epoch + 1}: a "
+            "lower optimizer.lr or clip_grad may help"
+        )
+    finite = torch.stack([p.isfinite().all() for p in run.best_student.parameters()])
+    if not finite.all():
+        raise TrainingError(
+            f"the student's weights are not finite after step {len(losses)}, the last of epoch "
+            f"{epoch + 1}: a lower optimizer.lr or clip_grad may help"
+        )
 
 
 def read_bank(run: Run, share: Ints, view: int) -> tuple[Tensor | None, Tensor | None]:
@@ -307,7 +314,13 @@ def evaluate_student(run: Run) -> dict[str, float]:
         with autocast(run.device, run.distiller.precision):
             logits = validation_logits(run, student)
         total = sum_over_workers(validation_sums(run, logits, run.teacher_val))
-        return metrics.averages(total, run.teacher is not None)
+        scores = metrics.averages(total, run.teacher is not None)
+    if not math.isfinite(scores["val_loss"]):
+        raise TrainingError(
+            f"the validation loss is {scores['val_loss']:g} after epoch {len(run.history) + 1}: a "
+            "lower optimizer.lr or clip_grad may help"
+        )
+    return scores
 
 
 def keep_and_report(run: Run, report: Report) -> None:
@@ -382,6 +395,7 @@ def make_record(run: Run) -> dict[str, Any]:
         "id": run.trial.id,
         "trial": run.trial.model_dump(mode="json"),
         "metrics": {k: v for k, v in history[-1].items() if k not in spent},
+        "data": describe(run.trial.data, run.images),
         "best_top1": max(epoch["top1"] for epoch in history),
         "seconds": {name: sum(epoch.get(name, 0.0) for epoch in history) for name in parts},
         "teacher_images": sum(epoch.get("teacher_images", 0) for epoch in history),

@@ -53,12 +53,18 @@ class Teacher:
         return load_teacher(teacher, *self.images.shape)
 
     def _renormalize(self) -> nn.Module | None:
-        """From the normalisation of the trial to that of timm's pretrained weights."""
+        """From the normalisation of the trial to that for which existing weights were trained."""
         teacher = self.trial.teacher
-        if not isinstance(teacher, Weights) or teacher.weights != "pretrained":
+        if not isinstance(teacher, Weights):
             return None
-        ours, theirs = (self.images.mean, self.images.std), pretrained_statistics(teacher.name)
-        return Renormalize(*ours, *theirs).to(self.device)
+        ours = self.images.mean, self.images.std
+        if teacher.weights == "pretrained":
+            theirs = pretrained_statistics(teacher.name)
+        elif teacher.mean and teacher.std:
+            theirs = teacher.mean, teacher.std
+        else:
+            return None
+        return None if theirs == ours else Renormalize(*ours, *theirs).to(self.device)
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return the logits [B, C], float32, of images [B, channels, H, W]."""

@@ -3,7 +3,7 @@
 Enters: the name and arguments of a network. Leaves: a `torch.nn.Module`, and files that timm or
 ONNX runtimes load.
 
-Uses: losses, config, store, data.
+Uses: losses, config, store.
 """
 
 from pld_ray.models import networks  # noqa: F401 - registers them with timm

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import timm
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from pld_ray.config.trial import Model, Trial, Weights
@@ -14,6 +11,7 @@ from pld_ray.errors import InputError
 from pld_ray.losses import FeatureLoss, create_loss
 from pld_ray.models.factory import create_model
 from pld_ray.models.features import probe_features
+from pld_ray.models.weights import fit_weights
 
 
 def check_features(trial: Trial, classes: int, channels: int, image_size: int) -> None:
@@ -47,54 +45,77 @@ def check_features(trial: Trial, classes: int, channels: int, image_size: int) -
             raise InputError(f"{teacher.name} → {trial.student.name}: {error}") from None
 
 
-def check_model(model: Model | Weights, classes: int, channels: int, image_size: int) -> int:
-    """Create a network without memory and check the weights of a teacher.
+def check_model(
+    model: Model | Weights, classes: int, channels: int, image_size: int, batch: int = 2
+) -> list[str]:
+    """Create a network without memory, run it once, and check the weights of a teacher.
 
     Args:
-        model: A network, or a teacher with weights.
+        model: A network to train, or a teacher with weights.
         classes: Number of classes.
         channels: Number of image channels.
         image_size: Height and width of the images, in pixels.
+        batch: The smallest batch on which the network trains.
 
     Returns:
-        The number of parameters of the network.
+        Sentences for the user.
 
     Raises:
-        InputError: The network cannot be created, the weights cannot be read, or they do not fit
-            the network or the number of classes.
+        InputError: The network cannot be created, does not take such images or batches, does not
+            give one logit per class, or the weights cannot be read or do not fit the network.
     """
     with torch.device("meta"):
         network = create_model(model, classes, channels, image_size)
-    if isinstance(model, Weights):
-        _check_weights(model, network, classes)
-    return sum(parameter.numel() for parameter in network.parameters())
+        images = torch.zeros(batch, channels, image_size, image_size)
+    notes: list[str] = []
+    trains = not isinstance(model, Weights)
+    _check_forward(model, network.train(trains), images, classes)
+    if isinstance(model, Weights) and model.weights != "pretrained":
+        _, notes = fit_weights(model.weights, network, model.name, classes)
+    elif isinstance(model, Weights):
+        _check_pretrained(model, classes)
+    return notes
 
 
-def _check_weights(teacher: Weights, network: nn.Module, classes: int) -> None:
-    """Raise InputError if the teacher's weights are missing or do not fit the network."""
-    if teacher.weights == "pretrained":
-        config = timm.get_pretrained_cfg(teacher.name)
-        if config is None or not config.has_weights:
-            raise InputError(f"teacher {teacher.name!r} has no pretrained weights in timm")
-        if config.num_classes != classes:
-            raise InputError(
-                f"teacher {teacher.name!r} has {config.num_classes} classes, but the data has "
-                f"{classes}; student and teacher must have the same classes"
-            )
-        return
+@torch.no_grad()
+def _check_forward(
+    model: Model | Weights, network: nn.Module, images: Tensor, classes: int
+) -> None:
+    """Raise InputError if the network does not turn images on the meta device into logits."""
+    batch, channels, size, _ = images.shape
+    what = f"model {model.name!r}" + (f" with {model.args}" if model.args else "")
     try:
-        stored: Mapping[str, Tensor] = load_file(teacher.weights)
-    except Exception as error:  # safetensors raises its own type or OSError
-        raise InputError(f"teacher weights {teacher.weights!r} cannot be read: {error}") from None
-    wanted = network.state_dict()
-    for name in wanted.keys() | stored.keys():
-        want = tuple(wanted[name].shape) if name in wanted else None
-        got = tuple(stored[name].shape) if name in stored else None
-        if want == got:
-            continue
-        detail = f"tensor {name!r} has shape {got} in the file and {want} in the network"
-        if want and got and want[1:] == got[1:]:
-            detail += f"; the file seems to be for {got[0]} classes, but the data has {want[0]}"
+        logits = network(images)
+    except NotImplementedError:
+        return  # an operation that torch cannot run without memory: the run will show
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error) else type(error).__name__
+        if "more than 1 value per channel" in reason:
+            raise InputError(
+                f"{what} cannot train on a batch of one image of {size}x{size} pixels, because of "
+                "its batch norm, and the last batch of an epoch has one image per worker: set "
+                "drop_last: true or another batch_size"
+            ) from None
         raise InputError(
-            f"teacher weights {teacher.weights!r} do not fit {teacher.name!r}: {detail}"
+            f"{what} cannot run on images of {size}x{size} pixels with {channels} channels: "
+            f"{reason}"
+        ) from None
+    shape = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+    if shape != [batch, classes]:
+        given = shape[-1] if isinstance(shape, list) and len(shape) == 2 else shape
+        raise InputError(
+            f"{what} gives {given} logits per image, but the data has {classes} classes: expected "
+            f"{classes}; num_classes is set from the data"
+        )
+
+
+def _check_pretrained(teacher: Weights, classes: int) -> None:
+    """Raise InputError if timm has no such weights, or has them for other classes."""
+    config = timm.get_pretrained_cfg(teacher.name)
+    if config is None or not config.has_weights:
+        raise InputError(f"teacher {teacher.name!r} has no pretrained weights in timm")
+    if config.num_classes != classes:
+        raise InputError(
+            f"teacher {teacher.name!r} has {config.num_classes} classes, but the data has "
+            f"{classes}; student and teacher must have the same classes"
         )

@@ -15,8 +15,6 @@ from safetensors.torch import save as to_safetensors
 from torch import nn
 
 from pld_ray.config.trial import Trial
-from pld_ray.data import datasets
-from pld_ray.data.images import Images
 from pld_ray.errors import InputError
 from pld_ray.models.factory import create_model
 from pld_ray.store.files import Files
@@ -94,21 +92,24 @@ def export_student(trial: Trial, store: Store, folder: Path, onnx: bool = False)
         InputError: The trial has not finished, or a package for ONNX is missing.
     """
     weights = store.weights(trial)
-    images = datasets.load(trial.data)
-    classes, channels, size = images.shape
-    network = create_model(trial.student, *images.shape)
+    record = store.record(trial.id)
+    assert record is not None  # else it has no weights
+    data = record["data"]
+    classes, channels, size = len(data["class_names"]), data["channels"], data["image_size"]
+    network = create_model(trial.student, classes, channels, size)
     network.load_state_dict(load(weights))
     files = {"model.safetensors": weights}
     if onnx:
-        files = {"model.onnx": _onnx(network.eval(), images)}
+        files = {"model.onnx": _onnx(network.eval(), channels, size)}
     args = {"in_chans": channels, **trial.student.args}
     known: Any = network.pretrained_cfg
     if known.get("fixed_input_size"):
         args.setdefault("img_size", size)
     name = trial.student.name.split(".")[0]  # without timm's tag, which names other weights
     config = _config(network, name, classes, args, (size, size))
-    shown = {"mean": list(images.mean), "std": list(images.std), "crop_pct": trial.data.crop_pct}
+    shown = {"mean": data["mean"], "std": data["std"], "crop_pct": trial.data.crop_pct}
     config["pretrained_cfg"] |= shown | {"interpolation": "bicubic"}
+    config["label_names"] = data["class_names"]
     spec = trial.model_dump(mode="json", exclude_defaults=True)
     return _write(
         folder, files | {"config.json": _json(config | {"pld_ray": {"trial": trial.id, **spec}})}
@@ -181,13 +182,12 @@ def _check_logits(
         )
 
 
-def _onnx(model: nn.Module, images: Images) -> bytes:
+def _onnx(model: nn.Module, channels: int, size: int) -> bytes:
     """The network in ONNX, the number of images B free."""
     try:
         import onnxscript  # noqa: F401
     except ImportError:
         raise InputError("--onnx needs another package: pip install 'pld-ray[onnx]'") from None
-    _, channels, size = images.shape
     with warnings.catch_warnings(action="ignore"):  # torch's of its own deprecations
         program = torch.onnx.export(
             model,

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import timm
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from pld_ray.config.trial import Model, Weights
 from pld_ray.errors import InputError, nearest
+from pld_ray.models.weights import fit_weights
 
 
 def create_model(
@@ -30,20 +30,30 @@ def create_model(
     if not timm.is_model(model.name):
         hint = nearest(base, timm.list_models())
         raise InputError(f"model {model.name!r} is not known to timm; {hint}")
+    if "pretrained" in model.args:
+        raise InputError(
+            f"model {model.name!r}: args.pretrained is not accepted: students are trained from "
+            "scratch, and a teacher has weights: pretrained"
+        )
     args = {"num_classes": classes, "in_chans": channels, **model.args}
-    config = timm.get_pretrained_cfg(model.name)
+    try:
+        config = timm.get_pretrained_cfg(model.name)
+    except RuntimeError:
+        known = timm.list_models(f"{base}.*", pretrained=True)
+        hint = nearest(model.name, known) if known else "it has none in timm"
+        raise InputError(f"model {model.name!r}: no such pretrained weights; {hint}") from None
     if config is not None and config.fixed_input_size:  # such as a vision transformer
         args.setdefault("img_size", image_size)
     try:
         return timm.create_model(model.name, pretrained=pretrained, **args)
-    except (TypeError, ValueError, AssertionError) as error:
+    except (TypeError, ValueError, AssertionError, RuntimeError, ArithmeticError) as error:
         raise InputError(
             f"model {model.name!r} cannot be made with {args}: {error or 'unsupported size'}"
         ) from None
 
 
 def load_teacher(teacher: Weights, classes: int, channels: int, image_size: int) -> nn.Module:
-    """Load a teacher from timm's pretrained weights or from a safetensors file.
+    """Load a teacher from timm's pretrained weights or from a file.
 
     Args:
         teacher: The name of the network and its weights.
@@ -54,7 +64,8 @@ def load_teacher(teacher: Weights, classes: int, channels: int, image_size: int)
     if teacher.weights == "pretrained":
         return create_model(teacher, classes, channels, image_size, pretrained=True)
     model = create_model(teacher, classes, channels, image_size)
-    model.load_state_dict(load_file(teacher.weights))
+    state, _ = fit_weights(teacher.weights, model, teacher.name, classes)
+    model.load_state_dict(state)
     return model
 
 

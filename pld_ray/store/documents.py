@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, model_validator
@@ -15,8 +16,25 @@ def _digest(value: dict[str, Any]) -> str:
 
 
 def to_document(value: dict[str, Any]) -> bytes:
-    """Write a mapping as JSON text, with a checksum of its content."""
+    """Write a mapping as JSON text, with a checksum of its content.
+
+    Numbers that are not finite become null: strict JSON has no others.
+    """
+    value = _finite(value)
     return (json.dumps(value | {"sha256": _digest(value)}, indent=1) + "\n").encode()
+
+
+def to_lines(values: list[dict[str, Any]]) -> bytes:
+    """Write mappings as JSON text, one per line; numbers that are not finite become null."""
+    return "".join(json.dumps(_finite(value)) + "\n" for value in values).encode()
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def from_document(content: bytes) -> dict[str, Any] | None:

@@ -8,6 +8,7 @@
                    failure.json         why the last attempt failed, if it failed
                    stopped.json         where a search stopped the trial, if it did
                    landscape.json       the loss around the trained weights, if it was computed
+    ROOT/data/FINGERPRINT.json          a dataset on which trials were trained, and where it was
     ROOT/searches/KEY/N.json            a point that a search has drawn (search.py)
     ROOT/banks/KEY/bank.json            the description of a bank: whose logits, on which images
                    VIEW/CHUNK.KIND      a part of the logits (bank.py)
@@ -20,7 +21,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -37,7 +37,13 @@ from pld_ray.store.files import Files
 
 if TYPE_CHECKING:
     from torch import Tensor
-from pld_ray.store.documents import from_document, parse_epochs, parse_record, to_document
+from pld_ray.store.documents import (
+    from_document,
+    parse_epochs,
+    parse_record,
+    to_document,
+    to_lines,
+)
 
 
 @dataclass(frozen=True)
@@ -110,8 +116,7 @@ class Store:
 
     def log(self, trial: Trial, history: list[dict[str, Any]]) -> None:
         """Write the metrics of every epoch so far."""
-        lines = "".join(json.dumps(epoch) + "\n" for epoch in history)
-        self.files.write(f"trials/{trial.id}/epochs.jsonl", lines.encode())
+        self.files.write(f"trials/{trial.id}/epochs.jsonl", to_lines(history))
 
     def finish(self, trial: Trial, record: dict[str, Any], weights: dict[str, Tensor]) -> None:
         """Write the student's weights and then the record, and delete the checkpoint.
@@ -307,6 +312,18 @@ class Store:
     def folder(self, trial_id: str) -> str:
         """Return the path of a trial's folder, for messages."""
         return self.files.place(f"trials/{trial_id}")
+
+    # ---- datasets
+
+    def keep_dataset(self, about: dict[str, Any]) -> None:
+        """Write the description of a dataset with a fingerprint; an earlier one is replaced."""
+        self._write_json(f"data/{about['fingerprint']}.json", about)
+
+    def datasets(self) -> list[dict[str, Any]]:
+        """Return the descriptions of all datasets; damaged ones are left out."""
+        paths = [f"data/{name}" for name in self.files.listed("data")]
+        found = [from_document(content) for content in self.files.read_many(paths).values()]
+        return [about for about in found if about is not None]
 
     # ---- searches
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from pld_ray.config.trial import Model, Trial, Weights
 from pld_ray.data import datasets
 from pld_ray.data.images import Images
@@ -10,8 +12,20 @@ from pld_ray.models.checks import check_features, check_model
 from pld_ray.sweep.cluster import reach
 
 
-def check_trials(pending: dict[str, Trial], address: str | None = None) -> dict[str, Images]:
-    """Load all datasets and build all networks, to report bad input before Ray starts.
+class Checked(NamedTuple):
+    """What the check of trials found.
+
+    Attributes:
+        images: The images of each dataset, by `datasets.sharing_key`.
+        notes: Sentences for the user.
+    """
+
+    images: dict[str, Images]
+    notes: list[str]
+
+
+def check_trials(pending: dict[str, Trial], address: str | None = None) -> Checked:
+    """Load all datasets and try all networks, to report bad input before Ray starts.
 
     The networks are built without memory for their weights.
 
@@ -19,12 +33,9 @@ def check_trials(pending: dict[str, Trial], address: str | None = None) -> dict[
         pending: Trials that will run, by trial id.
         address: Address of the Ray cluster to join, or None.
 
-    Returns:
-        The images of each dataset, by `datasets.sharing_key`.
-
     Raises:
-        InputError: No cluster answers at `address`, or a dataset, network, optimizer or the
-            features that a loss compares are not usable.
+        InputError: No cluster answers at `address`, or a dataset, network, optimizer, batch size
+            or the features that a loss compares are not usable.
     """
     if address is not None and address != "auto":
         reach(address)
@@ -32,6 +43,7 @@ def check_trials(pending: dict[str, Trial], address: str | None = None) -> dict[
 
     optimizers = set(list_optimizers())
     images: dict[str, Images] = {}
+    notes: dict[str, None] = {}
     seen: set[str] = set()
     for trial in pending.values():
         key = datasets.sharing_key(trial.data)
@@ -40,16 +52,42 @@ def check_trials(pending: dict[str, Trial], address: str | None = None) -> dict[
         if trial.optimizer.name not in optimizers:
             hint = nearest(trial.optimizer.name, optimizers)
             raise InputError(f"optimizer.name is {trial.optimizer.name!r}: not in timm; {hint}")
-        wanted: list[Model | Weights] = [trial.student]
+        smallest = _smallest_batch(trial, images[key])
+        wanted: list[tuple[Model | Weights, int]] = [(trial.student, smallest)]
         if isinstance(trial.teacher, Weights):
-            wanted.append(trial.teacher)
-        for model in wanted:
-            name = f"{key} {model!r}"
+            wanted.append((trial.teacher, 2))
+        for model, batch in wanted:
+            name = f"{key} {model!r} {batch}"
             if name not in seen:
                 seen.add(name)
-                check_model(model, *images[key].shape)
+                notes |= dict.fromkeys(check_model(model, *images[key].shape, batch))
         compared = f"{key} {trial.student!r} {trial.teacher_name} {trial.loss!r}"
         if trial.loss.needs_features and compared not in seen:
             seen.add(compared)
             check_features(trial, *images[key].shape)
-    return images
+    return Checked(images, list(notes))
+
+
+def _smallest_batch(trial: Trial, images: Images) -> int:
+    """Return the smallest number of images that a worker trains on at once: 1, or 2 for more.
+
+    Raises:
+        InputError: An epoch has no batch, or its last batch has no image for one of the workers.
+    """
+    count, size = len(images.train), trial.batch_size
+    if trial.drop_last and count < size:
+        raise InputError(
+            f"batch_size is {size} and there are {count} training images: with drop_last that "
+            "leaves no batch"
+        )
+    last = size if trial.drop_last else count % size or size
+    if last < trial.workers:
+        raise InputError(
+            f"the last batch of an epoch has {last} samples for {trial.workers} workers: set "
+            "drop_last: true"
+        )
+    if len(images.val) < trial.workers:
+        raise InputError(
+            f"there are {len(images.val)} validation images for {trial.workers} workers"
+        )
+    return min(2, last // trial.workers)

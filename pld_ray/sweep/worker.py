@@ -13,6 +13,7 @@ from ray import tune
 from pld_ray.config.trial import Trial
 from pld_ray.data.datasets import sharing_key
 from pld_ray.data.images import Images
+from pld_ray.errors import InputError
 from pld_ray.store.store import Store
 from pld_ray.sweep.ledger import LedgerClient
 from pld_ray.sweep.liveness import monitored
@@ -70,10 +71,15 @@ def _attempt(
 
     with monitored(monitor, trial.id) as step:
         try:
-            train(trial, ray.get(images), store, report, ledger, step, _device(trial))
+            found: Images = ray.get(images)
+            found.check_visible()
+            train(trial, found, store, report, ledger, step, _device(trial))
         except Exception as error:
+            final = isinstance(error, TrainingError)
             reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-            reason, final = reason.splitlines()[0], isinstance(error, TrainingError)
+            if isinstance(error, InputError):
+                reason = str(error)
+            reason = reason.splitlines()[0]
             if final or not isinstance(error, again):
                 store.fail(trial.id, reason, traceback.format_exc(), final)
                 raise NotedError(reason) from error

@@ -5,115 +5,59 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import numpy as np
-
+from pld_ray.config.paths import absolute
 from pld_ray.config.trial import Data
-from pld_ray.data.decoding import decode_images, keep_encoded
-from pld_ray.data.image_files import NOT_READ, READ
-from pld_ray.data.images import Size
-from pld_ray.data.registry import Splits, register_dataset
-from pld_ray.data.sampling import Ints, random_bits
-from pld_ray.errors import InputError
+from pld_ray.data.folder_index import FolderIndex, class_folders, index_folder
+from pld_ray.data.images import Found, Size, Split
+from pld_ray.data.registry import register_dataset
+from pld_ray.data.stored import ImageFiles
+from pld_ray.errors import InputError, MissingError
 
-Files = tuple[list[str], Ints]  # paths and labels
-
-
-def list_folder(data: Data, path: str) -> tuple[Files, Files, int]:
-    """List the files and labels of both splits, class after class, and count the classes.
-
-    Classes and files are in the order of their names. Hidden files and folders, whose names start
-    with a dot, are left out.
-
-    Raises:
-        InputError: A split is missing, its classes differ from those of the other split, or a
-            class has no images or has images that cannot be read.
-    """
-    splits: list[Files] = []
-    known: list[str] = []
-    for names in (["train"], ["val", "validation", "test"]):
-        root = _existing(data, path, names)
-        classes = sorted(child.name for child in root.iterdir() if _is_class(child))
-        odd = sorted(set(classes) ^ set(known or classes))
-        if odd:
-            where = root if odd[0] in classes else Path(path) / "train"
-            raise InputError(f"data {data.name!r}: class {odd[0]!r} is in {where} only")
-        known = classes
-        files, labels = [], []
-        for label, name in enumerate(classes):
-            found = _images(data, root / name)
-            files += found
-            labels += [label] * len(found)
-        splits.append((files, np.asarray(labels, dtype=np.int64)))
-    return splits[0], splits[1], len(known)
+VAL = ("val", "validation", "test")
 
 
-def _existing(data: Data, path: str, names: list[str]) -> Path:
-    for name in names:
-        folder = Path(path) / name
-        if folder.is_dir() and any(_is_class(child) for child in folder.iterdir()):
-            return folder
-    raise InputError(
-        f"data {data.name!r}: expected a folder {' or '.join(names)} with a folder a class "
-        f"in {path}"
-    )
-
-
-def _is_class(path: Path) -> bool:
-    return path.is_dir() and not path.name.startswith(".")
-
-
-def _images(data: Data, folder: Path) -> list[str]:
-    """List the images of a class, in the folder and in all folders below it."""
-    files: list[tuple[str, str]] = []
-    not_read: list[tuple[str, str]] = []
-    for place, below, inside in os.walk(folder, followlinks=True):
-        below[:] = [name for name in below if not name.startswith(".")]
-        for name in inside:
-            suffix = os.path.splitext(name)[1].lower()
-            if not name.startswith(".") and (suffix in READ or suffix in NOT_READ):
-                (files if suffix in READ else not_read).append((place, name))
-    read = f"files with these endings are read: {', '.join(sorted(READ))}"
-    if not_read:
+@register_dataset("folder", has_path=True, encodes=True)
+def folder(data: Data, path: str) -> Found:
+    """Find PATH/train/CLASS/*.png and PATH/val (or validation, or test)/CLASS/*.png."""
+    where, root = f"data {data.name!r}", Path(path)
+    if not root.is_dir():
+        raise MissingError(f"{where}: the folder {root} does not exist")
+    train, val = _existing(root, "train"), _existing(root, *VAL)
+    if train is None or (val is None and not data.holdout):
+        wanted = "train" if train is None else " or ".join(VAL)
+        other = "" if train is None else "; or set data.holdout to validate on training images"
         raise InputError(
-            f"data {data.name!r}: {folder} has {len(not_read)} images that cannot be read, such as "
-            f"{min(not_read)[1]}: convert or remove them; {read}"
+            f"{where}: expected a folder {wanted} with one folder per class in {root}{other}"
         )
-    if not files:
-        raise InputError(f"data {data.name!r}: the class {folder} has no images; {read}")
-    return [os.path.join(*file) for file in sorted(files)]
+    if val is not None:
+        known, classes = class_folders(train), class_folders(val)
+        if odd := sorted(set(classes) ^ set(known)):
+            only = val if odd[0] in classes else train
+            raise InputError(f"{where}: class {odd[0]!r} is in {only} only")
+    indices = {split: index_folder(split, where) for split in (train, val) if split is not None}
+    splits = {split: _split(split, index) for split, index in indices.items()}
+    names = tuple(os.fsdecode(name) for name in indices[train].classes.tolist())
+    state = "".join(index.state for index in indices.values())
+    return Found(splits[train], splits[val] if val is not None else None, names, state)
 
 
-def folder_size(data: Data, path: str) -> Size:
-    """Count the images and classes of a folder."""
-    train, val, classes = list_folder(data, path)
-    return Size(len(train[1]), len(val[1]), classes)
+def _existing(root: Path, *names: str) -> Path | None:
+    """Return the first of these folders that has a folder per class."""
+    folders = (root / name for name in names)
+    return next((path for path in folders if path.is_dir() and class_folders(path)), None)
 
 
-@register_dataset("folder", size=folder_size, has_path=True, encodes=True)
-def folder(data: Data, path: str) -> Splits:
-    """Load PATH/train/CLASS/*.png and PATH/val (or validation, or test)/CLASS/*.png."""
-    train, val, classes = list_folder(data, path)
-    # The folder lists class after class. A shuffle by a hash lets `limit` keep all classes.
-    order = np.argsort(random_bits(0, 0, np.arange(len(train[0])), "limit"))
-    train = [train[0][i] for i in order], train[1][order]
-    splits = [
-        (
-            keep_encoded(data, files, path)
-            if data.random_resized_crop
-            else decode_images(data, files, files),
-            labels,
-        )
-        for files, labels in (train, val)
-    ]
-    return splits[0], splits[1], classes
+def _split(root: Path, index: FolderIndex) -> Split:
+    return ImageFiles(str(root), index.names, index.sizes), index.labels
 
 
 @register_dataset("imagenet", size=Size(1_281_167, 50_000, 1000), encodes=True)
-def imagenet(data: Data, path: str) -> Splits:
-    """Load a folder like the above, which `root` names. It must have 1,000 classes."""
-    train, val, classes = folder(data, data.root or "imagenet")
-    if classes != 1000:
+def imagenet(data: Data, path: str) -> Found:
+    """Find a folder like the above, which `root` names. It must have 1,000 classes."""
+    root = absolute(data.root or "imagenet")
+    found = folder(data, root)
+    if len(found.class_names) != 1000:
         raise InputError(
-            f"data 'imagenet': {classes} classes in {data.root or 'imagenet'}, expected 1000"
+            f"data 'imagenet': {len(found.class_names)} classes in {root}, expected 1000"
         )
-    return train, val, classes
+    return found
