@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 # one process per core; the tests of a file share fixtures
-PARALLEL := -n auto --dist loadfile --no-loadscope-reorder
+PARALLEL := -n auto --dist loadfile --no-loadscope-reorder --durations 25
 
 .PHONY: demo test test-all check clean
 

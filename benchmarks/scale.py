@@ -13,18 +13,18 @@ assigned to groups of 8 GPUs, the longest first. The longest trial that needs a 
 from __future__ import annotations
 
 import heapq
-import io
 import os
 import tempfile
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # measure a single core
 
+import data  # the benchmark of readers, beside this file
 import numpy as np
 import torch
-from PIL import Image
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -34,8 +34,8 @@ from analysis.tables.paper_tables import experiments
 from pld_ray import units
 from pld_ray.config.experiment import load_experiment
 from pld_ray.config.planning import plan
-from pld_ray.config.trial import Model, Trial, Weights
-from pld_ray.data import augmentation, images
+from pld_ray.config.trial import Data, Model, Trial, Weights
+from pld_ray.data import augmentation, datasets, images
 from pld_ray.data.encoded import EncodedImages
 from pld_ray.distill import bank_format, bank_plan
 from pld_ray.models.factory import create_model
@@ -67,22 +67,16 @@ def measured_operations(models: Iterable[Model]) -> dict[str, tuple[float, int]]
 
 def measured_decoding(count: int = 300) -> float:
     """Return how many random resized crops of 224 pixels one core decodes per second."""
-    rng = np.random.default_rng(0)
-    contents = []
-    for _ in range(20):
-        rough = Image.fromarray(rng.integers(0, 256, (94, 125, 3), np.uint8))
-        buffer = io.BytesIO()
-        rough.resize((500, 375), Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=93)
-        contents.append(buffer.getvalue())
-    average = sum(map(len, contents)) / len(contents)
-    assert 0.8 < average / IMAGE_BYTES < 1.2, average
-    joined = np.frombuffer(b"".join(contents), np.uint8)
-    ends = np.cumsum([len(content) for content in contents])
-    images = EncodedImages(None, joined, ends, np.array([b""] * 20), 224, 236)
-    index = np.arange(count) % 20
-    started = time.perf_counter()
-    images.decode(index, augmentation.crop_draws(0, 0, np.arange(count)))
-    return count / (time.perf_counter() - started)
+    with tempfile.TemporaryDirectory() as folder:
+        data.make_folder(Path(folder), 40)
+        sizes = [file.stat().st_size for file in Path(folder).rglob("*.jpg")]
+        assert 0.8 < sum(sizes) / len(sizes) / IMAGE_BYTES < 1.2, sizes
+        found = datasets.load(Data.model_validate({"name": f"folder:{folder}", **data.CROPPED}))
+        assert isinstance(found.train, EncodedImages)
+        index = np.arange(count) % len(found.train)
+        started = time.perf_counter()
+        found.train.decode(index, augmentation.crop_draws(0, 0, np.arange(count)))
+        return count / (time.perf_counter() - started)
 
 
 def measured_bank(chunks: int = 20) -> tuple[float, float]:

@@ -16,6 +16,7 @@ from pld_ray.config.validation import validated
 from pld_ray.data.augmentation import AREA, RATIO, TRIES, centre, crop, crop_draws
 from pld_ray.data.datasets import load, size
 from pld_ray.data.encoded import prefetch
+from pld_ray.data.image_files import decode, resize
 from pld_ray.data.stream import Stream
 from pld_ray.distill import bank_format
 from pld_ray.errors import InputError
@@ -98,7 +99,8 @@ def test_batches_are_the_same_however_they_are_read(folder):
     assert table.digest == files.digest  # the data is the same, in whatever files it is
 
 
-def test_a_crop_shows_that_part_of_the_image(folder):
+def test_pixels_are_those_of_pillow(folder):
+    """Within two levels in the mean, for each image."""
     images = load(data(f"folder:{folder / 'files'}"))
     index = np.arange(10)
     draws = crop_draws(5, 2, index)
@@ -106,13 +108,53 @@ def test_a_crop_shows_that_part_of_the_image(folder):
     for i in index:
         with Image.open(images.train.files.name(i)) as file:
             box = crop(*file.size, draws[i].tolist())
-            expected = file.crop(box).resize((16, 16), Image.Resampling.BICUBIC)
-        # pixels outside the crop are not seen by it, but by a resize with a box
-        assert np.abs(got[i].astype(int) - np.asarray(expected)).mean() < 12
-    with Image.open(images.val.files.name(0)) as file:  # 40 x 64
-        part = file.resize((20, 32), Image.Resampling.BICUBIC).crop((2, 8, 18, 24))
+            expected = file.resize((16, 16), Image.Resampling.BICUBIC, box=box)
+        assert np.abs(got[i].astype(int) - np.asarray(expected)).mean() < 2
+    with Image.open(images.val.files.name(0)) as file:  # 40 x 64: the central 32 x 32 of 40 x 40
+        expected = file.resize((16, 16), Image.Resampling.BICUBIC, box=(4, 16, 36, 48))
     centred = images.val.decode(np.array([0]))[0].astype(int)
-    assert np.abs(centred - np.asarray(part)).mean() < 4
+    assert np.abs(centred - np.asarray(expected)).mean() < 2
+
+
+def saved(image, **options):
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", **options)
+    return buffer.getvalue()
+
+
+def test_every_kind_of_jpeg_is_read_as_pillow_reads_it():
+    rng = np.random.default_rng(0)
+    rough = Image.fromarray(rng.integers(0, 256, (8, 11, 3), dtype=np.uint8)).resize((88, 64))
+    kinds = {
+        "plain": saved(rough, quality=95),
+        "progressive": saved(rough, quality=95, progressive=True),
+        "not subsampled": saved(rough, quality=95, subsampling=0),
+        "grey": saved(rough.convert("L")),
+        "cmyk": saved(rough.convert("CMYK")),
+        "with bytes after its end": saved(rough) + b"garbage",
+    }
+    for kind, content in kinds.items():
+        with Image.open(io.BytesIO(content)) as image:
+            expected = np.asarray(image.convert("RGB")).astype(int)
+        got = decode(content, kind)
+        assert got.shape == (64, 88, 3), kind
+        assert np.abs(got - expected).mean() < 2, kind
+    with pytest.raises(InputError, match="^half: cannot be read as an image: "):
+        decode(kinds["plain"][:500], "half")
+    huge = bytearray(kinds["plain"])
+    place = huge.index(b"\xff\xc0") + 5  # height and width in the frame header
+    huge[place : place + 4] = b"\xff\xff\xff\xff"
+    with pytest.raises(InputError, match="^huge: cannot be read as an image: .*4294836225 pixels"):
+        decode(bytes(huge), "huge")
+
+
+def test_resize_is_bicubic_with_antialiasing_and_sees_the_part_alone():
+    image = np.random.default_rng(0).integers(0, 256, (40, 30, 3), dtype=np.uint8)
+    for side, box in ((10, None), (50, None), (8, (3, 5, 27, 35))):
+        part = Image.fromarray(image).crop(box or (0, 0, 30, 40))
+        expected = np.asarray(part.resize((side, side), Image.Resampling.BICUBIC))
+        assert np.abs(resize(image, side, side, box).astype(int) - expected).max() <= 2
+    assert (resize(image, 24, 24, (3, 5, 27, 29)) == image[5:29, 3:27]).all()
 
 
 def test_statistics_limit_and_identity(folder):

@@ -96,29 +96,29 @@ def test_a_large_set_is_hashed_by_a_sample(folder, monkeypatch):
 def test_a_list_of_files_is_kept_until_something_changes(folder, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     root = folder / "train"
-    first = folder_index.index_folder(root, "test")
+    first, _ = folder_index.index_folder(root, "test")
     walked = []
     search = folder_index._search
     monkeypatch.setattr(folder_index, "_search", lambda *args: walked.append(1) or search(*args))
-    again = folder_index.index_folder(root, "test")
+    again, _ = folder_index.index_folder(root, "test")
     assert not walked and again.state == first.state
     assert again.names.tolist() == [f"{c}/{i}.bmp".encode() for c in CLASSES for i in range(3)]
     write(root / "cat/0.bmp", 2, 0, invert=True)
     os.utime(root / "cat/0.bmp", ns=(0, 7))  # the size is the same, the time is not
-    assert folder_index.index_folder(root, "test").state != first.state and len(walked) == 1
+    assert folder_index.index_folder(root, "test")[0].state != first.state and len(walked) == 1
     write(root / "cat/9.bmp", 2, 9)
-    assert len(folder_index.index_folder(root, "test").names) == 10 and len(walked) == 2
+    assert len(folder_index.index_folder(root, "test")[0].names) == 10 and len(walked) == 2
     (root / "cat/9.bmp").unlink()
-    assert len(folder_index.index_folder(root, "test").names) == 9 and len(walked) == 3
+    assert len(folder_index.index_folder(root, "test")[0].names) == 9 and len(walked) == 3
     cached = next((folder_index.cache_folder() / "folders").iterdir())
     cached.write_bytes(b"damaged")
-    assert len(folder_index.index_folder(root, "test").names) == 9 and len(walked) == 4
+    assert len(folder_index.index_folder(root, "test")[0].names) == 9 and len(walked) == 4
 
 
 def test_of_a_large_list_some_files_are_compared(folder, monkeypatch):
     monkeypatch.setattr(folder_index, "COMPARED_WHOLE", 2)
     monkeypatch.setattr(folder_index, "COMPARED", 4)
-    index = folder_index.index_folder(folder / "train", "test")
+    index, _ = folder_index.index_folder(folder / "train", "test")
     seen = []
     stat = os.stat
     monkeypatch.setattr(os, "stat", lambda path, **more: seen.append(str(path)) or stat(path))

@@ -10,10 +10,12 @@ import typer
 
 from pld_ray.cli import plan, results, run  # noqa: F401 - the imports register the commands
 from pld_ray.cli.bank import bank_app
+from pld_ray.cli.data import data_app
 from pld_ray.cli.options import app
 from pld_ray.errors import InputError
 
 app.add_typer(bank_app, name="bank")
+app.add_typer(data_app, name="data")
 
 
 class _Stopped(BaseException):

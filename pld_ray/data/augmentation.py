@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from pld_ray.data.image_files import Box
 from pld_ray.data.sampling import Hashes, Ints, random_bits
 
 if TYPE_CHECKING:
@@ -19,7 +20,6 @@ AREA = (0.08, 1.0)  # area of a crop as a fraction of the image
 RATIO = (3 / 4, 4 / 3)  # width over height
 
 Draws = npt.NDArray[np.float64]
-Box = tuple[int, int, int, int]  # left, top, right, bottom
 
 
 def crop_draws(seed: int, view: int, index: Ints) -> Draws:
@@ -38,7 +38,7 @@ def crop_draws(seed: int, view: int, index: Ints) -> Draws:
     return (fields & np.uint64(0xFFFF)).astype(np.float64) / 2**16
 
 
-def centre(width: int, height: int, part: float) -> tuple[float, float, float, float]:
+def centre(width: int, height: int, part: float) -> Box:
     """Return the central square of an image.
 
     Args:
@@ -49,8 +49,8 @@ def centre(width: int, height: int, part: float) -> tuple[float, float, float, f
     Returns:
         Left, top, right and bottom of the square in pixels.
     """
-    side = min(width, height) * part
-    left, top = (width - side) / 2, (height - side) / 2
+    side = max(1, round(min(width, height) * part))
+    left, top = (width - side) // 2, (height - side) // 2
     return left, top, left + side, top + side
 
 

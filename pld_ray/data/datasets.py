@@ -42,8 +42,12 @@ def without_downloads() -> Iterator[None]:
         MAY_DOWNLOAD.reset(token)
 
 
-def find(data: Data) -> Found:
+def find(data: Data, strict: bool = True) -> Found:
     """Find the dataset that `data` names, and decode nothing.
+
+    Args:
+        data: The settings of the dataset.
+        strict: Whether faults of the dataset are errors.
 
     Raises:
         MissingError: It is not on this machine.
@@ -51,6 +55,8 @@ def find(data: Data) -> Found:
     """
     dataset, path = find_dataset(data)
     found = dataset.find(data, path)
+    if strict and found.faults:
+        raise InputError(found.faults[0])
     for split, (images, _) in (("train", found.train), ("val", found.val or found.train)):
         if len(images) == 0:
             raise InputError(f"data {data.name!r}: its {split} split has no images")

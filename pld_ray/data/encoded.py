@@ -19,12 +19,11 @@ import numpy as np
 import numpy.typing as npt
 
 from pld_ray.data.augmentation import Draws, centre, crop
-from pld_ray.data.image_files import open_rgb
+from pld_ray.data.image_files import DECODER, decode, resize
 from pld_ray.data.sampling import Ints
 from pld_ray.errors import InputError
 
 AHEAD = 2  # batches that are decoded in advance
-DECODER = "pillow-bicubic"  # part of the digest: other pixels are other images
 _In = TypeVar("_In")
 _Out = TypeVar("_Out")
 
@@ -111,10 +110,11 @@ class EncodedImages:
 
     def _one(self, row: int, draws: list[list[float]] | None) -> npt.NDArray[np.uint8]:
         """Decode the image in a row of `files`, uint8 [size, size, 3]."""
-        picture = open_rgb(self.files.read(row), self.files.name(row))
+        image = decode(self.files.read(row), self.files.name(row))
+        height, width = image.shape[:2]
         part = self.size / self.shorter
-        box = centre(*picture.size, part) if draws is None else crop(*picture.size, draws)
-        return resize(picture, self.size, box)
+        box = centre(width, height, part) if draws is None else crop(width, height, draws)
+        return resize(image, self.size, self.size, box)
 
 
 def decode_all(where: str, files: StoredImages, rows: Ints) -> npt.NDArray[np.uint8]:
@@ -125,7 +125,7 @@ def decode_all(where: str, files: StoredImages, rows: Ints) -> npt.NDArray[np.ui
     """
 
     def read(row: int) -> npt.NDArray[np.uint8]:
-        return np.asarray(open_rgb(files.read(row), files.name(row)))
+        return decode(files.read(row), files.name(row))
 
     images = list(_pool().map(read, rows.tolist()))
     shapes = {image.shape for image in images}
@@ -138,22 +138,9 @@ def decode_all(where: str, files: StoredImages, rows: Ints) -> npt.NDArray[np.ui
 
 def resize_array(images: npt.NDArray[np.uint8], size: int | None) -> npt.NDArray[np.uint8]:
     """Resize square images [N, H, H, channels] to `size` pixels; None leaves them as they are."""
-    side = images.shape[1]
-    if size is None or size == side:
+    if size is None or size == images.shape[1]:
         return images
-    from PIL import Image
-
-    grey = images.shape[3] == 1
-    pictures = (Image.fromarray(image[..., 0] if grey else image) for image in images)
-    found = np.stack([resize(picture, size, (0, 0, side, side)) for picture in pictures])
-    return found[..., None] if grey else found
-
-
-def resize(picture: Any, size: int, box: tuple[float, float, float, float]) -> Any:
-    """Resize the part of a Pillow image in `box` to size x size pixels (bicubic); uint8 array."""
-    from PIL.Image import Resampling
-
-    return np.asarray(picture.resize((size, size), Resampling.BICUBIC, box=box))
+    return np.stack([resize(image, size, size) for image in images])
 
 
 def prefetch(function: Callable[[_In], _Out], items: Iterable[_In]) -> Iterator[_Out]:

@@ -58,7 +58,7 @@ class FolderIndex:
         return digest.hexdigest()
 
 
-def index_folder(root: Path, where: str) -> FolderIndex:
+def index_folder(root: Path, where: str) -> tuple[FolderIndex, list[str]]:
     """Find the images in ROOT/CLASS and in all folders below it, class after class.
 
     Hidden files and folders, whose names start with a dot, are left out.
@@ -67,18 +67,25 @@ def index_folder(root: Path, where: str) -> FolderIndex:
         root: The absolute path of the folder of a split.
         where: The dataset, for error messages.
 
+    Returns:
+        The images, and sentences about classes without images, or with images that are not read.
+
     Raises:
-        InputError: A class has no images, or has images that cannot be read.
+        InputError: A folder or the size of a file cannot be read.
     """
     cached = cache_folder() / "folders" / f"{hashlib.sha256(os.fsencode(root)).hexdigest()}.npz"
     kept = _read(cached)
     if kept is not None and _unchanged(kept, root):
-        return kept
-    found = _search(root, where)
-    buffer = io.BytesIO()
-    np.savez(buffer, **vars(found))
-    write_cached(cached, buffer.getvalue())
-    return found
+        return kept, []
+    try:
+        found, faults = _search(root, where)
+    except OSError as error:
+        raise InputError(f"{where}: {error.filename}: cannot be read: {error.strerror}") from None
+    if not faults:
+        buffer = io.BytesIO()
+        np.savez(buffer, **vars(found))
+        write_cached(cached, buffer.getvalue())
+    return found, faults
 
 
 def class_folders(root: Path) -> list[str]:
@@ -87,7 +94,8 @@ def class_folders(root: Path) -> list[str]:
         return sorted(e.name for e in entries if not e.name.startswith(".") and e.is_dir())
 
 
-def _search(root: Path, where: str) -> FolderIndex:
+def _search(root: Path, where: str) -> tuple[FolderIndex, list[str]]:
+    faults: list[str] = []
     names: list[bytes] = []
     numbers: list[tuple[int, int, int]] = []
     folders = [(b"", os.stat(root).st_mtime_ns)]
@@ -104,13 +112,13 @@ def _search(root: Path, where: str) -> FolderIndex:
                     files.append((entry.path, stat.st_size, stat.st_mtime_ns))
                 elif suffix in NOT_READ:
                     not_read.append(entry.name)
-        _check_class(where, root / name, len(files), not_read)
+        faults += _faults(where, root / name, len(files), not_read)
         cut = len(os.fspath(root)) + 1
         files.sort()
         names += [os.fsencode(path[cut:]) for path, _, _ in files]
         numbers += [(size, time, label) for _, size, time in files]
     columns = np.array(numbers, np.int64).reshape(-1, 3)
-    return FolderIndex(
+    index = FolderIndex(
         names=np.array(names, np.bytes_),
         sizes=columns[:, 0].copy(),
         times=columns[:, 1].copy(),
@@ -119,6 +127,7 @@ def _search(root: Path, where: str) -> FolderIndex:
         folders=np.array([name for name, _ in folders], np.bytes_),
         folder_times=np.array([time for _, time in folders], np.int64),
     )
+    return index, faults
 
 
 def _walk(folder: Path | str) -> Iterator[tuple[str, int, list[os.DirEntry[str]]]]:
@@ -132,15 +141,15 @@ def _walk(folder: Path | str) -> Iterator[tuple[str, int, list[os.DirEntry[str]]
         yield from _walk(path)
 
 
-def _check_class(where: str, folder: Path, count: int, not_read: list[str]) -> None:
+def _faults(where: str, folder: Path, count: int, not_read: list[str]) -> list[str]:
+    """Return what is wrong with the folder of a class."""
     read = f"files with these endings are read: {', '.join(sorted(READ))}"
     if not_read:
-        raise InputError(
+        return [
             f"{where}: {folder} has {len(not_read)} images that cannot be read, such as "
             f"{min(not_read)}: convert or remove them; {read}"
-        )
-    if not count:
-        raise InputError(f"{where}: the class {folder} has no images; {read}")
+        ]
+    return [] if count else [f"{where}: the class {folder} has no images; {read}"]
 
 
 def _read(cached: Path) -> FolderIndex | None:

@@ -29,12 +29,15 @@ class Found:
         class_names: The names of the C classes, in the order of the labels.
         state: A text that changes when the files change, such as their sizes and times. The
             fingerprint is cached by it. None: the fingerprint is not cached.
+        faults: Sentences that say what is wrong with the dataset. It cannot be used if there are
+            any.
     """
 
     train: Split
     val: Split | None
     class_names: tuple[str, ...]
     state: str | None = None
+    faults: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -29,16 +29,24 @@ def folder(data: Data, path: str) -> Found:
         raise InputError(
             f"{where}: expected a folder {wanted} with one folder per class in {root}{other}"
         )
-    if val is not None:
-        known, classes = class_folders(train), class_folders(val)
-        if odd := sorted(set(classes) ^ set(known)):
-            only = val if odd[0] in classes else train
-            raise InputError(f"{where}: class {odd[0]!r} is in {only} only")
-    indices = {split: index_folder(split, where) for split in (train, val) if split is not None}
+    indices: dict[Path, FolderIndex] = {}
+    faults: list[str] = []
+    for split in (train, val):
+        if split is not None:
+            indices[split], wrong = index_folder(split, where)
+            faults += wrong
     splits = {split: _split(split, index) for split, index in indices.items()}
-    names = tuple(os.fsdecode(name) for name in indices[train].classes.tolist())
-    state = "".join(index.state for index in indices.values())
-    return Found(splits[train], splits[val] if val is not None else None, names, state)
+    names, others = (indices[split or train].classes.tolist() for split in (train, val))
+    for odd in sorted(set(names) ^ set(others)):
+        only = val if odd in others else train
+        faults.append(f"{where}: class {os.fsdecode(odd)!r} is in {only} only")
+    return Found(
+        splits[train],
+        splits[val] if val is not None else None,
+        tuple(os.fsdecode(name) for name in names),
+        "".join(index.state for index in indices.values()),
+        tuple(faults),
+    )
 
 
 def _existing(root: Path, *names: str) -> Path | None:

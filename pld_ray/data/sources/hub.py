@@ -114,7 +114,7 @@ def _prepared(data: Data, path: str) -> Any:
     from datasets import load_dataset_builder
     from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
-    with _quiet():
+    with quiet():
         try:
             builder = load_dataset_builder(path, name=data.config)
             _check_parquet(builder)
@@ -188,7 +188,7 @@ def _rows(files: tuple[tuple[str, int], ...]) -> int:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Show no warnings of the library, and bars in a terminal only."""
     import datasets
     import huggingface_hub
