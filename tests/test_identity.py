@@ -1,18 +1,21 @@
 """Data is part of what a trial is: its content, not its path."""
 
 import os
+import pickle
 import shutil
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from PIL import Image
 
 from pld_ray.config.experiment import load_experiment
 from pld_ray.config.planning import plan
 from pld_ray.config.trial import Data
 from pld_ray.data import datasets, folder_index, subsets
+from pld_ray.data.stream import Stream
 from pld_ray.errors import InputError, MissingError
 from pld_ray.store.store import Store
 from pld_ray.sweep.identity import DataIdentity, dataset_entry
@@ -296,3 +299,72 @@ def test_limit_and_holdout_of_sorted_data(folder):
         datasets.load(Data(name=f"folder:{folder}"))
     with pytest.raises(InputError, match="data.holdout is 7: expected at most 6"):
         datasets.load(Data(name=f"folder:{folder}", holdout=7))
+
+
+# ---------------------------------------------------------------- on other machines
+
+
+ENCODED = {"image_size": 4, "random_resized_crop": True}
+
+
+@pytest.mark.parametrize("kind", ["folder", "hf"])
+def test_encoded_images_travel_as_paths(folder, kind):
+    images = datasets.load(Data(name=f"{kind}:{folder}", **ENCODED))
+    content = pickle.dumps(images)
+    again = pickle.loads(content)
+    index = np.arange(9)
+    assert (again.train.decode(index) == images.train.decode(index)).all()
+    assert again.digest == images.digest and b"BM" not in content  # no bitmap is inside
+    again.check_visible()
+
+
+def test_a_machine_that_does_not_see_the_files_says_so(folder):
+    images = datasets.load(Data(name=f"folder:{folder}", **ENCODED))
+    folder.rename(folder.with_name("gone"))
+    with pytest.raises(InputError, match="/pets/train: not on the machine .*: put the data"):
+        images.check_visible()
+    with pytest.raises(InputError, match=r"/train/ant/0.bmp: cannot be read: No such file"):
+        images.train.decode(np.arange(9))
+
+
+def test_a_file_that_changes_under_a_run_is_refused(folder):
+    images = datasets.load(Data(name=f"folder:{folder}", **ENCODED))
+    size = (folder / "train/ant/0.bmp").stat().st_size
+    with open(folder / "train/ant/0.bmp", "ab") as file:
+        file.write(b"more")
+    with pytest.raises(InputError, match=f"0.bmp: has {size + 4} bytes, and had {size} when"):
+        images.train.decode(np.arange(9))
+
+
+def test_a_record_says_what_a_student_needs(folder):
+    data = Data(name=f"folder:{folder}", fingerprint=fingerprint(folder), limit=3)
+    images = datasets.load(data)
+    found = datasets.describe(data, images)
+    pixels = images.train / 255
+    assert found["mean"] == pytest.approx(pixels.mean((0, 1, 2)).tolist())
+    assert found["std"] == pytest.approx(pixels.std((0, 1, 2)).tolist())
+    assert found | {"mean": 0, "std": 0} == {
+        "fingerprint": data.fingerprint,
+        "mean": 0,
+        "std": 0,
+        "class_names": list(CLASSES),
+        "channels": 3,
+        "image_size": 4,
+        "train": 3,
+        "val": 3,
+    }
+
+
+def test_a_large_dataset_stays_encoded_with_the_same_pixels(folder, monkeypatch):
+    data = Data(name=f"folder:{folder}", image_size=3, flip=True)
+    decoded = datasets.load(data)
+    monkeypatch.setattr(datasets, "IN_MEMORY", 0)
+    encoded = datasets.load(data)
+    assert isinstance(decoded.train, np.ndarray) and not isinstance(encoded.train, np.ndarray)
+    cpu = torch.device("cpu")
+    index = np.arange(9)
+    for one, two in zip(
+        *(Stream(i, data, 0, cpu).train([index], 1) for i in (decoded, encoded)), strict=True
+    ):
+        assert torch.equal(one[0], two[0]) and torch.equal(one[1], two[1])
+    assert (encoded.train.decode(index) == decoded.train).all()

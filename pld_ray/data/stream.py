@@ -89,7 +89,7 @@ class Stream:
         """Yield the images of each share on the device, uint8 [B, H, W, channels]."""
         pixels = self.pixels[split]
         if isinstance(pixels, EncodedImages):
-            drawn = split == "train"
+            drawn = split == "train" and self.data.random_resized_crop
 
             def decode(index: Ints) -> Tensor:
                 draws = crop_draws(self.seed, view, index) if drawn else None
