@@ -1,8 +1,11 @@
 """Data as people have it on their disks: what is read, and what is refused with its name."""
 
 import io
+import tarfile
 import zlib
 
+import datasets
+import huggingface_hub
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -11,10 +14,10 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from pld_ray.config.trial import Columns, Data
+from pld_ray.config.trial import Columns, Data, Splits
 from pld_ray.data.datasets import load, size
 from pld_ray.data.stream import Stream
-from pld_ray.errors import InputError
+from pld_ray.errors import InputError, MissingError
 
 CPU = torch.device("cpu")
 CLASSES = ("ant", "bee", "cat")
@@ -226,3 +229,90 @@ def test_a_broken_row_is_named_by_its_file(tmp_path, settings):
     parquet(tmp_path, validation=pa.Table.from_pylist(broken, table(VAL).schema))
     with pytest.raises(InputError, match=r"/validation-\S+ row 2: has no image$"):
         load(data)
+
+
+def test_class_indices_have_no_gaps(tmp_path):
+    data = parquet(tmp_path, train=table([1, 2, 3, 1]), val=table([1, 2]))
+    with pytest.raises(InputError, match="no training image has the label 0, and there are labels"):
+        load(data)
+    parquet(tmp_path, train=table([0, 1, 1]), val=table([1, 2]))
+    with pytest.raises(InputError, match="no training image has the label 2"):
+        load(data)
+
+
+# ---------------------------------------------------------------- other layouts of Hugging Face
+
+
+def expect_pets(data):
+    """The three classes of the folder, in whatever layout."""
+    images = load(data)
+    assert (len(images.train), len(images.val), images.classes) == (12, 6, 3)
+    for pixels, label in zip(images.val, images.val_labels, strict=True):
+        assert pixels.reshape(-1, 3).mean(0).argmax() == label  # the brightest channel
+    return images
+
+
+def test_a_folder_of_images(folder):
+    data = Data(name=f"hf:{folder}")
+    assert expect_pets(data).class_names == CLASSES
+    (folder / "train/cat/9.png").write_bytes(png(2, 9))
+    assert len(load(data).train) == 13  # the list of files is not that of before
+
+
+def test_webdataset_shards(tmp_path, folder):
+    (tmp_path / "shards").mkdir()
+    for split in ("train", "val"):
+        with tarfile.open(tmp_path / "shards" / f"{split}-000.tar", "w") as shard:
+            for c, name in enumerate(CLASSES):
+                for file in sorted((folder / split / name).iterdir()):
+                    for ending, content in (
+                        ("png", file.read_bytes()),
+                        ("cls", str(c).encode()),
+                    ):
+                        entry = tarfile.TarInfo(f"{name}{file.stem}.{ending}")
+                        entry.size = len(content)
+                        shard.addfile(entry, io.BytesIO(content))
+    data = Data(name=f"hf:{tmp_path}/shards", columns=Columns(image="png", label="cls"))
+    assert expect_pets(data).class_names == ("0", "1", "2")
+
+
+@pytest.mark.parametrize("kind", ["one", "several"])
+def test_what_save_to_disk_wrote(tmp_path, folder, kind):
+    splits = datasets.load_dataset(str(folder))
+    if kind == "several":
+        splits.save_to_disk(tmp_path / "saved")
+        images = expect_pets(Data(name=f"hf:{tmp_path}/saved"))
+        assert images.class_names == CLASSES
+        (tmp_path / "saved/train/state.json").write_text("{")
+        with pytest.raises(InputError, match="cannot be read by Hugging Face datasets"):
+            load(Data(name=f"hf:{tmp_path}/saved"))
+        return
+    splits["train"].save_to_disk(tmp_path / "saved")
+    images = load(Data(name=f"hf:{tmp_path}/saved", holdout=3))
+    assert (len(images.train), images.val_labels.tolist()) == (9, [0, 1, 2])
+    with pytest.raises(InputError, match="expected a split validation or .*, got train: set"):
+        load(Data(name=f"hf:{tmp_path}/saved"))
+
+
+def test_splits_by_name_and_in_part(tmp_path):
+    data = parquet(tmp_path, train=table(TRAIN), validation=table(VAL, 50), test=table(VAL, 90))
+
+    def parts(**split):
+        images = load(data.model_copy(update={"split": Splits(**split)}))
+        return images.train_labels.tolist(), images.val_labels.tolist()
+
+    assert parts(val="test") == parts() == (TRAIN, VAL)
+    assert parts(train="train[:75%]", val="train[75%:]") == (TRAIN[:9], TRAIN[9:])
+    assert parts(train="train+test") == (TRAIN + VAL, VAL)
+    with pytest.raises(InputError, match="has no split 'dev'; its splits are train, valid"):
+        parts(val="dev")
+    with pytest.raises(InputError, match=r"split 'dev\[:3\]'"):
+        parts(val="dev[:3]")
+
+
+def test_a_dataset_that_is_only_on_the_hub_is_missing(monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    said = r"hf:no/where': not in the cache .* datasets.load_dataset\('no/where', 'small'\)"
+    with pytest.raises(MissingError, match=said):
+        load(Data(name="hf:no/where", config="small"))

@@ -46,6 +46,8 @@ def hub(data: Data, path: str) -> Found:
                 f"data {data.name!r}: has no split {name!r}; its splits are {', '.join(splits)}"
             )
         _check_columns(data, dataset, name)
+        if dataset.num_rows != dataset.data.num_rows:  # a selection of rows
+            dataset = dataset.flatten_indices()
         files = sources.get(name, ()) if dataset.num_rows == _rows(sources.get(name, ())) else ()
         found[name] = ImageCells(dataset, data.columns.image, name, files)
     train, val = found[train_name], found.get(val_name or "")
@@ -88,7 +90,10 @@ def _open(data: Data, path: str) -> tuple[dict[str, Any], Sources]:
         if not os.path.isdir(path):
             raise MissingError(f"data {data.name!r}: the folder {path} does not exist")
         if any((Path(path) / name).is_file() for name in ("dataset_dict.json", "state.json")):
-            opened = datasets.load_from_disk(path)
+            try:
+                opened = datasets.load_from_disk(path)
+            except Exception as error:  # of pyarrow, of JSON, of the library
+                raise InputError(_said(data, error)) from None
             return dict(opened) if isinstance(opened, dict) else {"train": opened}, {}
         builder = _prepared(data, path)
     else:
@@ -295,6 +300,11 @@ def _labels(data: Data, splits: list[ImageCells]) -> tuple[list[Ints], tuple[str
             expected = f"a class index from 0 to {count - 1}" if named else "a class index from 0"
             row = int(wrong[0])
             raise InputError(f"{cells.name(row)}: its label is {labels[row]}: expected {expected}")
+    if not named and len(gaps := np.setdiff1d(np.arange(count), found[0])):
+        raise InputError(
+            f"data {data.name!r}: no training image has the label {gaps[0]}, and there are labels "
+            f"up to {count - 1}: expected class indices from 0 without gaps, or words"
+        )
     return found, tuple(named or map(str, range(count)))
 
 
