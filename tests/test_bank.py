@@ -99,7 +99,7 @@ def test_views_and_logits_of_a_teacher_become_the_trials(experiment):
         cells(experiment, "views=2")
     with pytest.raises(InputError, match=r"teacher_logits: set teacher\.logits"):
         cells(experiment, "teacher_logits=live")
-    with pytest.raises(InputError, match="mixup: augmentation that mixes samples is not supported"):
+    with pytest.raises(InputError, match="data.mixup: loss pld ranks the classes with"):
         cells(experiment, "data.mixup=0.2")
     with pytest.raises(InputError, match=r"teacher: logits is 'float8'; did you mean 'float32'"):
         cells(experiment, "teacher.logits=float8")

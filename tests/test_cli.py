@@ -22,7 +22,7 @@ BAD = {
     "bank rm x": "bank rm x: no such bank in ",
     "bank rm": "bank rm: expected either keys of banks (see pld-ray bank ls) or --all",
     "run demo --set epochs=99999999": "TB and there is room for ",
-    "run demo --set data.cutmix=1": "cutmix: augmentation that mixes samples is not supported",
+    "run demo --set data.cutmix=1": "data.cutmix: loss pld ranks the classes with the label first",
     "bank build demo --set grid.loss=[ce]": "demo: none of its trials reads a bank",
     "landscape demo": "demo: no trial has finished; run the experiment first",
     "run demo landscape --smoke": "'landscape' is not a file and not a shipped experiment",

@@ -162,6 +162,8 @@ class Subject(NamedTuple):
 def subject(trial: Trial, images: Any, store: Store, count: int) -> Subject:
     """Load the student of a finished trial and the first images of its first epoch.
 
+    Images are not mixed (Mixup, CutMix), so that each has one label.
+
     Args:
         trial: A finished trial.
         images: The images of the trial's data set.
@@ -173,9 +175,11 @@ def subject(trial: Trial, images: Any, store: Store, count: int) -> Subject:
     from pld_ray.models.factory import create_model
 
     cpu = torch.device("cpu")
-    stream = Stream(images, trial.data, trial.seed, cpu)
+    data = trial.data.model_copy(update={"mixup": None, "cutmix": None})
+    stream = Stream(images, data, trial.seed, cpu)
     shown = order(trial.seed, 0, len(images.train))[:count]
     x, labels = next(stream.train([shown], trial.view(0)))
+    assert isinstance(labels, Tensor)
     state = store.load_weights(trial)
     network = create_model(trial.student, *images.shape)
     # Directions are drawn in the order of the network's parameters; a file of weights has no order.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from functools import cached_property
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
     Field,
@@ -36,6 +36,10 @@ class Model(Part):
 
     name: str
     args: dict[str, Any] = {}
+
+
+Augment = Literal["randaugment", "autoaugment", "trivialaugment", "random_erasing", "color_jitter"]
+AUGMENTS: tuple[str, ...] = get_args(Augment)
 
 
 class Columns(Part):
@@ -82,6 +86,13 @@ class Data(Part):
             `image_size`. The images then stay encoded until a batch needs them.
         crop_pct: With `random_resized_crop`, the side of the central crop of a validation image
             as a fraction of the image's shorter side.
+        augment: The names of further transforms of torchvision for training images, applied after
+            crop and flip: "randaugment", "autoaugment", "trivialaugment", "random_erasing",
+            "color_jitter", or a list of them.
+        mixup: The alpha of Mixup: training images are mixed with others, with shares drawn from
+            Beta(alpha, alpha).
+        cutmix: The alpha of CutMix: a box of the image is replaced by that of another image. With
+            both, each image has one of them.
         mean: The mean of each channel, in [0, 1]; by default measured on the training images.
         std: The standard deviation of each channel, in [0, 1]; by default measured on the training
             images.
@@ -101,22 +112,18 @@ class Data(Part):
     flip: bool = False
     random_resized_crop: bool = False
     crop_pct: float = Field(1.0, gt=0, le=1)
+    augment: tuple[Augment, ...] = ()
+    mixup: float | None = Field(None, gt=0)
+    cutmix: float | None = Field(None, gt=0)
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     holdout: int | None = Field(None, ge=1)
     limit: int | None = Field(None, ge=1)
 
-    @model_validator(mode="before")
+    @field_validator("augment", mode="before")
     @classmethod
-    def _no_mixing(cls, value: Any) -> Any:
-        for field in ("mixup", "cutmix"):
-            if isinstance(value, dict) and field in value:
-                raise ValueError(
-                    f"{field}: augmentation that mixes samples is not supported, because a ranking "
-                    "starts with the one true label and teacher logits are stored per image: "
-                    "use pad and flip"
-                )
-        return value
+    def _one_name(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
 
     @model_validator(mode="after")
     def _consistent(self) -> Data:
@@ -136,7 +143,13 @@ class Data(Part):
     @property
     def augmented(self) -> bool:
         """Whether an image can look different in different epochs."""
-        return self.pad > 0 or self.flip or self.random_resized_crop
+        cropped = self.pad > 0 or self.flip or self.random_resized_crop
+        return cropped or bool(self.augment) or self.mixes
+
+    @property
+    def mixes(self) -> bool:
+        """Whether training images are mixed from two images."""
+        return self.mixup is not None or self.cutmix is not None
 
 
 class Optimizer(Part):
@@ -322,6 +335,13 @@ class Trial(Part):
                 "weights, and students are trained from scratch: expected "
                 f"{self.student.name.partition('.')[0]!r}"
             )
+        if self.data.mixes and self.loss.takes == "order":
+            field = "mixup" if self.data.mixup else "cutmix"
+            raise ValueError(
+                f"data.{field}: loss {self.loss.name} ranks the classes with the label first, and "
+                "a mixed image has two labels: expected a loss such as ce, kd, dist or dkd, or no "
+                f"{field}"
+            )
         if self.loss.needs_teacher and self.teacher is None:
             raise ValueError(f"loss {self.loss.name} needs a teacher: set the field teacher")
         return self
@@ -382,6 +402,8 @@ def _short(value: Any) -> str:
 
 
 NOT_IDENTITY = {"root", "compile"}  # fields that do not change the result of a trial
+# fields of data that change no stored image, only what training makes of it
+ON_THE_FLY = ("pad", "flip", "augment", "mixup", "cutmix")
 WHERE = ("name", "columns", "split", "config")  # fields that say where data is, not what it holds
 
 

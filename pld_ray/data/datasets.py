@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from pld_ray.config.trial import Data
+from pld_ray.config.trial import ON_THE_FLY, Data
 from pld_ray.data import (
     sources,  # noqa: F401 - registers the datasets
     subsets,
@@ -176,9 +176,9 @@ def describe(data: Data, images: Images) -> dict[str, Any]:
 def sharing_key(data: Data) -> str:
     """Return a key: settings with the same key share one copy of the images.
 
-    Padding and flips are left out, since they change no image in memory.
+    Augmentation that changes no image in memory is left out.
     """
-    return data.model_copy(update={"pad": 0, "flip": False}).model_dump_json()
+    return data.model_dump_json(exclude=set(ON_THE_FLY))
 
 
 def size(data: Data) -> Size:

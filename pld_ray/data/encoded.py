@@ -171,3 +171,6 @@ def prefetch(function: Callable[[_In], _Out], items: Iterable[_In]) -> Iterator[
 def _pool() -> ThreadPoolExecutor:
     """Return a pool with one thread per core of this process (OMP_NUM_THREADS, set by Ray)."""
     return ThreadPoolExecutor(int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1))
+
+
+os.register_at_fork(after_in_child=_pool.cache_clear)  # a forked process has none of the threads

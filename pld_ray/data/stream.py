@@ -12,7 +12,9 @@ from pld_ray.config.trial import Data
 from pld_ray.data.augmentation import below, crop_and_flip, crop_draws
 from pld_ray.data.encoded import EncodedImages, prefetch
 from pld_ray.data.images import Images
+from pld_ray.data.mixing import MixedLabels, draw_mix, mix_images, partners
 from pld_ray.data.sampling import Ints, random_bits
+from pld_ray.data.workers import augmented
 
 
 class Stream:
@@ -52,7 +54,9 @@ class Stream:
         self.scale = (1 / (255 * std)).to(device)
         self.shift = (-mean / std).to(device)
 
-    def train(self, shares: Iterable[Ints], view: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def train(
+        self, shares: Iterable[Ints], view: int
+    ) -> Iterator[tuple[Tensor, Tensor | MixedLabels]]:
         """Yield augmented training batches.
 
         Args:
@@ -60,18 +64,14 @@ class Stream:
             view: The index of the augmentation.
 
         Yields:
-            Images, float32 [B, channels, H, W], and labels, int64 [B].
+            Images, float32 [B, channels, H, W], and labels, int64 [B], or `MixedLabels` if the
+            images are mixed.
         """
         shares = list(shares)
-        for index, images in zip(shares, self._gather("train", shares, view), strict=True):
-            pad, flip = self.data.pad, self.data.flip
-            if pad or flip:
-                bits = random_bits(self.seed, view, index, "augment")
-                top = below(bits, 0, 2 * pad + 1)
-                left = below(bits, 24, 2 * pad + 1)
-                mirrored = below(bits, 48, 2) if flip else np.zeros_like(top)
-                places = (self._put(x) for x in (top, left, mirrored))
-                images = crop_and_flip(images, pad, *places)
+        if self.data.mixes:
+            yield from self._mixed(shares, view)
+            return
+        for index, images in zip(shares, self._seen(shares, view), strict=True):
             yield self._normalise(images), self.labels["train"][self._put(index)]
 
     def val(self, shares: Iterable[Ints]) -> Iterator[Tensor]:
@@ -85,24 +85,72 @@ class Stream:
         """
         return map(self._normalise, self._gather("val", shares, 0))
 
+    def _mixed(
+        self, shares: list[Ints], view: int
+    ) -> Iterator[tuple[Tensor, Tensor | MixedLabels]]:
+        """Yield batches of images that are mixed with their partners."""
+        pixels, labels = self.pixels["train"], self.labels["train"]
+        partner = partners(self.seed, view, len(pixels))
+        needed = [np.unique(np.concatenate([index, partner[index]])) for index in shares]
+        for index, there, seen in zip(shares, needed, self._seen(needed, view), strict=True):
+            images = self._normalise(seen)
+            first, second = (
+                self._put(np.searchsorted(there, each)) for each in (index, partner[index])
+            )
+            mix = draw_mix(self.data, self.seed, view, index, pixels.shape[1])
+            share = torch.from_numpy(mix.share).float().to(self.device, non_blocking=True)
+            mixed = mix_images(images[first], images[second], mix)
+            ours, others = (labels[self._put(each)] for each in (index, partner[index]))
+            mixed = mixed.contiguous(memory_format=self.layout)
+            yield mixed, MixedLabels(ours, others, share)
+
+    def _seen(self, shares: list[Ints], view: int) -> Iterator[Tensor]:
+        """Yield the training images of each share after augmentation, uint8 [B, H, W, channels]."""
+        if self.data.augment:
+
+            def read(index: Ints) -> Tensor:
+                return self._cropped(self._read("train", index, view), index, view).clone()
+
+            for images in augmented(read, self.data.augment, shares, self.seed, view):
+                yield images.to(self.device, non_blocking=True)
+            return
+        for index, images in zip(shares, self._gather("train", shares, view), strict=True):
+            yield self._cropped(images, index, view)
+
+    def _cropped(self, images: Tensor, index: Ints, view: int) -> Tensor:
+        """Pad, crop and mirror images as the settings say, uint8 [B, H, W, channels]."""
+        pad, flip = self.data.pad, self.data.flip
+        if not pad and not flip:
+            return images
+        bits = random_bits(self.seed, view, index, "augment")
+        top = below(bits, 0, 2 * pad + 1)
+        left = below(bits, 24, 2 * pad + 1)
+        mirrored = below(bits, 48, 2) if flip else np.zeros_like(top)
+        places = (
+            torch.from_numpy(x).to(images.device, non_blocking=True) for x in (top, left, mirrored)
+        )
+        return crop_and_flip(images, pad, *places)
+
     def _gather(self, split: str, shares: Iterable[Ints], view: int) -> Iterator[Tensor]:
         """Yield the images of each share on the device, uint8 [B, H, W, channels]."""
-        pixels = self.pixels[split]
-        if isinstance(pixels, EncodedImages):
-            drawn = split == "train" and self.data.random_resized_crop
-
-            def decode(index: Ints) -> Tensor:
-                draws = crop_draws(self.seed, view, index) if drawn else None
-                return torch.from_numpy(pixels.decode(index, draws))
-
-            for images in prefetch(decode, shares):
+        if isinstance(self.pixels[split], EncodedImages):
+            for images in prefetch(lambda index: self._read(split, index, view), shares):
                 yield images.to(self.device, non_blocking=True)
             return
         for index in shares:
             if split in self.on_device:
                 yield self.on_device[split][self._put(index)]
             else:
-                yield torch.from_numpy(pixels[index])
+                yield self._read(split, index, view)
+
+    def _read(self, split: str, index: Ints, view: int) -> Tensor:
+        """Return images in the memory of the host, uint8 [B, H, W, channels]."""
+        pixels = self.pixels[split]
+        if not isinstance(pixels, EncodedImages):
+            return torch.from_numpy(pixels[index])
+        drawn = split == "train" and self.data.random_resized_crop
+        draws = crop_draws(self.seed, view, index) if drawn else None
+        return torch.from_numpy(pixels.decode(index, draws))
 
     def _put(self, x: Ints) -> Tensor:
         """Copy an array to the device."""

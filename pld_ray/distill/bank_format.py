@@ -24,7 +24,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from pld_ray.config.trial import Trial
+from pld_ray.config.trial import ON_THE_FLY, Trial
 from pld_ray.config.validation import Part
 from pld_ray.data.sampling import Ints, order
 
@@ -54,6 +54,9 @@ class BankSpec(Part):
         logits: Type in which the logits are stored.
         rows: Number of samples per chunk.
         random_resized_crop: Whether the images are random resized crops.
+        augment: Names of further transforms.
+        mixup: Alpha of Mixup, if images are mixed.
+        cutmix: Alpha of CutMix, if images are mixed.
         mean: Mean of the images for which a teacher's weights file was trained, if it says so.
         std: The standard deviation that belongs to it.
     """
@@ -70,6 +73,9 @@ class BankSpec(Part):
     logits: Literal["float16", "float32"]
     rows: int
     random_resized_crop: bool = False
+    augment: tuple[str, ...] = ()
+    mixup: float | None = None
+    cutmix: float | None = None
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
 
@@ -124,6 +130,9 @@ def spec(trial: Trial, split: Split, weights: str, images: str, bfloat16: bool) 
         logits=trial.teacher_logits if train else "float32",
         rows=math.ceil(ROWS / trial.batch_size) * trial.batch_size if train else ROWS,
         random_resized_crop=trial.data.random_resized_crop and train,
+        augment=trial.data.augment if train else (),
+        mixup=trial.data.mixup if train else None,
+        cutmix=trial.data.cutmix if train else None,
         mean=getattr(trial.teacher, "mean", None),
         std=getattr(trial.teacher, "std", None),
     )
@@ -156,7 +165,7 @@ def planned_key(trial: Trial, split: Split) -> str:
     The settings of the teacher and of the dataset replace their hashes.
     """
     assert trial.teacher is not None
-    images = trial.data.model_dump_json(exclude={"root", "pad", "flip"})
+    images = trial.data.model_dump_json(exclude={"root", *ON_THE_FLY})
     weights = trial.teacher.model_dump_json()
     return spec(trial, split, weights, images, trial.precision == "bfloat16").key
 

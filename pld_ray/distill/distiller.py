@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pld_ray.data.mixing import MixedLabels
 from pld_ray.distill.device import Precision, autocast
 from pld_ray.losses.features import FeatureLoss, Features
 from pld_ray.losses.plackett_luce import PLDLoss
@@ -194,7 +195,7 @@ class Distiller(nn.Module):
     def forward(
         self,
         images: Tensor,
-        labels: Tensor,
+        labels: Tensor | MixedLabels,
         teacher_logits: Tensor | None = None,
         order: Tensor | None = None,
     ) -> Tensor:
@@ -202,7 +203,8 @@ class Distiller(nn.Module):
 
         Args:
             images: [B, channels, H, W].
-            labels: Class indices, int64 [B].
+            labels: Class indices, int64 [B], or `MixedLabels` for images that are mixed from two.
+                The loss is then the mean of the losses with both labels, weighted by their shares.
             teacher_logits: [B, C]. If given, the teacher network is not used.
             order: The teacher's order of the classes [B, C], as `teacher_order` returns it, for
                 losses that rank. It saves them the sorting.
@@ -242,14 +244,49 @@ class Distiller(nn.Module):
         with self.clock("loss"):
             if self.compares_features:
                 logits, features = outputs
-                return self.loss(logits, labels, features, target)
+                return self.loss(logits, soft_labels(labels, logits), features, target)
             logits = check_logits("student", outputs).float()
-            ranking = {} if order is None else {"order": order}
-            loss = self.loss(logits, target, labels, **ranking)
+            further = {} if order is None else {"order": order}
+            if isinstance(labels, MixedLabels):
+                logits, target, labels, further["sample_weight"] = twice(logits, target, labels)
+            loss = self.loss(logits, target, labels, **further)
         if not isinstance(loss, Tensor) or loss.ndim > 0:
             given = list(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
             raise ValueError(f"the loss returned {given}: expected one number, such as a mean")
         return loss
+
+
+def twice(
+    logits: Tensor, teacher: Tensor | None, mixed: MixedLabels
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """Return mixed samples twice: with the first labels and with the second ones.
+
+    The weighted mean of any loss over these rows is the mean over the samples of
+    share * loss(labels) + (1 - share) * loss(others).
+
+    Args:
+        logits: Logits of the student [B, C].
+        teacher: Logits of the teacher [B, C], or None.
+        mixed: The labels of both images, and the share of the first one.
+
+    Returns:
+        Logits of student and teacher [2B, C], labels [2B] and weights [2B].
+    """
+    return (
+        torch.cat([logits, logits]),
+        None if teacher is None else torch.cat([teacher, teacher]),
+        torch.cat([mixed.labels, mixed.others]),
+        torch.cat([mixed.share, 1 - mixed.share]),
+    )
+
+
+def soft_labels(labels: Tensor | MixedLabels, logits: Tensor) -> Tensor:
+    """Return mixed labels as probabilities [B, C], and others as they are, [B]."""
+    if not isinstance(labels, MixedLabels):
+        return labels
+    found = torch.zeros_like(logits)
+    found.scatter_add_(1, labels.labels[:, None], labels.share[:, None])
+    return found.scatter_add_(1, labels.others[:, None], 1 - labels.share[:, None])
 
 
 def _check_modules(student: Any, teacher: Any, loss: Any) -> None:

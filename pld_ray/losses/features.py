@@ -88,7 +88,7 @@ class FeatureLoss(nn.Module, ABC):
 
         Args:
             student_logits: Student logits [B, C].
-            labels: Class indices [B], int64.
+            labels: Class indices [B], int64, or probabilities of the classes [B, C].
             student: Features of the student.
             teacher: Features of the teacher.
 

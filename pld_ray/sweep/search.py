@@ -19,12 +19,10 @@ from typing import Any
 from pld_ray.config.experiment import Experiment
 from pld_ray.config.planning import Cell, Plan, Settings, build, combinations
 from pld_ray.config.search_space import Point, Range, Search, Tried, points, suggest
-from pld_ray.config.trial import Trial
+from pld_ray.config.trial import ON_THE_FLY, Trial
 from pld_ray.errors import InputError, nearest
 from pld_ray.losses import REGISTRY
 from pld_ray.store.store import Outcome, Store
-
-FREE = ("pad", "flip")  # fields of data that do not change the dataset
 
 
 @dataclass(frozen=True)
@@ -258,7 +256,9 @@ def _check_field(field: str, search: Search, where: str) -> None:
     names = {name for loss in of_loss for name in REGISTRY[loss].model_fields} - {"name"}
     if of_loss and rest not in names:
         raise InputError(f"{where}: no such parameter; {nearest(rest, names)}")
-    shared = first in ("teacher", "student", "workers") or (first == "data" and rest not in FREE)
+    shared = first in ("teacher", "student", "workers") or (
+        first == "data" and rest not in ON_THE_FLY
+    )
     if search.algorithm == "optuna" and shared:
         raise InputError(
             f"{where}: optuna draws values while trials run, but this field must be known before "
