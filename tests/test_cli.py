@@ -117,3 +117,16 @@ def test_plan_needs_no_torch(tmp_path):
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path
     )
     assert done.stdout.strip() == "[]"
+
+
+def test_two_experiments_of_one_name_are_told(cli, tmp_path):
+    text = "base: {data: digits, student: resnet8, loss: ce, epochs: 1}\n"
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "same.yaml").write_text(text)
+    first = cli("tables", "one/same.yaml", cwd=tmp_path)
+    again = cli("tables", "one/same.yaml", cwd=tmp_path)
+    assert "note:" not in first.stderr + again.stderr
+    other = cli("tables", "two/same.yaml", cwd=tmp_path)
+    assert f"held the reports of {tmp_path}/one/same.yaml" in other.stderr
+    assert "set name: in one of the files to keep both" in other.stderr

@@ -161,6 +161,29 @@ base:
     assert names == ["resnet32", "resnet20", "resnet8"]
 
 
+@pytest.mark.parametrize(
+    ("file", "name"),
+    [("my exp.yaml", "my-exp"), ("Größe 2.yaml", "Groe-2"), ("_a.b_.yml", "a.b")],
+)
+def test_an_experiment_has_the_name_of_its_file(tmp_path, file, name):
+    (tmp_path / file).write_text(SMALL)
+    assert load_experiment(tmp_path / file).name == name
+    (tmp_path / file).write_text(f"name: mine\n{SMALL}")
+    assert load_experiment(tmp_path / file).name == "mine"
+
+
+def test_a_file_without_a_usable_name_needs_one(tmp_path):
+    (tmp_path / "実験.yaml").write_text(SMALL)
+    with pytest.raises(InputError, match=r"実験.yaml: cannot be turned into a name .* set name:"):
+        load_experiment(tmp_path / "実験.yaml")
+
+
+def test_a_misspelt_field_is_told_before_the_one_that_is_missing(experiment):
+    text = "base: {data: digits, student: resnet8, loss: ce, epoch: 1}"
+    with pytest.raises(InputError, match="epoch: unknown field; did you mean 'epochs'"):
+        plan(experiment(text))
+
+
 BAD = {
     "optimizer.lrr=3": "optimizer.lrr: unknown field; did you mean 'lr'",
     "optimiser=3": "optimiser: unknown field; did you mean 'optimizer'",
@@ -177,7 +200,7 @@ BAD = {
     "seed=1": "set seeds",
     "epochs": "expected FIELD=VALUE",
     "teacher=null": "loss kd needs a teacher",
-    "teacher.weights=nope": 'expected "train", "pretrained" or a safetensors file',
+    "teacher.weights=nope": 'expected "train", "pretrained" or a weights file',
     "grid.loss=3": "grid.loss is 3",
     "grid.epochs=[]": "expected a list with at least one value",
     "name=../x": "name is '../x'",

@@ -206,6 +206,22 @@ def reports(plan: Plan, store: Store, out: Path | None) -> Path:
     return out or root / "reports" / plan.experiment.name
 
 
+def tell_other_file(experiment: Experiment, folder: Path) -> None:
+    """Say that the reports of another experiment with the same name are replaced."""
+    marker = folder / "experiment.txt"
+    before = marker.read_text(encoding="utf-8").strip() if marker.is_file() else ""
+    if experiment.file is None or before == str(experiment.file):
+        return
+    if before:
+        typer.echo(
+            f"note: {folder} held the reports of {before}, which has the same name, "
+            f"{experiment.name!r}: they are replaced; set name: in one of the files to keep both",
+            err=True,
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    marker.write_text(f"{experiment.file}\n", encoding="utf-8")
+
+
 def write_tables(plan: Plan, store: Store, out: Path | None) -> Path:
     """Print and write the tables of an experiment.
 
@@ -222,6 +238,7 @@ def write_tables(plan: Plan, store: Store, out: Path | None) -> Path:
     from pld_ray.sweep import search
 
     folder = reports(plan, store, out)
+    tell_other_file(plan.experiment, folder)
     if (sought := plan.experiment.search) is not None:
         rows = best.of_search(search.look(plan.experiment, store), sought.metric)
         typer.echo("\nBest settings of each cell\n\n" + best.text(rows, sought.metric))

@@ -5,6 +5,8 @@ recipe < base < grid < --set  ->  Trial (validated)  ->  Plan (unique, teachers 
 
 from __future__ import annotations
 
+import re
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -46,7 +48,8 @@ class Experiment(Part):
     """One YAML file: a question, the settings that all trials share, and those that vary.
 
     Attributes:
-        name: The name of the experiment; by default the name of its file.
+        name: The name of the experiment; by default that of its file, with letters, digits and
+            hyphens.
         title: The title of the experiment for people.
         note: A text that is printed under the tables.
         recipe: The name of a YAML file in `recipes/` whose settings `base` overrides.
@@ -73,7 +76,13 @@ class Experiment(Part):
     overrides: dict[str, Any] = {}
     smoke: Smoke = Smoke()
     miniature_of: Experiment | None = None
+    _file: Path | None = PrivateAttr(None)
     _identify: Callable[[Data], str | None] | None = PrivateAttr(None)
+
+    @property
+    def file(self) -> Path | None:
+        """The YAML file of the experiment, or None if it was made in Python."""
+        return self._file
 
     def identified(self, identify: Callable[[Data], str | None]) -> Experiment:
         """Return a copy whose trials are identified by what their data holds.
@@ -144,7 +153,7 @@ def load_experiment(
         hint = nearest(str(source), names)
         raise InputError(f"{str(source)!r} is not a file and not a shipped experiment: {hint}")
     folder = path.absolute().parent
-    raw = {"name": path.stem, **absolute_paths(read_mapping(path), folder)}
+    raw = {"name": name_of(path), **absolute_paths(read_mapping(path), folder)}
     experiment = validated(Experiment, raw, str(path))
     base, shrunk = experiment.base, raw.get("smoke", {})
     if experiment.recipe is not None:
@@ -173,7 +182,23 @@ def load_experiment(
         raise InputError("--set seed: set seeds instead, which is a list, such as seeds=[0,1,2]")
     changed["overrides"] = everywhere
     found = validated(Experiment, changed, str(path))
+    found._file = path.absolute()
     return miniature(found) if smoke else found
+
+
+def name_of(path: Path) -> str:
+    """Return the name of an experiment by its file: other characters become hyphens.
+
+    Raises:
+        InputError: The name of the file has no letter or digit of ASCII.
+    """
+    ascii_only = unicodedata.normalize("NFKD", path.stem).encode("ascii", "ignore").decode()
+    name = re.sub("[^A-Za-z0-9._-]+", "-", ascii_only).strip("-._")
+    if not name:
+        raise InputError(
+            f"{path}: cannot be turned into a name of letters and digits: set name: in the file"
+        )
+    return name
 
 
 def miniature(experiment: Experiment) -> Experiment:

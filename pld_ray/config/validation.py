@@ -54,7 +54,7 @@ def validated(model: type[_Model], raw: Any, where: str) -> _Model:
 
 
 def sentence(error: ValidationError, model: type[BaseModel]) -> str:
-    """Describe the first error of a validation in one sentence.
+    """Describe one error of a validation in one sentence: an unknown field, else the first error.
 
     Args:
         error: The error that pydantic raised.
@@ -63,7 +63,8 @@ def sentence(error: ValidationError, model: type[BaseModel]) -> str:
     Returns:
         The sentence: the field, its value, and the accepted values.
     """
-    first = error.errors()[0]
+    # An unknown field comes first: a misspelt one is often also reported as missing.
+    first = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")
     loc = [str(part) for part in first["loc"]]
     path = ".".join(loc)
     value, context = first["input"], first.get("ctx", {})
