@@ -93,6 +93,39 @@ def test_a_large_set_is_hashed_by_a_sample(folder, monkeypatch):
     assert len(reads) == 4  # two of each split
 
 
+def test_folders_that_differ_in_nothing_but_pixels_are_not_the_same(folder, tmp_path):
+    other = shutil.copytree(folder, tmp_path / "other")
+    write(other / "train/bee/1.bmp", 1, 1, invert=True)
+    for file in (*folder.rglob("*"), *other.rglob("*")):
+        os.utime(file, (10**9, 10**9))  # as some archives are unpacked
+    assert fingerprint(folder) != fingerprint(other)
+    first = fingerprint(folder)
+    write(folder / "val/cat/3.bmp", 2, 3, invert=True)
+    os.utime(folder / "val/cat/3.bmp", (10**9, 10**9))
+    assert fingerprint(folder) != first
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage", b"ABC\n", b"\xff\xfe"])
+def test_a_damaged_fingerprint_is_computed_again(folder, content, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    first = fingerprint(folder)
+    (kept,) = (tmp_path / "cache/pld-ray/fingerprints").iterdir()
+    kept.write_bytes(content)
+    assert fingerprint(folder) == first and kept.read_bytes() == first.encode()
+
+
+def test_renamed_classes_of_saved_data_change_it(folder, tmp_path):
+    import datasets as library
+
+    library.load_dataset(str(folder)).save_to_disk(tmp_path / "saved")
+    first = fingerprint(tmp_path / "saved", "hf")
+    for info in (tmp_path / "saved").glob("*/dataset_info.json"):
+        info.write_text(info.read_text().replace('"bee"', '"wasp"'))
+    changed = fingerprint(tmp_path / "saved", "hf")
+    assert changed != first
+    assert fingerprint(shutil.copytree(tmp_path / "saved", tmp_path / "copy"), "hf") == changed
+
+
 # ---------------------------------------------------------------- the kept list of files
 
 
@@ -129,8 +162,9 @@ def test_of_a_large_list_some_files_are_compared(folder, monkeypatch):
     assert len([path for path in seen if path.endswith(".bmp")]) == 4
 
 
-def test_a_folder_without_a_writable_cache_is_read_each_time(folder, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nowhere")
+@pytest.mark.parametrize("where", ["/proc/nowhere", "/dev/null"])
+def test_a_folder_without_a_writable_cache_is_read_each_time(folder, monkeypatch, where):
+    monkeypatch.setenv("XDG_CACHE_HOME", where)
     assert fingerprint(folder) == fingerprint(folder)
 
 

@@ -1,6 +1,8 @@
 """Data as people have it on their disks: what is read, and what is refused with its name."""
 
 import io
+import json
+import os
 import tarfile
 import zlib
 
@@ -15,6 +17,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from pld_ray.config.trial import Columns, Data, Splits
+from pld_ray.config.validation import validated
 from pld_ray.data.datasets import load, size
 from pld_ray.data.stream import Stream
 from pld_ray.errors import InputError, MissingError
@@ -316,3 +319,123 @@ def test_a_dataset_that_is_only_on_the_hub_is_missing(monkeypatch):
     said = r"hf:no/where': not in the cache .* datasets.load_dataset\('no/where', 'small'\)"
     with pytest.raises(MissingError, match=said):
         load(Data(name="hf:no/where", config="small"))
+
+
+# ---------------------------------------------------------------- silent in the past
+
+
+def named(labels, names, first=0):
+    """A table whose labels are indices of these names, as Hugging Face stores it."""
+    features = {"image": datasets.Image(), "label": datasets.ClassLabel(names=names)}
+    info = {"info": {"features": datasets.Features(features).to_dict()}}
+    found = table(labels, first)
+    return found.replace_schema_metadata({"huggingface": json.dumps(info)})
+
+
+def test_splits_that_name_their_classes_differently_are_refused(tmp_path):
+    one, other = ["ant", "bee", "cat"], ["cat", "bee", "ant"]
+    data = parquet(tmp_path, train=named(TRAIN, one), val=named(VAL, one, 50))
+    assert load(data).class_names == CLASSES
+    parquet(tmp_path, val=named(VAL, other, 50))
+    with pytest.raises(InputError, match=r"val-\S+: its labels are the classes .*'cat', 'bee'"):
+        load(data)
+    splits = datasets.DatasetDict()
+    for name, names in (("train", one), ("validation", other)):
+        splits[name] = datasets.Dataset(named(TRAIN, names)).cast_column(
+            "label", datasets.ClassLabel(names=names)
+        )
+    splits.save_to_disk(tmp_path / "saved")
+    with pytest.raises(InputError, match="its splits name their classes differently: "):
+        load(Data(name=f"hf:{tmp_path}/saved"))
+
+
+def test_words_and_numbers_are_not_mixed(tmp_path):
+    data = parquet(tmp_path, train=table(TRAIN), train2=table(["ant", "bee"]), val=table(VAL))
+    with pytest.raises(InputError, match=r"train2-\S+: its labels are words, and those of "):
+        load(data)
+
+
+def test_only_the_parquet_files_of_a_split_are_read(tmp_path):
+    data = parquet(tmp_path, train=table(TRAIN), val=table(VAL, 50))
+    for other in ("thumbs/train/x", "thumbs/val/x", "old"):
+        (tmp_path / other).mkdir(parents=True)
+    for i in range(20):
+        (tmp_path / f"thumbs/train/x/{i}.png").write_bytes(png(0, i))
+    pq.write_table(table(TRAIN), tmp_path / "old" / "train.parquet")
+    assert size(data) == (12, 6, 3)
+    parquet(tmp_path, more=table(TRAIN))
+    with pytest.raises(InputError, match=r"more-\S+: belongs to no split: expected names that beg"):
+        load(data)
+
+
+def test_a_parquet_file_that_was_edited_in_secret_is_read_again(tmp_path):
+    data = parquet(tmp_path, train=table([0, 1, 2]), val=table(VAL, 50))
+    file = tmp_path / "train-00000-of-00001.parquet"
+    first, before = load(data), file.stat()
+    parquet(tmp_path, train=table([0, 2, 1]))
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert first.train_labels.tolist() == [0, 1, 2]
+    assert load(data).train_labels.tolist() == [0, 2, 1]
+
+
+def test_images_outside_of_classes_and_broken_links_are_told(folder):
+    (folder / "train/loose.png").write_bytes(png(0, 0))
+    refused(folder, "train has 1 images outside the folders of its classes, such as loose.png")
+    (folder / "train/loose.png").unlink()
+    (folder / "train/dog").symlink_to(folder / "unmounted")
+    refused(folder, "train/dog: cannot be read: No such file")
+    (folder / "train/dog").unlink()
+    (folder / "train/cat/part2").symlink_to(folder / "unmounted")
+    refused(folder, "train/cat/part2: cannot be read: No such file")
+    (folder / "train/cat/part2").unlink()
+    os.mkfifo(folder / "train/cat/pipe.png")
+    refused(folder, "train/cat/pipe.png: is not a regular file")
+    (folder / "train/cat/pipe.png").unlink()
+    (folder / "train/cat/loop").symlink_to(folder / "train/cat")
+    refused(folder, "cannot be read: Too many levels of symbolic links")
+
+
+def test_a_test_folder_is_not_used_if_val_is_wrong(folder):
+    (folder / "val").rename(folder / "test")
+    assert len(found(folder).val) == 6
+    (folder / "val").mkdir()
+    assert len(found(folder).val) == 6  # an empty folder says nothing
+    (folder / "val/1.png").write_bytes(png(0, 1))
+    refused(folder, "expected a folder val or validation or test with one folder per class")
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"std": [0, 0, 0]}, "std.0 is 0: input should be greater than 0"),
+        ({"mean": [5, 0, 0]}, "mean.0 is 5: input should be less than or equal to 1"),
+        ({"pad": 10**9}, "pad is 1000000000: input should be less than"),
+        ({"split": {"train": ""}}, "split.train is ''"),
+    ],
+)
+def test_settings_out_of_range_are_refused(settings, said):
+    with pytest.raises(InputError, match=said):
+        validated(Data, {"name": "hf:x", **settings}, "data")
+
+
+def test_images_by_relative_paths_or_without_content_are_told(tmp_path):
+    for cell, said in (
+        ({"bytes": None, "path": "a.png"}, "row 0: its image is the relative path 'a.png'"),
+        ({"bytes": None, "path": f"{tmp_path}/a.png"}, "a.png: cannot be read: No such file"),
+    ):
+        pets = pa.table({"image": [cell] * 3, "label": [0, 1, 2]})
+        with pytest.raises(InputError, match=said):
+            load(parquet(tmp_path, train=pets, val=pets))
+
+
+def test_labels_that_are_no_class_indices_are_told(tmp_path):
+    data = parquet(tmp_path, train=table([0, 10**12]), val=table([0]))
+    with pytest.raises(InputError, match="no training image has the label 1, and there are labels"):
+        load(data)
+    huge = pa.array([0, 2**64 - 1], pa.uint64())
+    parquet(tmp_path, train=table([0, 1]).set_column(1, "label", huge))
+    with pytest.raises(InputError, match="train: its column label: Integer value 18446744073709"):
+        load(data)
+    parquet(tmp_path, train=table([0, 1]), val=table([0]).slice(0, 0))
+    with pytest.raises(InputError, match=r"/val-\S+: has no rows"):
+        load(data)

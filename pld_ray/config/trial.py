@@ -62,8 +62,8 @@ class Splits(Part):
         val: The split to validate on; by default "validation", or "test" if there is no other.
     """
 
-    train: str = "train"
-    val: str | None = None
+    train: str = Field("train", min_length=1)
+    val: str | None = Field(None, min_length=1)
 
 
 class Data(Part):
@@ -97,7 +97,8 @@ class Data(Part):
         std: The standard deviation of each channel, in [0, 1]; by default measured on the training
             images.
         holdout: Validate on this many training images instead, and do not train on them. They are
-            drawn by a hash of their index, from every class in proportion to its size.
+            drawn by a hash of their index, from every class in proportion to its size; from each
+            class at least one if there are as many.
         limit: Keep only this many training images, after `holdout`, drawn in the same way.
     """
 
@@ -108,15 +109,15 @@ class Data(Part):
     fingerprint: str | None = Field(None, pattern="^[0-9a-f]{16}$")
     root: str | None = None
     image_size: int | None = Field(None, ge=1)
-    pad: int = Field(0, ge=0)
+    pad: int = Field(0, ge=0, le=1000)
     flip: bool = False
     random_resized_crop: bool = False
-    crop_pct: float = Field(1.0, gt=0, le=1)
+    crop_pct: float = Field(1.0, ge=0.01, le=1)
     augment: tuple[Augment, ...] = ()
     mixup: float | None = Field(None, gt=0)
     cutmix: float | None = Field(None, gt=0)
-    mean: tuple[float, ...] | None = None
-    std: tuple[float, ...] | None = None
+    mean: tuple[Annotated[float, Field(ge=0, le=1)], ...] | None = None
+    std: tuple[Annotated[float, Field(gt=0)], ...] | None = None
     holdout: int | None = Field(None, ge=1)
     limit: int | None = Field(None, ge=1)
 
@@ -218,8 +219,8 @@ class Weights(Part):
     args: dict[str, Any] = {}
     weights: str
     sha256: str | None = None
-    mean: tuple[float, ...] | None = None
-    std: tuple[float, ...] | None = None
+    mean: tuple[Annotated[float, Field(ge=0, le=1)], ...] | None = None
+    std: tuple[Annotated[float, Field(gt=0)], ...] | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> Weights:

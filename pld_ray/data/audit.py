@@ -78,6 +78,8 @@ def audit(found: Found, progress: Any = lambda items, total: items) -> Audit:
         result.splits[name] = seen, counts
         result.faults += [image.fault for image in seen if image.fault]
         for row, (image, label) in enumerate(zip(seen, split[1].tolist(), strict=True)):
+            if image.fault:
+                continue
             place = _name(split[0], name, row)
             other = first_seen.setdefault(image.digest, (name, place, label))
             if other[1] != place:

@@ -54,7 +54,13 @@ def find(data: Data, strict: bool = True) -> Found:
         InputError: It cannot be used.
     """
     dataset, path = find_dataset(data)
-    found = dataset.find(data, path)
+    try:
+        found = dataset.find(data, path)
+    except OSError as error:
+        place = f"{error.filename}: " if error.filename else ""
+        raise InputError(
+            f"data {data.name!r}: {place}cannot be read: {error.strerror or error}"
+        ) from None
     if strict and found.faults:
         raise InputError(found.faults[0])
     for split, (images, _) in (("train", found.train), ("val", found.val or found.train)):
@@ -143,7 +149,7 @@ def _pixels(
     if isinstance(images, np.ndarray):
         return resize_array(images[rows], data.image_size)
     if len(empty := rows[images.sizes[rows] < 0]):
-        raise InputError(f"{images.name(int(empty[0]))}: has no image")
+        images.read(int(empty[0]))  # says what is missing
     if data.image_size is None:
         return decode_all(data.name, images, rows)
     shorter = math.ceil(data.image_size / data.crop_pct)

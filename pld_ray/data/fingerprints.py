@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -26,9 +28,11 @@ def fingerprint(found: Found) -> str:
     cached = cache_folder() / "fingerprints" / _hex(found.state or "")
     if found.state:
         try:
-            return cached.read_text(encoding="ascii")
+            kept = cached.read_bytes()
         except OSError:
-            pass
+            kept = b""
+        if re.fullmatch(rb"[0-9a-f]{16}", kept):  # else there is none, or it is damaged
+            return kept.decode()
     digest = hashlib.sha256(json.dumps(found.class_names).encode())
     for split in (found.train, found.val):
         if split is None:
@@ -70,7 +74,8 @@ def write_cached(path: Path, content: bytes) -> None:
         temporary.write_bytes(content)
         os.replace(temporary, path)
     except OSError:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
 
 
 def _digest(content: bytes) -> bytes:

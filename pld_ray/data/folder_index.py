@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +36,8 @@ class FolderIndex:
     Attributes:
         names: The paths of the files relative to the folder, in sorted order per class, [N].
         sizes: Their sizes in bytes, int64 [N].
-        times: Their times of modification in nanoseconds, int64 [N].
+        times: The times at which they were last changed (ctime) in nanoseconds, int64 [N]. Unlike
+            the time of modification, it cannot be set by programs.
         labels: The index of the class of each file, int64 [N].
         classes: The names of the classes, sorted, [C].
         folders: All folders with their times: paths [F] and int64 [F].
@@ -90,28 +92,55 @@ def index_folder(root: Path, where: str) -> tuple[FolderIndex, list[str]]:
 
 def class_folders(root: Path) -> list[str]:
     """Return the names of the folders in a folder that are not hidden, sorted."""
+    found = []
     with os.scandir(root) as entries:
-        return sorted(e.name for e in entries if not e.name.startswith(".") and e.is_dir())
+        for entry in entries:
+            if _hidden(entry):
+                continue
+            if entry.is_dir():
+                found.append(entry.name)
+            elif entry.is_symlink() and _ending(entry) not in READ:
+                entry.stat()  # a broken link is an error: it may be that of a class
+    return sorted(found)
+
+
+def _hidden(entry: os.DirEntry[str]) -> bool:
+    return entry.name.startswith(".")
+
+
+def _ending(entry: os.DirEntry[str]) -> str:
+    return os.path.splitext(entry.name)[1].lower()
 
 
 def _search(root: Path, where: str) -> tuple[FolderIndex, list[str]]:
     faults: list[str] = []
     names: list[bytes] = []
     numbers: list[tuple[int, int, int]] = []
-    folders = [(b"", os.stat(root).st_mtime_ns)]
+    folders = [(b"", os.stat(root).st_ctime_ns)]
     classes = class_folders(root)
+    with os.scandir(root) as there:
+        loose = [e.name for e in there if not _hidden(e) and _ending(e) in READ | NOT_READ]
+    if loose := [name for name in loose if name not in classes]:
+        faults.append(
+            f"{where}: {root} has {len(loose)} images outside the folders of its classes, such as "
+            f"{min(loose)}: move or remove them"
+        )
     for label, name in enumerate(classes):
         files: list[tuple[str, int, int]] = []
         not_read: list[str] = []
         for folder, time, entries in _walk(root / name):
             folders.append((os.fsencode(os.path.relpath(folder, root)), time))
             for entry in entries:
-                suffix = os.path.splitext(entry.name)[1].lower()
-                if suffix in READ:
-                    stat = entry.stat()
-                    files.append((entry.path, stat.st_size, stat.st_mtime_ns))
-                elif suffix in NOT_READ:
+                if _ending(entry) in READ:
+                    found = entry.stat()
+                    if not stat.S_ISREG(found.st_mode):
+                        faults.append(f"{where}: {entry.path}: is not a regular file")
+                        continue
+                    files.append((entry.path, found.st_size, found.st_ctime_ns))
+                elif _ending(entry) in NOT_READ:
                     not_read.append(entry.name)
+                elif entry.is_symlink():
+                    entry.stat()  # a broken link is an error: it may be that of a folder
         faults += _faults(where, root / name, len(files), not_read)
         cut = len(os.fspath(root)) + 1
         files.sort()
@@ -132,9 +161,9 @@ def _search(root: Path, where: str) -> tuple[FolderIndex, list[str]]:
 
 def _walk(folder: Path | str) -> Iterator[tuple[str, int, list[os.DirEntry[str]]]]:
     """Yield every folder that is not hidden: its path, its time and its files."""
-    time = os.stat(folder).st_mtime_ns  # before it is read, so that a later change is noticed
+    time = os.stat(folder).st_ctime_ns  # before it is read, so that a later change is noticed
     with os.scandir(folder) as found:
-        entries = [entry for entry in found if not entry.name.startswith(".")]
+        entries = [entry for entry in found if not _hidden(entry)]
     below = [entry.path for entry in entries if entry.is_dir()]
     yield str(folder), time, [entry for entry in entries if not entry.is_dir()]
     for path in sorted(below):
@@ -166,16 +195,16 @@ def _unchanged(index: FolderIndex, root: Path) -> bool:
     if len(rows) > COMPARED_WHOLE:
         rows = order(0, 0, len(rows))[:COMPARED]
 
-    def stat(name: Any) -> os.stat_result:
+    def now(name: Any) -> os.stat_result:
         return os.stat(os.path.join(root, os.fsdecode(name)))
 
     try:
         for name, time in zip(index.folders.tolist(), index.folder_times.tolist(), strict=True):
-            if stat(name).st_mtime_ns != time:
+            if now(name).st_ctime_ns != time:
                 return False
         for row in rows.tolist():
-            found = stat(index.names[row].item())
-            if (found.st_size, found.st_mtime_ns) != (index.sizes[row], index.times[row]):
+            found = now(index.names[row].item())
+            if (found.st_size, found.st_ctime_ns) != (index.sizes[row], index.times[row]):
                 return False
     except OSError:
         return False

@@ -93,8 +93,8 @@ def resize(image: Pixels, height: int, width: int, box: Box | None = None) -> Pi
 def _to_rgb(image: Image) -> Image:
     if image.mode == "F" or image.mode.startswith("I"):
         numbers = np.asarray(image)
-        # Pillow opens some files of 16 bits in its mode of 32 bits.
-        if image.mode == "F" or numbers.min() < 0 or numbers.max() > 65535:
+        # Of the files in Pillow's mode of 32 bits, only PGM and PNG have 16 bits.
+        if image.mode == "F" or (image.mode == "I" and image.format not in ("PPM", "PNG")):
             raise ValueError(
                 f"its mode {image.mode} has 32 bits per pixel and no known range; expected images "
                 "of 8 or 16 bits"

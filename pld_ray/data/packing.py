@@ -43,15 +43,18 @@ def pack(found: Found, folder: str, shorter: int, quality: int) -> tuple[int, in
     except ImportError:
         raise InputError("data pack needs another package: pip install 'pld-ray[hf]'") from None
     target = Path(folder)
-    if target.exists():
+    if os.path.lexists(target):
         raise InputError(f"data pack: {folder} exists already: expected the name of a new folder")
     if isinstance(found.train[0], np.ndarray):
         raise InputError("data pack: the dataset is an array of small images: nothing to pack")
     features = datasets.Features(
         {"image": datasets.Image(), "label": datasets.ClassLabel(names=list(found.class_names))}
     )
-    target.parent.mkdir(parents=True, exist_ok=True)
-    work = tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        work = tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent)
+    except OSError as error:
+        raise InputError(f"data pack: {folder}: cannot be written: {error.strerror}") from None
     try:
         with quiet():
             _write(found, work, features, shorter, quality)

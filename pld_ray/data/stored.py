@@ -93,7 +93,10 @@ class ImageCells:
                 fields = [chunk.type.field(i).name for i in range(chunk.type.num_fields)]
                 # `field` ignores the rows that are null as a whole; `flatten` does not.
                 found = dict(zip(fields, chunk.flatten(), strict=True))
-                parts.append((found.get("bytes"), found.get("path")))
+                contents = found.get("bytes")
+                if contents is not None and pa.types.is_null(contents.type):
+                    contents = None
+                parts.append((contents, found.get("path")))
             else:
                 parts.append((chunk, None))
         return starts, parts
@@ -125,7 +128,7 @@ class ImageCells:
         if content is not None:
             return len(content)
         try:
-            return os.path.getsize(path) if path else -1
+            return os.path.getsize(path) if path and os.path.isabs(path) else -1
         except OSError:
             return -1
 
@@ -149,6 +152,11 @@ class ImageCells:
             return content.to_pybytes()
         if not path:
             raise InputError(f"{self.name(i)}: has no image")
+        if not os.path.isabs(path):
+            raise InputError(
+                f"{self.name(i)}: its image is the relative path {path!r}: expected the content of "
+                "the image, or an absolute path"
+            )
         try:
             with open(path, "rb") as file:
                 return file.read()

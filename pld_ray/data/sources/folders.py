@@ -44,15 +44,17 @@ def folder(data: Data, path: str) -> Found:
         splits[train],
         splits[val] if val is not None else None,
         tuple(os.fsdecode(name) for name in names),
-        "".join(index.state for index in indices.values()),
+        "".join(f"{split} {index.state} " for split, index in indices.items()),
         tuple(faults),
     )
 
 
 def _existing(root: Path, *names: str) -> Path | None:
-    """Return the first of these folders that has a folder per class."""
-    folders = (root / name for name in names)
-    return next((path for path in folders if path.is_dir() and class_folders(path)), None)
+    """Return the first of these folders that is there and not empty, if it has class folders."""
+    for path in (root / name for name in names):
+        if path.is_dir() and any(not child.name.startswith(".") for child in path.iterdir()):
+            return path if class_folders(path) else None
+    return None
 
 
 def _split(root: Path, index: FolderIndex) -> Split:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import logging
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +25,7 @@ from pld_ray.errors import InputError, MissingError
 # The validation split is the first of these that is there: a test split is only used if there is
 # no other, and is left alone otherwise.
 VAL = ("validation", "val", "valid", "dev", "test")
+Sources = dict[str, tuple[tuple[str, int], ...]]  # the parquet files of each split, and their rows
 
 
 @register_dataset("hf", has_path=True, encodes=True)
@@ -30,7 +35,11 @@ def hub(data: Data, path: str) -> Found:
     The dataset is memory-mapped, so that its size does not matter, and the trials of a machine
     share it.
     """
-    splits, sources = _open(data, path)
+    return _found(data, *_open(data, path))
+
+
+def _found(data: Data, splits: dict[str, Any], sources: Sources) -> Found:
+    """Choose the splits and columns of an opened dataset."""
     train_name = data.split.train
     val_name = data.split.val or next((name for name in VAL if name in splits), None)
     if val_name is None and not data.holdout:
@@ -45,6 +54,8 @@ def hub(data: Data, path: str) -> Found:
             raise InputError(
                 f"data {data.name!r}: has no split {name!r}; its splits are {', '.join(splits)}"
             )
+        if dataset.num_rows == 0:
+            raise InputError(f"data {data.name!r}: its split {name} has no images")
         _check_columns(data, dataset, name)
         if dataset.num_rows != dataset.data.num_rows:  # a selection of rows
             dataset = dataset.flatten_indices()
@@ -53,17 +64,34 @@ def hub(data: Data, path: str) -> Found:
     train, val = found[train_name], found.get(val_name or "")
     labels, names = _labels(data, [train] if val is None else [train, val])
     second = None if val is None else (val, labels[1])
-    return Found((train, labels[0]), second, names, _state(data, list(found.values())))
+    state = _state(data, list(found.values()))
+    if state is not None:
+        content = repr(names).encode() + b"".join(part.tobytes() for part in labels)
+        state += hashlib.sha256(content).hexdigest()
+    return Found((train, labels[0]), second, names, state)
 
 
 @register_dataset("parquet", has_path=True, encodes=True)
 def parquet(data: Data, path: str) -> Found:
-    """Find PATH/train*.parquet and PATH/val*.parquet (or validation*, or test*), as `hf` does."""
+    """Find PATH/train*.parquet and PATH/val*.parquet (or validation*, or test*)."""
     if not os.path.isdir(path):
         raise MissingError(f"data {data.name!r}: the folder {path} does not exist")
-    if not any(Path(path).rglob("*.parquet")):
+    found = sorted(Path(path).glob("*.parquet"))
+    starts = {"train": "train", "validation": "val", "test": "test"}
+    files = {
+        split: [str(file) for file in found if file.name.startswith(start)]
+        for split, start in starts.items()
+    }
+    for file in found:
+        if not file.name.startswith(tuple(starts.values())):
+            raise InputError(
+                f"{file}: belongs to no split: expected names that begin with train, val, "
+                "validation or test"
+            )
+    files = {split: paths for split, paths in files.items() if paths}
+    if "train" not in files:
         raise InputError(f"data {data.name!r}: expected train*.parquet and val*.parquet in {path}")
-    return hub(data, path)
+    return _found(data, *_open(data, "parquet", files))
 
 
 def _state(data: Data, splits: list[ImageCells]) -> str | None:
@@ -71,15 +99,20 @@ def _state(data: Data, splits: list[ImageCells]) -> str | None:
     if not all(cells.complete for cells in splits):
         return None
     paths = {file["filename"]: None for cells in splits for file in cells.dataset.cache_files}
-    times = [(path, os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in paths]
+    times = [(path, os.stat(path).st_size, os.stat(path).st_ctime_ns) for path in paths]
     return repr((times, data.columns, data.split, list(map(len, splits))))
 
 
-Sources = dict[str, tuple[tuple[str, int], ...]]  # the parquet files of each split, and their rows
+def _open(
+    data: Data, path: str, files: dict[str, list[str]] | None = None
+) -> tuple[dict[str, Any], Sources]:
+    """Open a dataset with the library, and find the files from which it was made.
 
-
-def _open(data: Data, path: str) -> tuple[dict[str, Any], Sources]:
-    """Open a dataset with the library, and find the files from which it was made."""
+    Args:
+        data: The settings of the dataset.
+        path: A folder, a name on the hub, or "parquet".
+        files: The files of each split, for "parquet".
+    """
     try:
         import datasets
     except ImportError:
@@ -95,11 +128,18 @@ def _open(data: Data, path: str) -> tuple[dict[str, Any], Sources]:
             except Exception as error:  # of pyarrow, of JSON, of the library
                 raise InputError(_said(data, error)) from None
             return dict(opened) if isinstance(opened, dict) else {"train": opened}, {}
-        builder = _prepared(data, path)
+    if os.path.isabs(path) or files:
+        builder = _prepared(data, path, files)
     else:
         builder = _from_hub(data, path)
-    files = getattr(builder.config, "data_files", None) or {}
-    return _splits(data, builder), {name: _counted(tuple(files[name])) for name in files}
+    made_of = _files(builder)
+    return _splits(data, builder), {name: _counted(tuple(made_of[name])) for name in made_of}
+
+
+def _files(builder: Any) -> dict[str, list[str]]:
+    """Return the local files of each split from which a dataset is made."""
+    found = getattr(builder.config, "data_files", None) or {}
+    return {name: [file for file in found[name] if os.path.isfile(file)] for name in found}
 
 
 def _from_hub(data: Data, path: str) -> Any:
@@ -114,22 +154,24 @@ def _from_hub(data: Data, path: str) -> Any:
     raise missing
 
 
-def _prepared(data: Data, path: str) -> Any:
+def _prepared(data: Data, path: str, files: dict[str, list[str]] | None = None) -> Any:
     """Return the builder of a dataset, with all splits in the cache as Arrow files."""
     from datasets import load_dataset_builder
     from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
+    local = os.path.isabs(path) or files is not None
     with quiet():
         try:
-            builder = load_dataset_builder(path, name=data.config)
-            _check_parquet(builder)
-            builder.download_and_prepare()
+            builder = load_dataset_builder(path, name=data.config, data_files=files)
+            _check_parquet(data, _files(builder))
+            stale = _stale(builder)
+            builder.download_and_prepare(download_mode="force_redownload" if stale else None)
         except InputError:
             raise
         except DatasetGenerationError as error:
             raise InputError(_said(data, error.__cause__ or error)) from None
         except (DatasetNotFoundError, ConnectionError) as error:
-            if os.path.isabs(path):
+            if local:
                 raise InputError(_said(data, error)) from None
             config = f", {data.config!r}" if data.config else ""
             raise MissingError(
@@ -141,6 +183,17 @@ def _prepared(data: Data, path: str) -> Any:
         except (ValueError, OSError, ImportError, RuntimeError, TypeError) as error:
             raise InputError(_said(data, error)) from None
     return builder
+
+
+def _stale(builder: Any) -> bool:
+    """Return whether a local file has changed since the library cached it.
+
+    The library looks at the time of modification, which programs can set. The time of the last
+    change cannot be set.
+    """
+    info = Path(builder.cache_dir) / "dataset_info.json"
+    changes = [os.stat(file).st_ctime_ns for files in _files(builder).values() for file in files]
+    return info.is_file() and max(changes, default=0) > info.stat().st_ctime_ns
 
 
 def _splits(data: Data, builder: Any) -> dict[str, Any]:
@@ -166,17 +219,40 @@ def _line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def _check_parquet(builder: Any) -> None:
-    """Raise InputError if a parquet file is broken; the library's own error does not name it."""
+def _check_parquet(data: Data, files: dict[str, list[str]]) -> None:
+    """Check parquet files one by one: the library's own errors do not name the file.
+
+    Raises:
+        InputError: A file is broken, or its labels are of another kind than those of the others:
+            words and numbers, or other names of classes.
+    """
     import pyarrow.parquet as pq
 
-    files = getattr(builder.config, "data_files", None) or {}
-    for file in (file for split in files.values() for file in split):
-        if file.endswith(".parquet"):
-            try:
-                pq.read_schema(file)
-            except Exception as error:  # pyarrow raises many types for a broken file
-                raise InputError(f"{file}: cannot be read as parquet: {_line(error)}") from None
+    val = data.split.val or next((name for name in VAL if name in files), "")
+    used = set(re.split(r"\W+", f"{data.split.train} {val}"))  # such as "train[:90%]" and "test"
+    kinds: dict[str, str] = {}  # the first file with each kind of labels
+    for name, file in ((name, file) for name, each in files.items() for file in each):
+        if not file.endswith(".parquet"):
+            continue
+        try:
+            schema, rows = pq.read_schema(file), pq.read_metadata(file).num_rows
+        except Exception as error:  # pyarrow raises many types for a broken file
+            raise InputError(f"{file}: cannot be read as parquet: {_line(error)}") from None
+        if not rows:
+            raise InputError(f"{file}: has no rows")
+        if name not in used or data.columns.label not in schema.names:
+            continue
+        known = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+        feature = known.get("info", {}).get("features", {}).get(data.columns.label) or {}
+        text = _is_text(schema.field(data.columns.label).type)
+        kind = f"the classes {feature['names']}" if feature.get("names") else ""
+        kinds.setdefault(kind or ("words" if text else "numbers"), file)
+    if len(kinds) > 1:
+        (first, one), (second, other) = list(kinds.items())[:2]
+        raise InputError(
+            f"{other}: its labels are {second}, and those of {one} are {first}: expected the same "
+            "kind in all files"
+        )
 
 
 def _counted(files: tuple[str, ...]) -> tuple[tuple[str, int], ...]:
@@ -202,7 +278,7 @@ def quiet() -> Iterator[None]:
     levels = [logger.get_verbosity() for logger in loggers]
     bars = datasets.is_progress_bar_enabled()
     for logger in loggers:
-        logger.set_verbosity_error()
+        logger.set_verbosity(logging.CRITICAL)
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     try:
@@ -280,7 +356,14 @@ def _labels(data: Data, splits: list[ImageCells]) -> tuple[list[Ints], tuple[str
             f"data {data.name!r}: its column {column} holds words in one split and numbers in "
             "another: expected the same in both"
         )
-    named = getattr(splits[0].dataset.features[column], "names", None)
+    features = [cells.dataset.features[column] for cells in splits]
+    named = getattr(features[0], "names", None)
+    if any(getattr(feature, "names", None) != named for feature in features):
+        raise InputError(
+            f"data {data.name!r}: its splits name their classes differently: "
+            f"{' and '.join(str(getattr(f, 'names', None)) for f in features)}: expected the same "
+            "names in the same order"
+        )
     found = [_label_column(cells, column, text[0]) for cells in splits]
     if text[0]:
         names = tuple(sorted(set(found[0])))
@@ -300,10 +383,12 @@ def _labels(data: Data, splits: list[ImageCells]) -> tuple[list[Ints], tuple[str
             expected = f"a class index from 0 to {count - 1}" if named else "a class index from 0"
             row = int(wrong[0])
             raise InputError(f"{cells.name(row)}: its label is {labels[row]}: expected {expected}")
-    if not named and len(gaps := np.setdiff1d(np.arange(count), found[0])):
+    there = np.unique(found[0])
+    if not named and len(there) < count:
+        gap = int(np.flatnonzero(np.append(there, -1) != np.arange(len(there) + 1))[0])
         raise InputError(
-            f"data {data.name!r}: no training image has the label {gaps[0]}, and there are labels "
-            f"up to {count - 1}: expected class indices from 0 without gaps, or words"
+            f"data {data.name!r}: no training image has the label {gap}, and there are labels up "
+            f"to {count - 1}: expected class indices from 0 without gaps, or words"
         )
     return found, tuple(named or map(str, range(count)))
 
@@ -317,4 +402,7 @@ def _label_column(cells: ImageCells, column: str, text: bool) -> Any:
         raise InputError(f"{cells.name(row)}: its label is None: expected {expected}")
     if text:
         return values.to_pylist()
-    return values.to_numpy().astype(np.int64)
+    try:
+        return values.cast("int64").to_numpy()
+    except ValueError as error:
+        raise InputError(f"{cells.split}: its column {column}: {_line(error)}") from None
