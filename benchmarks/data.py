@@ -169,13 +169,14 @@ def cpu_seconds() -> float:
 
 
 OPEN = """
-import resource, sys, time
+import psutil, sys, time
 from pld_ray.config.trial import Data
-from pld_ray.data import datasets
-before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
-data = Data(name="folder:" + sys.argv[1], image_size=8, random_resized_crop=True)
-print(datasets.identify(data), time.perf_counter() - started,
-      (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+from pld_ray.data import datasets, fingerprints
+before, started = psutil.Process().memory_info().rss, time.perf_counter()
+found = datasets.find(Data(name="folder:" + sys.argv[1]))
+fingerprints.fingerprint(found)
+seconds = time.perf_counter() - started
+print(len(found.train[0]), seconds, (psutil.Process().memory_info().rss - before) / 1e6)
 """
 
 
