@@ -165,6 +165,34 @@ def cpu_seconds() -> float:
     return sum(each.ru_utime + each.ru_stime for each in spent)
 
 
+def decoding(folder: Path, rounds: int) -> tuple[float, float]:
+    """Decode and crop on one core; return crops per CPU second, and the median ratio to Pillow."""
+    data = Data.model_validate({"name": f"folder:{folder}", **CROPPED})
+    pixels: Any = datasets.load(data).train
+    index = np.arange(min(256, len(pixels)))
+    draws = augmentation.crop_draws(0, 0, index)
+
+    def ours(row: int) -> None:
+        pixels._one(row, draws[row].tolist())
+
+    def pillow(row: int) -> None:
+        with Image.open(io.BytesIO(pixels.files.read(row))) as image:
+            cut = augmentation.crop(*image.size, draws[row].tolist())
+            np.asarray(image.convert("RGB").resize((SIZE, SIZE), Image.Resampling.BICUBIC, box=cut))
+
+    found: list[tuple[float, float]] = []
+    for _ in range(rounds):
+        spent = {}
+        for function in random.sample([ours, pillow], 2):
+            started = time.process_time()
+            for row in index.tolist():
+                function(row)
+            spent[function] = time.process_time() - started
+        found.append((len(index) / spent[ours], spent[pillow] / spent[ours]))
+    speeds, ratios = zip(*found, strict=True)
+    return statistics.median(speeds), statistics.median(ratios)
+
+
 # ---------------------------------------------------------------- opening, and the share of a step
 
 
@@ -268,6 +296,10 @@ def run(arguments: argparse.Namespace, work: Path, console: Console) -> None:
         )
         table.add_row(name, f"{cpu:.0f}", *(f"{ratio:.2f}" for ratio in ratios), f"{wall:.0f}")
     console.print(table)
+    speed, ratio = decoding(work / "images", arguments.rounds)
+    console.print(
+        f"decoding and cropping alone: {speed:.0f} crops per CPU second, {ratio:.2f} times Pillow"
+    )
     for number, (seconds, megabytes) in enumerate(
         opened(work / "many", arguments.files, work / "other-cache"), 1
     ):

@@ -123,6 +123,9 @@ class Stream:
         if not pad and not flip:
             return images
         bits = random_bits(self.seed, view, index, "augment")
+        if not pad:
+            mirrored = torch.from_numpy(below(bits, 48, 2) == 1).to(images.device)
+            return torch.where(mirrored[:, None, None, None], images.flip(2), images)
         top = below(bits, 0, 2 * pad + 1)
         left = below(bits, 24, 2 * pad + 1)
         mirrored = below(bits, 48, 2) if flip else np.zeros_like(top)
@@ -158,5 +161,9 @@ class Stream:
 
     def _normalise(self, images: Tensor) -> Tensor:
         """Normalise uint8 [B, H, W, channels] to float32 [B, channels, H, W] in the layout."""
-        x = (images * self.scale).add_(self.shift)  # in place: a second tensor would take longer
-        return x.permute(0, 3, 1, 2).contiguous(memory_format=self.layout)
+        batch, height, width, channels = images.shape
+        # As rows of width * channels numbers: steps over the channels alone are not vectorised.
+        x = images.reshape(batch, height, width * channels).float()
+        x.mul_(self.scale.repeat(width)).add_(self.shift.repeat(width))
+        x = x.view(batch, height, width, channels).permute(0, 3, 1, 2)
+        return x.contiguous(memory_format=self.layout)
