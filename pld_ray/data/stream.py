@@ -124,8 +124,8 @@ class Stream:
             return images
         bits = random_bits(self.seed, view, index, "augment")
         if not pad:
-            mirrored = torch.from_numpy(below(bits, 48, 2) == 1).to(images.device)
-            return torch.where(mirrored[:, None, None, None], images.flip(2), images)
+            chosen = torch.from_numpy(below(bits, 48, 2) == 1).to(images.device)
+            return torch.where(chosen[:, None, None, None], images.flip(2), images)
         top = below(bits, 0, 2 * pad + 1)
         left = below(bits, 24, 2 * pad + 1)
         mirrored = below(bits, 48, 2) if flip else np.zeros_like(top)
