@@ -22,7 +22,7 @@ check: .venv/installed  ## lint, format and types
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable ".[dev]"
+	$(BIN)/pip install --quiet --no-compile --disable-pip-version-check --editable ".[dev]"
 	touch $@
 
 clean:  ## everything that make or a run made
