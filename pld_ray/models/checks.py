@@ -65,7 +65,10 @@ def check_model(
             give one logit per class, or the weights cannot be read or do not fit the network.
     """
     with torch.device("meta"):
-        network = create_model(model, classes, channels, image_size)
+        try:
+            network = create_model(model, classes, channels, image_size)
+        except RuntimeError as error:  # of shapes; without memory, none can be missing
+            raise InputError(f"model {model.name!r} cannot be made: {error}") from None
         images = torch.zeros(batch, channels, image_size, image_size)
     notes: list[str] = []
     trains = not isinstance(model, Weights)

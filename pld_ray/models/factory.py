@@ -46,7 +46,7 @@ def create_model(
         args.setdefault("img_size", image_size)
     try:
         return timm.create_model(model.name, pretrained=pretrained, **args)
-    except (TypeError, ValueError, AssertionError, RuntimeError, ArithmeticError) as error:
+    except (TypeError, ValueError, AssertionError, ArithmeticError) as error:
         raise InputError(
             f"model {model.name!r} cannot be made with {args}: {error or 'unsupported size'}"
         ) from None
