@@ -15,7 +15,6 @@ from pld_ray.data.sampling import Ints
 
 Bytes = npt.NDArray[np.uint8]
 Split = tuple[Bytes | StoredImages, Ints]  # images and labels [N]
-NO_IMAGES = np.zeros((0, 1, 1, 3), np.uint8)
 
 
 @dataclass(frozen=True)
