@@ -312,20 +312,24 @@ def test_the_digest_of_pretrained_weights(monkeypatch, tmp_path):
 
 def race(store_uri, trial, ledger, log, kill):
     """A trial that notes which chunks it computes, and dies in its first one if `kill`."""
-    compute = bank.Bank._compute
+    compute, log, mine = bank.Bank._compute, Path(log), f"{trial.id} "
 
     def noted(self, name):
-        with open(log, "a") as file:
-            file.write(f"{name}\n")
+        with log.open("a") as file:
+            file.write(f"{mine}{name}\n")
         if kill:
             os.kill(os.getpid(), signal.SIGKILL)
-        time.sleep(0.2)  # long enough for the others to come to it
+        others = {live.removeprefix("live-") for live in os.listdir(log.parent)} - {trial.id}
+        # with more chunks than one, the other trial finds this one taken and computes the next
+        while self.views > 1 and not others & {x.split()[0] for x in log.read_text().splitlines()}:
+            self.ledger.renew(self.store.uri, name, self.holder)
+            time.sleep(0.05)
         compute(self, name)
 
     bank.Bank._compute = noted
-    if not kill:  # wait for the other one
-        Path(f"{log}.{os.getpid()}").touch()
-        while len(list(Path(log).parent.glob("log.*"))) < 2:
+    if not kill:  # start with the other one
+        (log.parent / f"live-{trial.id}").touch()
+        while len(list(log.parent.glob("live-*"))) < 2:
             time.sleep(0.01)
     try:
         train(trial, load(trial.data), Store(store_uri), lambda metrics: None, ledger)
@@ -349,9 +353,9 @@ def test_trials_that_start_together_compute_each_chunk_once(experiment, tmp_path
     dead = task.remote(store.uri, doomed, ledger, str(log), True)
     with pytest.raises(local_ray.exceptions.WorkerCrashedError):
         local_ray.get(dead, timeout=600)
-    assert len(log.read_text().split()) == 1  # it died with a claim
+    assert len(log.read_text().splitlines()) == 1  # it died with a claim
     local_ray.get([task.remote(store.uri, t, ledger, str(log), False) for t in trials], timeout=600)
-    names = log.read_text().split()
+    names = [line.split()[1] for line in log.read_text().splitlines()]
     assert names.count(names[0]) == 2 and len(set(names)) == len(names) - 1 == len(chunks(store))
     assert len(chunks(store)) == 4 + 1  # views, validation
     spent = [store.record(t.id)["seconds"].get("teacher_seconds", 0) for t in trials]
