@@ -48,8 +48,11 @@ def _public() -> dict[str, str]:
 
 
 def __getattr__(name: str) -> Any:
+    from pld_ray.imports import without_collection
+
     if not name.startswith("__") and name in (home := _public()):
-        return getattr(importlib.import_module(f"{__name__}.{home[name]}"), name)
+        with without_collection():
+            return getattr(importlib.import_module(f"{__name__}.{home[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

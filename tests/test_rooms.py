@@ -7,7 +7,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-EVERYWHERE = {"pld_ray", "pld_ray.errors", "pld_ray.units"}  # what every room may import
+EVERYWHERE = {
+    "pld_ray",
+    "pld_ray.errors",
+    "pld_ray.imports",
+    "pld_ray.units",
+}  # what every room may import
 
 
 def rooms():

@@ -125,10 +125,12 @@ def train(
     from rich.console import Console
 
     from pld_ray.data import datasets
+    from pld_ray.imports import without_collection
     from pld_ray.sweep.progress import ProgressView, redirect_prints
 
     with Console().status(f"{len(pending)} trials to run: checking them and starting Ray"):
-        from pld_ray.sweep import checks, identity, loggers, runner
+        with without_collection():
+            from pld_ray.sweep import checks, identity, loggers, runner
 
         followed = loggers.create(log, plan.experiment.name, store)
         cells = {each.group.key: each.group.cell.trial for each in progress}

@@ -14,6 +14,7 @@ from pld_ray.config.trial import Trial
 from pld_ray.data.datasets import sharing_key
 from pld_ray.data.images import Images
 from pld_ray.errors import InputError
+from pld_ray.imports import without_collection
 from pld_ray.store.store import Store
 from pld_ray.sweep.ledger import LedgerClient
 from pld_ray.sweep.liveness import monitored
@@ -67,7 +68,8 @@ def _attempt(
 ) -> None:
     """Train. Raise errors of the types `again` for another attempt, and NotedError for others."""
     # Importing torch takes seconds, in which the process gives no sign of life.
-    from pld_ray.distill.loop import TrainingError, train
+    with without_collection():
+        from pld_ray.distill.loop import TrainingError, train
 
     with monitored(monitor, trial.id) as step:
         try:
