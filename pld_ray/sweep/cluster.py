@@ -38,9 +38,7 @@ def connected(address: str | None = None) -> Iterator[None]:
         code = {"py_modules": [_package("pld_ray"), _package("analysis")]} if address else None
         where = "local" if address is None and not _runs_here() else address
         try:
-            # None: as the joined cluster is; a local one starts and ends sooner without
-            dashboard = False if where == "local" else None
-            ray.init(where, include_dashboard=dashboard, runtime_env=code, log_to_driver=False)
+            ray.init(address=where, runtime_env=code, log_to_driver=False)
         except (ConnectionError, ray.exceptions.AuthenticationError) as error:
             raise InputError(
                 f"Ray cluster {address or 'on this machine'}: cannot connect: {_reason(error)}"
