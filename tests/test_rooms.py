@@ -11,6 +11,7 @@ EVERYWHERE = {
     "pld_ray",
     "pld_ray.errors",
     "pld_ray.imports",
+    "pld_ray.plugins",
     "pld_ray.units",
 }  # what every room may import
 

@@ -190,6 +190,7 @@ def export(
 ) -> None:
     """Write one table with the settings, metrics and times of trials, for other programs."""
     from analysis.records import export
+    from pld_ray import plugins
     from pld_ray.store.store import Store
 
     export.check(to)
@@ -199,6 +200,12 @@ def export(
         trials = {key: trial for plan in plans for key, trial in plan.trials.items()}
     else:
         trials = store.trials()
+        if unknown := store.plugins().keys() - plugins.LOADED.keys():
+            typer.echo(
+                f"note: trials that use a plug-in ({', '.join(sorted(unknown))}) are left out: "
+                "name their experiments",
+                err=True,
+            )
     if not trials:
         raise InputError(f"there are no trials in {store.uri}")
     table = export.frame(trials, store)
@@ -219,10 +226,11 @@ def student(
     from pld_ray.store.store import Store
 
     store = Store(storage)
-    trials = store.trials()
-    if trial not in trials:
+    found = store.trial(trial)
+    if found is None:
+        trials = store.trials()
         hint = nearest(trial, trials) if trials else "it holds no trials"
         raise InputError(f"student {trial}: no such trial in {store.uri}; {hint}")
     from pld_ray.models import export
 
-    session.say("student", export.export_student(trials[trial], store, to or Path(trial), onnx))
+    session.say("student", export.export_student(found, store, to or Path(trial), onnx))

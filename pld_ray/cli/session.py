@@ -124,6 +124,7 @@ def train(
     """
     from rich.console import Console
 
+    from pld_ray import plugins
     from pld_ray.data import datasets
     from pld_ray.imports import without_collection
     from pld_ray.sweep.progress import ProgressView, redirect_prints
@@ -139,6 +140,8 @@ def train(
             if trial.data.fingerprint:
                 images = ready[datasets.sharing_key(trial.data)]
                 store.keep_dataset(identity.dataset_entry(trial.data, images))
+        for name in {name for trial in (pending | cells).values() for name in trial.all_plugins}:
+            store.keep_plugin(plugins.LOADED[name])
     for note in notes:
         typer.echo(f"note: {note}", err=True)
     to_draw = sum({each.group.key: each.to_draw for each in progress}.values())
@@ -183,13 +186,13 @@ def opened(
     """
     from pld_ray.config.experiment import load_experiment
     from pld_ray.store.store import Store
-    from pld_ray.sweep.identity import DataIdentity
+    from pld_ray.sweep.identity import DataIdentity, changed_plugins
 
     store = Store(storage)
     identity = DataIdentity(store, download)
     loaded = load_experiment(experiment, tuple(overrides or ()), smoke).identified(identity)
     plan = planned(loaded, store)
-    for note in identity.notes:
+    for note in [*identity.notes, *changed_plugins(store)]:
         typer.echo(f"note: {note}", err=True)
     return plan, store
 

@@ -11,8 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, PrivateAttr, model_validator
+from pydantic import Field, PrivateAttr, field_validator, model_validator
 
+from pld_ray import plugins
 from pld_ray.config.grid import axis
 from pld_ray.config.merge import merge, named, nest
 from pld_ray.config.paths import absolute_paths
@@ -55,6 +56,8 @@ class Experiment(Part):
         recipe: The name of a YAML file in `recipes/` whose settings `base` overrides.
         base: The settings of a trial that all trials share.
         grid: The fields that vary, and their values (see `planning.plan`).
+        plugins: Python files, or names of installed packages, with losses, networks and datasets of
+            your own (see `pld_ray.plugins`).
         seeds: The seeds for which each cell of the grid runs. With a search, these are the seeds
             on which the best settings are compared; the default is then an empty list.
         resources: The resources that trials request from the cluster.
@@ -68,6 +71,7 @@ class Experiment(Part):
     title: str = ""
     note: str = ""
     recipe: str | None = None
+    plugins: list[str] = []
     base: dict[str, Any] = {}
     grid: dict[str, list[Any]] = {}
     seeds: list[int] = [0]
@@ -104,6 +108,14 @@ class Experiment(Part):
         if isinstance(raw, dict) and raw.get("search") is not None:
             return {"seeds": []} | raw
         return raw
+
+    @field_validator("plugins")
+    @classmethod
+    def _load_plugins(cls, sources: list[str]) -> list[str]:
+        plugins.load_installed()
+        for source in sources:
+            plugins.load(source)
+        return sources
 
     @model_validator(mode="after")
     def _seeds(self) -> Experiment:

@@ -40,7 +40,7 @@ def absolute_dataset(name: str, folder: str | Path = "") -> str:
 
 
 def absolute_paths(value: Any, folder: Path, field: tuple[str, ...] = ()) -> Any:
-    """Return settings with absolute paths: `data.name`, `data.root` and `teacher.weights`.
+    """Return settings with absolute paths: `data.name`, `data.root`, `teacher.weights`, `plugins`.
 
     Args:
         value: The value of a field, or a mapping of fields. The name of a field may be dotted, or
@@ -57,6 +57,8 @@ def absolute_paths(value: Any, folder: Path, field: tuple[str, ...] = ()) -> Any
         return [absolute_paths(part, folder, field) for part in value]
     if not isinstance(value, str):
         return value
+    if field == ("plugins",) and (value.endswith(".py") or os.sep in value):
+        return absolute(value, folder)
     if field[-1:] == ("data",) or field[-2:] == ("data", "name"):
         return absolute_dataset(value, folder)
     weights = field[-2:] == ("teacher", "weights") and value not in ("", "train", "pretrained")

@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import Field
 
+from pld_ray import plugins
 from pld_ray.config.experiment import Experiment
 from pld_ray.config.grid import axis, each_loss
 from pld_ray.config.merge import merge, named, nest
@@ -276,10 +277,14 @@ def _cell(raw: dict[str, Any], taught: dict[str, Any], experiment: Experiment) -
             raise InputError(
                 f"{experiment.name}: {field}: set teacher.{field.removeprefix('teacher_')} instead"
             )
+    if "plugins" in raw:
+        raise InputError(f"{experiment.name}: plugins: expected beside base, not in it")
     trial = validated(Trial, raw | taught, experiment.name)
     changed: dict[str, Any] = {}
     if fingerprint := experiment.fingerprint(trial.data):
         changed["data"] = trial.data.model_copy(update={"fingerprint": fingerprint})
+    if own := plugins.used(trial.provided):
+        changed["plugins"] = {name: plugin.digest for name, plugin in sorted(own.items())}
     if not trial.loss.needs_teacher:
         changed["teacher"] = None
     if not trial.loss.needs_teacher or trial.loss.needs_features:

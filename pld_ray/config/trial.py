@@ -301,6 +301,8 @@ class Trial(Part):
         channels_last: Whether images use the channels-last memory format.
         compile: Whether to compile the student with `torch.compile`.
         workers: The number of workers that train the student together.
+        plugins: The digest of the source of each plug-in that provides its loss, its networks or
+            its dataset, by the name of the plug-in. A plan fills it in.
         seed: The random seed.
     """
 
@@ -321,6 +323,7 @@ class Trial(Part):
     channels_last: bool = True
     compile: bool = False
     workers: int = Field(1, ge=1)
+    plugins: dict[str, str] = {}
     seed: int = Field(0, ge=0, lt=2**31)
 
     @model_validator(mode="after")
@@ -360,6 +363,23 @@ class Trial(Part):
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     @property
+    def provided(self) -> set[tuple[str, str]]:
+        """The names that can come from a plug-in: of the loss, the networks and the dataset.
+
+        A teacher that has to be trained is another trial, with names of its own.
+        """
+        found = {("loss", self.loss.name), ("network", self.student.name)}
+        if isinstance(self.teacher, Weights):
+            found.add(("network", self.teacher.name.partition(".")[0]))
+        return found | {("dataset", self.data.name.partition(":")[0])}
+
+    @property
+    def all_plugins(self) -> dict[str, str]:
+        """The plug-ins that the trial and its teachers need."""
+        above = self.teacher.all_plugins if isinstance(self.teacher, Trial) else {}
+        return above | self.plugins
+
+    @property
     def teacher_name(self) -> str | None:
         """The name of the teacher's network, or None without a teacher."""
         teacher = self.teacher.student if isinstance(self.teacher, Trial) else self.teacher
@@ -380,6 +400,7 @@ class Trial(Part):
         dump = self.model_dump(mode="json", exclude={"teacher", "loss", "seed"})
         dump["student"].pop("name")
         dump["data"].pop("fingerprint")
+        dump.pop("plugins")
         if self.teacher is None or self.loss.needs_features:  # no logits are stored
             dump.pop("teacher_logits")
         flat: dict[str, Any] = {}

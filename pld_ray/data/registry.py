@@ -20,6 +20,7 @@ from pld_ray.config.paths import absolute_dataset
 from pld_ray.config.trial import Data
 from pld_ray.data.images import Found, Size
 from pld_ray.errors import InputError, nearest
+from pld_ray.plugins import provide
 
 Find = Callable[[Data, str], Found]
 _Find = TypeVar("_Find", bound=Find)
@@ -71,6 +72,7 @@ def register_dataset(
         if name in DATASETS:
             raise ValueError(f"dataset {name!r} is registered already")
         DATASETS[name] = Dataset(name, find, size, fixed, has_path, encodes)
+        provide("dataset", name, lambda: DATASETS.pop(name))
         return find
 
     return register

@@ -24,6 +24,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from pld_ray import plugins
 from pld_ray.config.trial import ON_THE_FLY, Trial
 from pld_ray.config.validation import Part
 from pld_ray.data.sampling import Ints, order
@@ -59,6 +60,7 @@ class BankSpec(Part):
         cutmix: Alpha of CutMix, if images are mixed.
         mean: Mean of the images for which a teacher's weights file was trained, if it says so.
         std: The standard deviation that belongs to it.
+        plugins: Digests of the plug-ins that provide the teacher's network or the dataset.
     """
 
     model: str
@@ -78,6 +80,7 @@ class BankSpec(Part):
     cutmix: float | None = None
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
+    plugins: dict[str, str] = {}
 
     @property
     def key(self) -> str:
@@ -117,6 +120,9 @@ def spec(trial: Trial, split: Split, weights: str, images: str, bfloat16: bool) 
     assert trial.teacher is not None and trial.teacher_logits != "live"
     model = trial.teacher.student if isinstance(trial.teacher, Trial) else trial.teacher
     train = split == "train"
+    own = plugins.used(
+        [("network", model.name.partition(".")[0]), ("dataset", trial.data.name.partition(":")[0])]
+    )
     return BankSpec(
         model=model.name,
         args=model.args,
@@ -135,6 +141,7 @@ def spec(trial: Trial, split: Split, weights: str, images: str, bfloat16: bool) 
         cutmix=trial.data.cutmix if train else None,
         mean=getattr(trial.teacher, "mean", None),
         std=getattr(trial.teacher, "std", None),
+        plugins={name: plugin.digest for name, plugin in sorted(own.items())},
     )
 
 

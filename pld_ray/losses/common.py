@@ -57,13 +57,17 @@ class DistillationLoss(nn.Module, ABC):
             own = [*inspect.signature(type(self).__init__).parameters][1:]
             known = nearest(option, {*own, *Options.__annotations__} - {"options"})
             raise TypeError(f"{type(self).__name__}: unknown argument {option!r}; {known}")
+        self.set_options(**options)
+        self.notes: list[str] = []
+
+    def set_options(self, **options: Unpack[Options]) -> None:
+        """Set `ignore_index` and `reduction`; what is not given becomes the default."""
         self.ignore_index = options.get("ignore_index", -100)
         if type(self.ignore_index) not in (int, type(None)):
             raise TypeError(f"ignore_index is {self.ignore_index!r}: expected an integer or None")
         self.reduction = options.get("reduction", "mean")
         if self.reduction not in REDUCTIONS:
             raise ValueError(f"reduction is {self.reduction!r}: expected one of {REDUCTIONS}")
-        self.notes: list[str] = []
 
     def notice(self, teacher: Tensor) -> None:
         """Inspect teacher logits [N, C] and add a message to `notes` if the user should know it.
@@ -112,6 +116,11 @@ class DistillationLoss(nn.Module, ABC):
         """
         student, teacher, rows, kept = self._rows(student_logits, teacher_logits, labels)
         losses = self.losses(student, teacher, rows, kept)
+        if losses.shape != rows.shape:
+            raise ValueError(
+                f"{type(self).__name__}.losses gives the shape {list(losses.shape)}: expected one "
+                f"loss per sample, {list(rows.shape)}"
+            )
         return self._reduced(losses, kept, sample_weight, labels)
 
     def _rows(

@@ -29,9 +29,11 @@ from pydantic import ValidationError, create_model
 
 from pld_ray.losses import parameters
 from pld_ray.losses.parameters import LossParams, Takes
+from pld_ray.plugins import provide
 
 _Loss = TypeVar("_Loss", bound=type[Any])
 PACKAGE = "pld_ray.losses"
+OPTIONS = {"ignore_index", "reduction"}  # arguments of every loss on logits
 
 
 def register_loss(name: str, *, label: str, takes: Takes = "logits") -> Callable[[_Loss], _Loss]:
@@ -59,6 +61,7 @@ def register_loss(name: str, *, label: str, takes: Takes = "logits") -> Callable
         elif known.source != source:
             raise ValueError(f"loss {name!r}: {known.source} has this name already, not {source}")
         cls.name, CLASSES[name] = name, cls
+        provide("loss", name, lambda: (REGISTRY.pop(name), CLASSES.pop(name)))
         cls.__init__ = _checked(cls.__init__, known)
         return cls
 
@@ -107,9 +110,12 @@ def _checked(init: Callable[..., None], params: type[LossParams]) -> Callable[..
     name = params.__name__
     kinds = {argument.kind: argument.name for argument in signature.parameters.values()}
     rest = kinds.get(inspect.Parameter.VAR_KEYWORD, "")  # ignore_index and reduction
+    given_names = signature.parameters.keys()
 
     @wraps(init)
     def checked(self: Any, *args: Any, **kwargs: Any) -> None:
+        own = set() if rest else kwargs.keys() & OPTIONS - given_names
+        left = {option: kwargs.pop(option) for option in own}
         given = signature.bind(self, *args, **kwargs).arguments
         given.pop(next(iter(signature.parameters)))
         options = given.pop(rest, {})
@@ -120,6 +126,8 @@ def _checked(init: Callable[..., None], params: type[LossParams]) -> Callable[..
             field = ".".join(str(part) for part in first["loc"])
             raise ValueError(f"{name}: {field} is {first['input']!r}: {first['msg']}") from None
         init(self, **valid.model_dump(exclude={"name"}), **options)
+        if left:  # a constructor without **options need not know them
+            self.set_options(**left)
 
     return checked
 

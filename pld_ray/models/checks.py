@@ -6,12 +6,49 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from pld_ray import plugins
 from pld_ray.config.trial import Model, Trial, Weights
 from pld_ray.errors import InputError
-from pld_ray.losses import FeatureLoss, create_loss
+from pld_ray.losses import FeatureLoss, LossParams, create_loss
 from pld_ray.models.factory import create_model
 from pld_ray.models.features import probe_features
 from pld_ray.models.weights import fit_weights
+
+
+def check_loss(params: LossParams, classes: int) -> None:
+    """Compute a loss on logits once, on random logits.
+
+    Args:
+        params: The settings of the loss.
+        classes: Number of classes.
+
+    Raises:
+        InputError: The loss raises an error, is not one finite number, or has no finite gradient
+            for the student's logits.
+    """
+    drawn = torch.randn(2, 4, classes, generator=torch.Generator().manual_seed(0))
+    student, teacher = drawn[0].requires_grad_(), drawn[1]
+    try:
+        module = create_loss(params)
+        loss = module(student, teacher if params.needs_teacher else None, torch.arange(4) % classes)
+    except Exception as error:
+        where, reason = plugins.location(error), str(error).strip().partition("\n")[0]
+        raise InputError(f"loss {params.name}: {where}{type(error).__name__}: {reason}") from error
+    if not isinstance(loss, Tensor) or loss.ndim:
+        shown = list(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+        raise InputError(f"loss {params.name} gives {shown}: expected a tensor of one number")
+    if not loss.isfinite():
+        raise InputError(f"loss {params.name} is {loss.item()} on random logits")
+    gradient = None
+    if loss.requires_grad:
+        (gradient,) = torch.autograd.grad(loss, student, allow_unused=True)
+    if gradient is None:
+        raise InputError(
+            f"loss {params.name} has no gradient for the student's logits: expected a function of "
+            "them that torch can differentiate"
+        )
+    if not gradient.isfinite().all():
+        raise InputError(f"loss {params.name} has a gradient that is not finite on random logits")
 
 
 def check_features(trial: Trial, classes: int, channels: int, image_size: int) -> None:

@@ -8,6 +8,7 @@
                    failure.json         why the last attempt failed, if it failed
                    stopped.json         where a search stopped the trial, if it did
                    landscape.json       the loss around the trained weights, if it was computed
+    ROOT/plugins/NAME-DIGEST.zip        the source of a plug-in that trials use
     ROOT/data/FINGERPRINT.json          a dataset on which trials were trained, and where it was
     ROOT/searches/KEY/N.json            a point that a search has drawn (search.py)
     ROOT/banks/KEY/bank.json            the description of a bank: whose logits, on which images
@@ -21,6 +22,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -31,8 +33,10 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import ValidationError
 
+from pld_ray import plugins
 from pld_ray.config.trial import Trial
 from pld_ray.errors import InputError
+from pld_ray.plugins import Plugin
 from pld_ray.store.files import Files
 
 if TYPE_CHECKING:
@@ -213,8 +217,25 @@ class Store:
             for key in ids
         }
 
+    def trial(self, trial_id: str) -> Trial | None:
+        """Return a trial that has started, after its plug-ins are imported; None without it."""
+        content = self.files.read(f"trials/{trial_id}/trial.json")
+        try:
+            settings = json.loads(content or b"null")
+        except ValueError:  # a damaged file
+            return None
+        if not isinstance(settings, dict):
+            return None
+        self.load_plugins(settings)
+        with suppress(ValidationError):
+            return Trial.model_validate(settings)
+        return None
+
     def trials(self) -> dict[str, Trial]:
-        """Return all trials that have started, by id, from all experiments."""
+        """Return all trials that have started, by id, from all experiments.
+
+        Trials whose loss comes from a plug-in that is not imported are left out.
+        """
         names = (path.split("/") for path in self.files.listed("trials"))
         paths = [f"trials/{parts[0]}/trial.json" for parts in names if parts[1:] == ["trial.json"]]
         found: dict[str, Trial] = {}
@@ -324,6 +345,42 @@ class Store:
         paths = [f"data/{name}" for name in self.files.listed("data")]
         found = [from_document(content) for content in self.files.read_many(paths).values()]
         return [about for about in found if about is not None]
+
+    # ---- plug-ins
+
+    def keep_plugin(self, plugin: Plugin) -> None:
+        """Write the source of a plug-in."""
+        path = f"plugins/{plugin.name}-{plugin.digest}.zip"
+        if self.files.read(path) != (content := plugin.archive()):
+            self.files.write(path, content)
+
+    def plugins(self) -> dict[str, set[str]]:
+        """Return the digests of the plug-ins that are kept, by the name of the plug-in."""
+        found: dict[str, set[str]] = {}
+        for file in self.files.listed("plugins"):
+            name, _, digest = file.removesuffix(".zip").rpartition("-")
+            found.setdefault(name, set()).add(digest)
+        return found
+
+    def load_plugins(self, trial: dict[str, Any]) -> None:
+        """Import the plug-ins that a trial and its teachers need, from the copies that are kept.
+
+        Args:
+            trial: The settings of the trial.
+
+        Raises:
+            InputError: A copy is missing or damaged, or cannot be imported.
+        """
+        if isinstance(teacher := trial.get("teacher"), dict):
+            self.load_plugins(teacher)
+        for name, digest in trial.get("plugins", {}).items():
+            if name in plugins.LOADED and plugins.LOADED[name].digest == digest:
+                continue
+            path = f"plugins/{name}-{digest}.zip"
+            content = self.files.read(path)
+            if content is None:
+                raise InputError(f"{self.files.place(path)}: the copy of a plug-in is missing")
+            plugins.load_archive(name, digest, content)
 
     # ---- searches
 

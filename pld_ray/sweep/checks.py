@@ -8,7 +8,7 @@ from pld_ray.config.trial import Model, Trial, Weights
 from pld_ray.data import datasets
 from pld_ray.data.images import Images
 from pld_ray.errors import InputError, nearest
-from pld_ray.models.checks import check_features, check_model
+from pld_ray.models.checks import check_features, check_loss, check_model
 from pld_ray.sweep.cluster import reach
 
 
@@ -61,6 +61,10 @@ def check_trials(pending: dict[str, Trial], address: str | None = None) -> Check
             if name not in seen:
                 seen.add(name)
                 notes |= dict.fromkeys(check_model(model, *images[key].shape, batch))
+        computed = f"{images[key].classes} {trial.loss!r}"
+        if not trial.loss.needs_features and computed not in seen:
+            seen.add(computed)
+            check_loss(trial.loss, images[key].classes)
         compared = f"{key} {trial.student!r} {trial.teacher_name} {trial.loss!r}"
         if trial.loss.needs_features and compared not in seen:
             seen.add(compared)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import PurePath
 from typing import Any
 
+from pld_ray import plugins
 from pld_ray.config.trial import WHERE, Data
 from pld_ray.data import datasets
 from pld_ray.data.images import Images
@@ -91,6 +92,19 @@ class DataIdentity:
                 f"{fingerprint}, are other trials than those on its content before "
                 f"({', '.join(sorted(others))}), whose results stay in the storage"
             )
+
+
+def changed_plugins(store: Store) -> list[str]:
+    """Return sentences about plug-ins whose source was another when trials in the store used it."""
+    kept, notes = store.plugins(), []
+    for name, plugin in plugins.LOADED.items():
+        if older := kept.get(name, set()) - {plugin.digest}:
+            notes.append(
+                f"plug-in {name} has changed: trials that use it now, with the digest "
+                f"{plugin.digest}, are other trials than those before "
+                f"({', '.join(sorted(older))}), whose results stay in the storage"
+            )
+    return notes
 
 
 def _similar(about: dict[str, Any], data: Data) -> bool:

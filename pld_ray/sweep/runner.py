@@ -151,7 +151,11 @@ def build_banks(
         task = ray.remote(fill_bank).options(num_cpus=one.cpus, num_gpus=one.gpus)
         tasks = [
             task.remote(
-                some.trial, references[sharing_key(some.trial.data)], store.uri, ledger, worker
+                some.trial.model_dump(mode="json"),
+                [references[sharing_key(some.trial.data)]],
+                store.uri,
+                ledger,
+                worker,
             )
             for some in planned
             for worker in range(room)

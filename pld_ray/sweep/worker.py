@@ -10,6 +10,7 @@ from typing import Any
 import ray
 from ray import tune
 
+from pld_ray import plugins
 from pld_ray.config.trial import Trial
 from pld_ray.data.datasets import sharing_key
 from pld_ray.data.images import Images
@@ -30,8 +31,14 @@ def run_trial(
     monitor: Any,
 ) -> None:
     """Run one trial in its Tune actor. An exception makes Tune try the trial again."""
-    trial = Trial.model_validate(config["trial"])
-    store, reference = Store(store_uri), images[sharing_key(trial.data)]
+    store = Store(store_uri)
+    try:
+        trial = _trial(config["trial"], store)
+    except InputError as error:  # of a plug-in
+        store.fail(config["id"], str(error), traceback.format_exc())
+        tune.report({"failed": str(error)})
+        return
+    reference = images[sharing_key(trial.data)]
     store.forget_failure(trial)
     try:
         if trial.workers == 1:
@@ -43,14 +50,29 @@ def run_trial(
         tune.report({"failed": str(error)})
 
 
+def _trial(settings: dict[str, Any], store: Store) -> Trial:
+    """Return a trial by its settings, after the plug-ins that it needs."""
+    store.load_plugins(settings)
+    return Trial.model_validate(settings)
+
+
 def fill_bank(
-    trial: Trial, images: Images, store_uri: str, ledger: LedgerClient, worker: int
+    settings: dict[str, Any],
+    images: list[Any],
+    store_uri: str,
+    ledger: LedgerClient,
+    worker: int,
 ) -> None:
-    """Compute the missing chunks of a trial's banks; a Ray task."""
+    """Compute the missing chunks of a trial's banks; a Ray task.
+
+    The images are a reference in a list, so that the plug-ins are loaded before them.
+    """
     from pld_ray.distill.bank import fill
 
+    store = Store(store_uri)
+    trial = _trial(settings, store)
     job = ray.get_runtime_context().get_job_id()  # a task that is retried keeps its claims
-    fill(trial, images, Store(store_uri), ledger, f"build/{job}/{worker}")
+    fill(trial, ray.get(images[0]), store, ledger, f"build/{job}/{worker}")
 
 
 class NotedError(RuntimeError):
@@ -81,7 +103,7 @@ def _attempt(
             reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
             if isinstance(error, InputError):
                 reason = str(error)
-            reason = reason.splitlines()[0]
+            reason = plugins.location(error) + reason.splitlines()[0]
             if final or not isinstance(error, again):
                 store.fail(trial.id, reason, traceback.format_exc(), final)
                 raise NotedError(reason) from error
@@ -117,7 +139,7 @@ def _train_on_workers(
     trainer = TorchTrainer(
         _worker,
         train_loop_config={
-            "trial": trial,
+            "trial": trial.model_dump(mode="json"),
             "store": store.uri,
             "images": [images],
             "ledger": ledger,
@@ -142,6 +164,7 @@ def _train_on_workers(
 def _worker(config: dict[str, Any]) -> None:
     """Train in one worker of a Ray Train group."""
     store, report = Store(config["store"]), ray.train.report
+    trial = _trial(config["trial"], store)
     shared = config["images"][0], store, report, config["ledger"], config["monitor"]
     # When one worker dies, the others see only a broken connection: try again after any error.
-    _attempt(config["trial"], *shared, Exception)
+    _attempt(trial, *shared, Exception)
