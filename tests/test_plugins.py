@@ -299,7 +299,7 @@ def test_a_run_on_ray(own, local_ray, cli, experiment, tmp_path):
     trials = Store(tmp_path / "results").trials().values()
     plugins._forget(own.loss.stem)  # as in a process that has not read the experiment
     (trial,) = (t for t in trials if t.loss.name == "own" and t.loss.weight == 2)
-    assert Store(tmp_path / "results").trial(trial.id) == trial
+    assert Store(tmp_path / "results").trial(trial.id).id == trial.id
     exported = cli("export", "--storage", tmp_path / "results", cwd=tmp_path)
     assert f"note: trials that use a plug-in ({own.loss.stem}" in exported.stderr
     assert "2 trials" in exported.stdout
