@@ -10,10 +10,11 @@ from torch.nn import functional as F
 
 from pld_ray.config.planning import plan
 from pld_ray.config.trial import AUGMENTS, Data, Model
+from pld_ray.data.drawn import image_seeds, seed_everything
 from pld_ray.data.mixing import MixedLabels, draw_mix, partners
 from pld_ray.data.sampling import order
 from pld_ray.data.stream import Stream
-from pld_ray.data.workers import seed_everything, transform
+from pld_ray.data.workers import transform
 from pld_ray.distill.distiller import Distiller
 from pld_ray.errors import InputError
 from pld_ray.losses import CELoss, DISTLoss, DKDLoss, FitNetLoss, KDLoss
@@ -30,7 +31,7 @@ def shown(data, shares, view=3, images=None, seed=7):
 # ---------------------------------------------------------------- torchvision
 
 
-@pytest.mark.parametrize("name", AUGMENTS)
+@pytest.mark.parametrize("name", sorted({*AUGMENTS} - {"own"}))
 def test_an_image_looks_the_same_in_any_batch_and_is_that_of_torchvision(name):
     images, data = random_images(40, 8), Data(name="x", augment=name)
     index = order(7, 3, 40)
@@ -42,7 +43,7 @@ def test_an_image_looks_the_same_in_any_batch_and_is_that_of_torchvision(name):
     change = transform((name,))
     state = torch.get_rng_state()
     for slot in (0, 17):
-        seed_everything(7, 3, int(index[slot]))
+        seed_everything(*image_seeds(7, 3, index[slot : slot + 1]))
         expected = change(torch.from_numpy(images.train[index[slot]]).permute(2, 0, 1))
         expected = (expected / 255 - 0.5) / 0.25
         torch.testing.assert_close(whole[slot], expected, rtol=0, atol=1e-5)

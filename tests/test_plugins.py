@@ -4,11 +4,13 @@ import json
 import subprocess
 import sys
 import zipfile
+from pathlib import Path
 
 import pytest
 import torch
 
 from pld_ray import plugins
+from pld_ray.config.experiment import load_experiment
 from pld_ray.config.planning import plan
 from pld_ray.config.trial import Trial
 from pld_ray.data.datasets import load
@@ -306,3 +308,18 @@ def test_a_run_on_ray(own, local_ray, cli, experiment, tmp_path):
     again = cli("plan", path, *sets, cwd=tmp_path)
     assert f"note: plug-in {own.loss.stem} has changed: trials that use it now" in again.stderr
     assert "2 done, 2 to run" in again.stdout
+
+
+def test_the_example(tmp_path):
+    example = Path(__file__).parents[1] / "examples" / "own_method.yaml"
+    small = ("epochs=2", "teacher.train.epochs=1", "data.limit=64")
+    made, store = plan(load_experiment(example, small)), Store(tmp_path)
+    assert [cell.trial.loss.name for cell in made.cells] == ["ce", "kd", "pld", "huber", "huber"]
+    last = made.cells[-1].trial
+    assert last.loss.delta == 2 and set(last.plugins) == {"own_method"}
+    images = load(last.data)
+    assert images.shape == (10, 1, 8) and len(images.train) == 64
+    for trial in (last.teacher, last):
+        train(trial, images, store, lambda metrics: None)
+    assert store.record(last.id)["metrics"]["top1"] > 10  # chance
+    plugins._forget("own_method")

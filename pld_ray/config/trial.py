@@ -38,7 +38,9 @@ class Model(Part):
     args: dict[str, Any] = {}
 
 
-Augment = Literal["randaugment", "autoaugment", "trivialaugment", "random_erasing", "color_jitter"]
+Augment = Literal[
+    "own", "randaugment", "autoaugment", "trivialaugment", "random_erasing", "color_jitter"
+]
 AUGMENTS: tuple[str, ...] = get_args(Augment)
 
 
@@ -88,7 +90,8 @@ class Data(Part):
             as a fraction of the image's shorter side.
         augment: The names of further transforms of torchvision for training images, applied after
             crop and flip: "randaugment", "autoaugment", "trivialaugment", "random_erasing",
-            "color_jitter", or a list of them.
+            "color_jitter", or a list of them. "own" says that a dataset of your own gives random
+            images.
         mixup: The alpha of Mixup: training images are mixed with others, with shares drawn from
             Beta(alpha, alpha).
         cutmix: The alpha of CutMix: a box of the image is replaced by that of another image. With

@@ -5,18 +5,21 @@ from __future__ import annotations
 import hashlib
 import io
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from pld_ray.data.encoded import StoredImages
 from pld_ray.data.fingerprints import fingerprint
 from pld_ray.data.image_files import decode
-from pld_ray.data.images import Bytes, Found, Split
+from pld_ray.data.images import Bytes, Found, Split, is_drawn
 from pld_ray.errors import InputError
+
+if TYPE_CHECKING:
+    from pld_ray.data.drawn import DrawnImages  # imports torch
 
 PLAIN = ("RGB", "L", "P", "1")  # modes of images that are common and lose nothing as RGB
 
@@ -65,7 +68,11 @@ def audit(found: Found, progress: Any = lambda items, total: items) -> Audit:
         found: The dataset.
         progress: Wraps the iterable of images, of which it also gets the number.
     """
-    result = Audit(fingerprint(found), found.class_names, faults=list(found.faults))
+    try:
+        known = fingerprint(found)
+    except InputError:  # an image that it needs cannot be drawn; the walk below says which
+        known = "unknown"
+    result = Audit(known, found.class_names, faults=list(found.faults))
     first_seen: dict[bytes, tuple[str, str, int]] = {}
     same: Counter[tuple[str, str]] = Counter()
     examples: dict[Any, str] = {}
@@ -108,8 +115,27 @@ def audit(found: Found, progress: Any = lambda items, total: items) -> Audit:
 def _walk(split: Split) -> Iterable[Seen]:
     """Look at every image, on several threads."""
     images = split[0]
+    if is_drawn(images):
+        yield from _drawn(images)
+        return
     with ThreadPoolExecutor() as pool:
         yield from pool.map(lambda row: _look(images, row), range(len(images)))
+
+
+def _drawn(images: DrawnImages) -> Iterator[Seen]:
+    """Draw every image of a map-style dataset, without threads: they share the generators."""
+    from pld_ray.data.drawn import generators_kept
+
+    for row in range(len(images)):
+        try:
+            with generators_kept():
+                image = images.draw(np.array([row]), 0, 0)[0].numpy()
+        except InputError as error:
+            yield Seen(str(row).encode(), fault=str(error))
+            continue
+        height, width, channels = image.shape
+        digest = hashlib.sha256(image.tobytes()).digest()
+        yield Seen(digest, width, height, f"item {'L' if channels == 1 else 'RGB'}")
 
 
 def _look(images: Bytes | StoredImages, row: int) -> Seen:
@@ -132,8 +158,10 @@ def _look(images: Bytes | StoredImages, row: int) -> Seen:
         return Seen(digest, fault=str(error))
 
 
-def _name(images: Bytes | StoredImages, split: str, row: int) -> str:
-    return f"{split} {row}" if isinstance(images, np.ndarray) else images.name(row)
+def _name(images: Bytes | StoredImages | DrawnImages, split: str, row: int) -> str:
+    if isinstance(images, np.ndarray) or is_drawn(images):
+        return f"{split} {row}"
+    return images.name(row)
 
 
 def _tell_classes(result: Audit, split: str, counts: Any) -> None:

@@ -12,21 +12,25 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pld_ray.config.trial import ON_THE_FLY, Data
+from pld_ray.config.trial import AUGMENTS, ON_THE_FLY, Data
 from pld_ray.data import (
     sources,  # noqa: F401 - registers the datasets
     subsets,
 )
 from pld_ray.data.encoded import EncodedImages, StoredImages, decode_all, resize_array
 from pld_ray.data.fingerprints import fingerprint
-from pld_ray.data.images import Bytes, Found, Images, Size, Split
+from pld_ray.data.images import Bytes, Found, Images, Size, Split, is_drawn
 from pld_ray.data.registry import MAY_DOWNLOAD, find_dataset
 from pld_ray.data.sampling import Ints, order
 from pld_ray.errors import InputError
+
+if TYPE_CHECKING:
+    from pld_ray.data.drawn import DrawnImages  # imports torch
 
 MEASURED = 1024  # images of a large dataset that its mean and deviation are measured on
 IN_MEMORY = 2**30  # bytes; decoded datasets above this size stay encoded
@@ -55,7 +59,7 @@ def find(data: Data, strict: bool = True) -> Found:
     """
     dataset, path = find_dataset(data)
     try:
-        found = dataset.find(data, path)
+        found = _found(data, dataset.find(data, path))
     except OSError as error:
         place = f"{error.filename}: " if error.filename else ""
         raise InputError(
@@ -67,6 +71,60 @@ def find(data: Data, strict: bool = True) -> Found:
         if len(images) == 0:
             raise InputError(f"data {data.name!r}: its {split} split has no images")
     return found
+
+
+def _found(data: Data, given: Any) -> Found:
+    """Return what a registered function gives as `Found`, after a check of its types.
+
+    Raises:
+        InputError: It is neither `Found` nor map-style datasets, or its parts do not fit.
+    """
+    if isinstance(given, Found):
+        if "own" in data.augment:
+            raise InputError(
+                f"data.augment is own: {data.name} has no transform of its own; accepted: "
+                f"{', '.join(sorted(set(AUGMENTS) - {'own'}))}"
+            )
+        found = given
+    elif isinstance(given, tuple) and len(given) == 2:
+        from pld_ray.data.drawn import drawn_split
+
+        train, val = given
+        splits = [drawn_split(data, train, "train"), val and drawn_split(data, val, "val")]
+        most = max(int(split[1].max()) for split in splits if split) + 1
+        names = getattr(train, "classes", None) or [str(label) for label in range(most)]
+        found = Found(splits[0], splits[1], tuple(map(str, names)))
+    else:
+        raise InputError(
+            f"data {data.name!r}: its function gives a {type(given).__name__}: expected Found, or "
+            "a training and a validation dataset"
+        )
+    for split in (found.train, found.val):
+        if split is not None and not found.faults:
+            _check_split(data, *split, len(found.class_names))
+    return found
+
+
+def _check_split(data: Data, images: Any, labels: Any, classes: int) -> None:
+    """Raise InputError if images and labels do not fit each other."""
+    if isinstance(images, np.ndarray) and (images.dtype != np.uint8 or images.ndim != 4):
+        raise InputError(
+            f"data {data.name!r}: its images are {images.dtype} {list(images.shape)}: expected "
+            "uint8 [N, H, W, channels]"
+        )
+    if not isinstance(labels, np.ndarray) or labels.dtype != np.int64:
+        said = getattr(labels, "dtype", type(labels).__name__)
+        raise InputError(f"data {data.name!r}: its labels are {said}: expected an int64 array")
+    if labels.shape != (len(images),):
+        raise InputError(
+            f"data {data.name!r}: there are {len(images)} images and labels of the shape "
+            f"{list(labels.shape)}"
+        )
+    if len(labels) and not 0 <= labels.min() <= labels.max() < classes:
+        raise InputError(
+            f"data {data.name!r}: its labels are {labels.min()} to {labels.max()}, and it has "
+            f"{classes} classes: expected 0 to {classes - 1}"
+        )
 
 
 def identify(data: Data) -> str | None:
@@ -143,11 +201,18 @@ def _parts(data: Data, found: Found) -> tuple[Split, Ints, Split, Ints]:
 
 
 def _pixels(
-    data: Data, images: Bytes | StoredImages, rows: Ints, identity: str
-) -> Bytes | EncodedImages:
+    data: Data, images: Bytes | StoredImages | DrawnImages, rows: Ints, identity: str
+) -> Bytes | EncodedImages | DrawnImages:
     """Return rows of the images: decoded, or encoded if they are cropped at random or large."""
     if isinstance(images, np.ndarray):
         return resize_array(images[rows], data.image_size)
+    if is_drawn(images):
+        if data.image_size not in (None, images.image[0]):
+            raise InputError(
+                f"data.image_size is {data.image_size}: {data.name} gives images of "
+                f"{images.image[0]} pixels; expected no image_size: resize in its transform"
+            )
+        return replace(images[rows], identity=identity)
     if len(empty := rows[images.sizes[rows] < 0]):
         images.read(int(empty[0]))  # says what is missing
     if data.image_size is None:
@@ -205,7 +270,7 @@ def size(data: Data) -> Size:
 
 
 def _statistics(
-    data: Data, train: Bytes | EncodedImages
+    data: Data, train: Bytes | EncodedImages | DrawnImages
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Return mean and standard deviation of each channel: those of `data`, else measured."""
     channels = train.shape[3]
@@ -215,9 +280,15 @@ def _statistics(
             raise InputError(f"data.{field} is {given}: expected {channels} numbers, one a channel")
     if data.mean is not None and data.std is not None:
         return data.mean, data.std
+    some = order(0, 0, len(train))
     if isinstance(train, EncodedImages):
-        train = train.decode(order(0, 0, len(train))[:MEASURED])
-    mean, std = measure(train)
+        mean, std = measure(train.decode(some[:MEASURED]))
+    elif isinstance(train, np.ndarray):
+        mean, std = measure(train)
+    elif train.floats:
+        mean, std = (0.0,) * channels, (1.0,) * channels
+    else:
+        mean, std = measure(train.draw(some[:MEASURED], 0, 0).numpy())
     return data.mean or mean, data.std or std
 
 

@@ -8,14 +8,19 @@ import os
 import re
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from pld_ray.data.encoded import StoredImages
-from pld_ray.data.images import Bytes, Found
+from pld_ray.data.images import Bytes, Found, is_drawn
 from pld_ray.data.sampling import order
 
+if TYPE_CHECKING:
+    from pld_ray.data.drawn import DrawnImages  # imports torch
+
 WHOLE_BYTES = 2**28  # splits up to this size are hashed as a whole
+DRAWN = 64  # images of a map-style dataset that are hashed
 SAMPLED = 1024  # images that are hashed of a larger split
 
 
@@ -23,7 +28,8 @@ def fingerprint(found: Found) -> str:
     """Return the fingerprint of a dataset, as 16 hex digits.
 
     It is a hash of the class names and, for both splits, of the labels, the sizes of the image
-    files and their contents. For splits above 256 MiB, the contents of 1,024 images stand for all.
+    files and their contents. For splits above 256 MiB, the contents of 1,024 images stand for all;
+    for a map-style dataset, 64 images.
     """
     cached = cache_folder() / "fingerprints" / _hex(found.state or "")
     if found.state:
@@ -47,11 +53,17 @@ def fingerprint(found: Found) -> str:
     return answer
 
 
-def _content(images: Bytes | StoredImages) -> bytes:
-    """Return a hash of image files, or of an array."""
+def _content(images: Bytes | StoredImages | DrawnImages) -> bytes:
+    """Return a hash of image files, of an array, or of some images of a map-style dataset."""
     if isinstance(images, np.ndarray):
         return _digest(str(images.shape).encode() + np.ascontiguousarray(images).tobytes())
     rows = np.arange(len(images))
+    if is_drawn(images):
+        from pld_ray.data.drawn import generators_kept
+
+        with generators_kept():
+            some = images.draw(np.sort(order(0, 0, len(images))[:DRAWN]), 0, 0).numpy()
+        return _digest(f"{len(images)} {some.shape} {some.dtype}".encode() + some.tobytes())
     if images.sizes.sum() > WHOLE_BYTES:
         rows = np.sort(order(0, 0, len(images))[:SAMPLED])
     digest = hashlib.sha256(images.sizes.astype("<i8").tobytes())

@@ -5,16 +5,25 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from typing_extensions import TypeIs
 
 from pld_ray.data.encoded import EncodedImages, StoredImages
 from pld_ray.data.sampling import Ints
 
+if TYPE_CHECKING:
+    from pld_ray.data.drawn import DrawnImages  # imports torch
+
 Bytes = npt.NDArray[np.uint8]
-Split = tuple[Bytes | StoredImages, Ints]  # images and labels [N]
+Split = tuple["Bytes | StoredImages | DrawnImages", Ints]  # images and labels [N]
+
+
+def is_drawn(images: Any) -> TypeIs[DrawnImages]:
+    """Return whether images are those of a map-style dataset."""
+    return not isinstance(images, np.ndarray) and not hasattr(images, "sizes")
 
 
 @dataclass(frozen=True)
@@ -23,7 +32,8 @@ class Found:
 
     Attributes:
         train: The training images, and their labels, int64 [N], in [0, C). Images are a uint8
-            array [N, H, W, channels], or image files (`StoredImages`).
+            array [N, H, W, channels], image files (`StoredImages`), or a map-style dataset
+            (`DrawnImages`).
         val: The same for the validation images; None if the dataset has no validation split.
         class_names: The names of the C classes, in the order of the labels.
         state: A text that changes when the files change, such as their sizes and times. The
@@ -54,9 +64,9 @@ class Images:
         class_names: The names of the classes.
     """
 
-    train: Bytes | EncodedImages
+    train: Bytes | EncodedImages | DrawnImages
     train_labels: Ints
-    val: Bytes | EncodedImages
+    val: Bytes | EncodedImages | DrawnImages
     val_labels: Ints
     classes: int
     mean: tuple[float, ...]
@@ -83,10 +93,10 @@ class Images:
         digest = hashlib.sha256(repr((self.classes, self.mean, self.std)).encode())
         for array in (self.train, self.train_labels, self.val, self.val_labels):
             digest.update(str(array.shape).encode())
-            if isinstance(array, EncodedImages):
-                digest.update(array.digest)
-            else:
+            if isinstance(array, np.ndarray):
                 digest.update(np.ascontiguousarray(array).data)
+            else:
+                digest.update(array.digest)
         return digest.hexdigest()[:16]
 
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from pld_ray.data.encoded import StoredImages
 from pld_ray.data.image_files import decode, resize
-from pld_ray.data.images import Found, Split
+from pld_ray.data.images import Found, Split, is_drawn
 from pld_ray.data.sources.hub import quiet
 from pld_ray.errors import InputError
 
@@ -47,6 +47,8 @@ def pack(found: Found, folder: str, shorter: int, quality: int) -> tuple[int, in
         raise InputError(f"data pack: {folder} exists already: expected the name of a new folder")
     if isinstance(found.train[0], np.ndarray):
         raise InputError("data pack: the dataset is an array of small images: nothing to pack")
+    if any(is_drawn(split[0]) for split in (found.train, found.val) if split is not None):
+        raise InputError("data pack: the dataset draws its images: expected image files")
     features = datasets.Features(
         {"image": datasets.Image(), "label": datasets.ClassLabel(names=list(found.class_names))}
     )
@@ -91,7 +93,7 @@ def _bytes(images: Any) -> int:
 
 def _rows(split: Split, shorter: int, quality: int) -> Iterator[dict[str, Any]]:
     images, labels = split
-    assert not isinstance(images, np.ndarray)
+    assert not isinstance(images, np.ndarray) and not is_drawn(images)
 
     def one(row: int) -> bytes:
         return _packed(images, row, shorter, quality)

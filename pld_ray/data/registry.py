@@ -6,6 +6,9 @@ To add a dataset, write a function in a file of `sources` and decorate it:
     def faces(data: Data, path: str) -> Found:
         return Found((images, labels), (val_images, val_labels), class_names=("ann", "bob"))
 
+It may also return two map-style datasets, for training and validation; None for the second leaves
+validation to `data.holdout`. Their items are an image and its label; see `pld_ray.data.drawn`.
+
 Nothing here imports torch, so that a plan can ask for the size of a dataset.
 """
 
@@ -14,15 +17,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from pld_ray.config.paths import absolute_dataset
 from pld_ray.config.trial import Data
-from pld_ray.data.images import Found, Size
+from pld_ray.data.images import Size
 from pld_ray.errors import InputError, nearest
 from pld_ray.plugins import provide
 
-Find = Callable[[Data, str], Found]
+Find = Callable[[Data, str], Any]  # Found, or two map-style datasets
 _Find = TypeVar("_Find", bound=Find)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pld_ray.config.trial import Data
 from pld_ray.data.augmentation import below, crop_and_flip, crop_draws
+from pld_ray.data.drawn import DrawnImages
 from pld_ray.data.encoded import EncodedImages, prefetch
 from pld_ray.data.images import Images
 from pld_ray.data.mixing import MixedLabels, draw_mix, mix_images, partners
@@ -48,7 +49,7 @@ class Stream:
         self.on_device = {
             split: torch.from_numpy(array.copy()).to(device)
             for split, array in self.pixels.items()
-            if device.type != "cpu" and not isinstance(array, EncodedImages)
+            if device.type != "cpu" and isinstance(array, np.ndarray)
         }
         mean, std = torch.tensor(images.mean), torch.tensor(images.std)
         self.scale = (1 / (255 * std)).to(device)
@@ -106,7 +107,7 @@ class Stream:
 
     def _seen(self, shares: list[Ints], view: int) -> Iterator[Tensor]:
         """Yield the training images of each share after augmentation, uint8 [B, H, W, channels]."""
-        if self.data.augment:
+        if self.data.augment or isinstance(self.pixels["train"], DrawnImages):
 
             def read(index: Ints) -> Tensor:
                 return self._cropped(self._read("train", index, view), index, view).clone()
@@ -136,8 +137,18 @@ class Stream:
 
     def _gather(self, split: str, shares: Iterable[Ints], view: int) -> Iterator[Tensor]:
         """Yield the images of each share on the device, uint8 [B, H, W, channels]."""
-        if isinstance(self.pixels[split], EncodedImages):
-            for images in prefetch(lambda index: self._read(split, index, view), shares):
+        pixels = self.pixels[split]
+        if not isinstance(pixels, np.ndarray):
+
+            def read(index: Ints) -> Tensor:
+                return self._read(split, index, view)
+
+            ahead = (
+                prefetch(read, shares)
+                if isinstance(pixels, EncodedImages)
+                else augmented(read, (), list(shares), self.seed, view)
+            )
+            for images in ahead:
                 yield images.to(self.device, non_blocking=True)
             return
         for index in shares:
@@ -149,6 +160,8 @@ class Stream:
     def _read(self, split: str, index: Ints, view: int) -> Tensor:
         """Return images in the memory of the host, uint8 [B, H, W, channels]."""
         pixels = self.pixels[split]
+        if isinstance(pixels, DrawnImages):
+            return pixels.draw(index, self.seed if split == "train" else 0, view)
         if not isinstance(pixels, EncodedImages):
             return torch.from_numpy(pixels[index])
         drawn = split == "train" and self.data.random_resized_crop
@@ -160,7 +173,12 @@ class Stream:
         return torch.from_numpy(x).to(self.device, non_blocking=True)
 
     def _normalise(self, images: Tensor) -> Tensor:
-        """Normalise uint8 [B, H, W, channels] to float32 [B, channels, H, W] in the layout."""
+        """Normalise uint8 [B, H, W, channels] to float32 [B, channels, H, W] in the layout.
+
+        Floating-point images are normalised already.
+        """
+        if images.is_floating_point():
+            return images.permute(0, 3, 1, 2).contiguous(memory_format=self.layout)
         batch, height, width, channels = images.shape
         # As rows of width * channels numbers: steps over the channels alone are not vectorised.
         x = images.reshape(batch, height, width * channels).float()

@@ -1,0 +1,269 @@
+"""Map-style datasets of users: an image is drawn when a batch needs it.
+
+Its transforms may draw from the generators of torch, numpy and Python. All three are seeded from
+(seed, view, row) before an image is drawn, so that the image is a pure function of them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pld_ray import plugins
+from pld_ray.config.trial import Data
+from pld_ray.data.sampling import Ints, random_bits
+from pld_ray.errors import InputError
+
+TRIED = 4  # images of each split that are drawn several times, to see whether they stay the same
+
+
+@dataclass(frozen=True)
+class DrawnImages:
+    """Rows of a map-style dataset, with the length and shape of an array of its images.
+
+    Attributes:
+        dataset: The dataset; `dataset[i]` is an image and its label.
+        rows: The indices of the images in the dataset, int64 [N].
+        name: What error messages call it.
+        image: The shape of each image, (H, W, channels).
+        floats: Whether images are floating-point numbers. They are then used as they are.
+        identity: A text that identifies the content of the dataset.
+    """
+
+    dataset: Any
+    rows: Ints
+    name: str
+    image: tuple[int, int, int]
+    floats: bool
+    identity: str = ""
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, rows: Ints) -> DrawnImages:
+        """Return the images with the indices `rows`."""
+        return replace(self, rows=self.rows[rows])
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """The shape of an array of all images, (N, H, W, channels)."""
+        return len(self), *self.image
+
+    @property
+    def digest(self) -> bytes:
+        """A hash of the dataset and the rows."""
+        return hashlib.sha256(self.identity.encode() + self.rows.tobytes()).digest()
+
+    def draw(self, index: Ints, seed: int, view: int) -> Tensor:
+        """Draw images.
+
+        Args:
+            index: The indices of the images, [B].
+            seed: The random seed.
+            view: The index of the augmentation.
+
+        Returns:
+            Images, uint8 or float32 [B, H, W, channels].
+
+        Raises:
+            InputError: An image cannot be drawn, or has another shape or type than the first.
+        """
+        kind = torch.float32 if self.floats else torch.uint8
+        out = torch.empty(len(index), *self.image, dtype=kind)
+        rows = self.rows[index]
+        seeds = image_seeds(seed, view, rows)
+        for slot, (row, bits) in enumerate(zip(rows.tolist(), seeds, strict=True)):
+            image, _ = draw_one(self.dataset, row, bits, self.name)
+            if image.shape != self.image or image.dtype != kind:
+                raise InputError(
+                    f"{self.name}: image {row} is {image.dtype} {list(image.shape)}, and the first "
+                    f"is {kind} {list(self.image)} (height, width, channels): expected one shape "
+                    "and type; resize in its transform"
+                )
+            out[slot] = image
+        return out
+
+
+def image_seeds(seed: int, view: int, index: Ints) -> list[int]:
+    """Return the seed of each image, for `seed_everything`."""
+    return random_bits(seed, view, index, "library").tolist()
+
+
+def seed_everything(bits: int) -> None:
+    """Seed the generators of torch, numpy and Python for one image."""
+    torch.default_generator.manual_seed(bits >> 1)  # torch takes 63 bits
+    np.random.seed(bits & 0xFFFFFFFF)
+    random.seed(bits)
+
+
+@contextmanager
+def generators_kept() -> Iterator[None]:
+    """Restore the generators of torch, numpy and Python at the end of the `with` block."""
+    states = torch.get_rng_state(), np.random.get_state(), random.getstate()
+    try:
+        yield
+    finally:
+        torch.set_rng_state(states[0])
+        np.random.set_state(states[1])
+        random.setstate(states[2])
+
+
+def draw_one(dataset: Any, row: int, bits: int, name: str) -> tuple[Tensor, Any]:
+    """Draw an image [H, W, channels] and its label; `bits` is its seed.
+
+    Raises:
+        InputError: The dataset raises an error, or gives something else.
+    """
+    seed_everything(bits)
+    try:
+        item = dataset[row]
+    except Exception as error:
+        said = str(error).strip().partition("\n")[0]
+        raise InputError(
+            f"{name}: image {row}: {plugins.location(error)}{type(error).__name__}: {said}"
+        ) from error
+    if not isinstance(item, (tuple, list)) or len(item) < 2:
+        raise InputError(
+            f"{name}: item {row} is a {type(item).__name__}: expected an image and its label"
+        )
+    return _pixels(item[0], f"{name}: image {row}"), item[1]
+
+
+def _pixels(image: Any, where: str) -> Tensor:
+    """Return an image as a tensor [H, W, channels]."""
+    if hasattr(image, "convert") and hasattr(image, "mode"):  # of Pillow
+        image = np.asarray(image if image.mode in ("L", "RGB") else image.convert("RGB"))
+    if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim in (2, 3):
+        found = torch.from_numpy(np.array(image))
+        found = found[..., None] if found.ndim == 2 else found
+    elif isinstance(image, Tensor) and image.ndim in (2, 3):
+        found = image.detach().as_subclass(Tensor)
+        found = found[..., None] if found.ndim == 2 else found.permute(1, 2, 0)
+        found = found.float() if found.is_floating_point() else found
+    else:
+        found = torch.empty(0, dtype=torch.int64)
+    if found.dtype not in (torch.uint8, torch.float32):
+        said = f"{image.dtype} {list(image.shape)}" if hasattr(image, "shape") else type(image)
+        raise InputError(
+            f"{where} is {said}: expected an image of Pillow, a uint8 array [H, W, channels], or a "
+            "tensor [channels, H, W] of uint8 or floating-point numbers"
+        )
+    if found.shape[0] != found.shape[1]:
+        raise InputError(
+            f"{where} has {found.shape[1]}x{found.shape[0]} pixels: expected a square; crop it in "
+            "the transform of the dataset"
+        )
+    if found.dtype == torch.float32 and not found.isfinite().all():
+        raise InputError(f"{where} has values that are not finite")
+    return found
+
+
+def drawn_split(data: Data, dataset: Any, split: str) -> tuple[DrawnImages, Ints]:
+    """Return the images and labels of a map-style dataset, after trying some of its images.
+
+    Args:
+        data: The settings of the dataset.
+        dataset: The dataset.
+        split: "train" or "val".
+
+    Raises:
+        InputError: It is not such a dataset, or its images are not a pure function of the seeds.
+    """
+    name = f"data {data.name!r}, {split}"
+    try:
+        count = len(dataset)
+    except TypeError:
+        raise InputError(
+            f"{name}: {type(dataset).__name__} has no length: expected a map-style dataset"
+        ) from None
+    if count == 0:
+        raise InputError(f"data {data.name!r}: its {split} split has no images")
+    with generators_kept():
+        first, _ = draw_one(dataset, 0, 0, name)
+        floats = first.dtype == torch.float32
+        height, width, channels = first.shape
+        images = DrawnImages(dataset, np.arange(count), name, (height, width, channels), floats)
+        _check_floats(data, images)
+        labels = _labels(dataset, count, name)
+        random_ones = _try(images, labels)
+    if random_ones and (split == "val" or data.holdout):
+        raise InputError(
+            f"{name}: its images are random, and validation images must not be: expected "
+            + ("a validation dataset without randomness" if split == "val" else "no data.holdout")
+        )
+    if random_ones and "own" not in data.augment:
+        raise InputError(
+            f"{name}: its images are random: set data.augment to own, and each epoch has new ones"
+        )
+    return images, labels
+
+
+def _check_floats(data: Data, images: DrawnImages) -> None:
+    """Raise InputError for settings that floating-point images cannot have."""
+    names = [name for name in data.augment if name != "own"]
+    if images.floats and (data.pad or data.flip or names):
+        field = "pad" if data.pad else "flip" if data.flip else "augment"
+        raise InputError(
+            f"data.{field}: {images.name} gives floating-point images, which are used as they are: "
+            "expected images of uint8, or the augmentation in the dataset's own transform"
+        )
+
+
+def _labels(dataset: Any, count: int, name: str) -> Ints:
+    """Return the labels: the `targets` or `labels` of the dataset, or those of its items."""
+    found = _targets(dataset)
+    if found is None:
+        found = [draw_one(dataset, row, 0, name)[1] for row in range(count)]
+    labels = np.asarray(found)
+    if labels.shape != (count,) or labels.dtype.kind not in "iu":
+        raise InputError(
+            f"{name}: its labels are {labels.dtype} {list(labels.shape)}: expected one class index "
+            f"for each of {count} images"
+        )
+    return labels.astype(np.int64)
+
+
+def _targets(dataset: Any) -> Any:
+    """Return the labels that a dataset knows without drawing, or None."""
+    if isinstance(dataset, torch.utils.data.Subset):
+        inner = _targets(dataset.dataset)
+        return None if inner is None else np.asarray(inner)[np.asarray(dataset.indices)]
+    if isinstance(dataset, torch.utils.data.TensorDataset):
+        return dataset.tensors[1]
+    return getattr(dataset, "targets", getattr(dataset, "labels", None))
+
+
+def _try(images: DrawnImages, labels: Ints) -> bool:
+    """Draw some images several times. Return whether they are random.
+
+    Raises:
+        InputError: An image or its label differs with the same seeds.
+    """
+    rows = np.unique(np.linspace(0, len(images) - 1, TRIED).astype(int)).tolist()
+    drawn = [draw_one(images.dataset, row, 0, images.name) for row in rows]
+    other = [draw_one(images.dataset, row, 1, images.name) for row in rows]
+    again = [draw_one(images.dataset, row, 0, images.name) for row in rows[::-1]][::-1]
+    for row, (image, label), (second, _) in zip(rows, drawn, again, strict=True):
+        if image.shape != second.shape or not torch.equal(image, second):
+            raise InputError(
+                f"{images.name}: image {row} differs when it is drawn twice with the same seeds: "
+                "expected a dataset that draws only from torch, numpy.random and random, and keeps "
+                "no state between images"
+            )
+        if int(label) != labels[row]:
+            raise InputError(
+                f"{images.name}: item {row} has the label {int(label)}, and its targets say "
+                f"{labels[row]}"
+            )
+    return any(
+        one.shape != two.shape or not torch.equal(one, two)
+        for (one, _), (two, _) in zip(drawn, other, strict=True)
+    )
