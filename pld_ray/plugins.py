@@ -70,6 +70,7 @@ LOADED: dict[str, Plugin] = {}  # by the name of the module
 PROVIDED: dict[Provided, Plugin] = {}
 _current: list[Plugin] = []  # the plug-in that is imported now
 _undo: dict[str, list[Callable[[], object]]] = {}  # by the name of the module
+_owners: dict[str, str] = {}  # which plug-in has imported each module; others may use it too
 _places: dict[str, str] = {}  # where it was imported from: a folder or an archive
 
 
@@ -172,8 +173,11 @@ def _load(plugin: Plugin, where: str) -> Plugin:
     """Import a plug-in from a folder or an archive, instead of an older version."""
     _forget(plugin.name)
     modules = {_module(path) for path, _ in plugin.files}
-    for module in modules:  # such as one that was imported from the folder of the driver
-        sys.modules.pop(module, None)
+    for path, content in plugin.files:
+        owner = _owners.get(_module(path))
+        if owner is None or (path, content) not in LOADED[owner].files:
+            # such as one that was imported from the folder of the driver
+            sys.modules.pop(_module(path), None)
     importlib.invalidate_caches()
     LOADED[plugin.name], _places[plugin.name] = plugin, where
     _current.append(plugin)
@@ -181,10 +185,12 @@ def _load(plugin: Plugin, where: str) -> Plugin:
     try:
         with without_collection():
             importlib.import_module(plugin.name)
+        _owners.update((each, plugin.name) for each in modules - _owners.keys())
         for network in _networks(modules):
             PROVIDED["network", network] = plugin
     except Exception as error:
         reason = _reason(error, where)
+        _owners.update((each, plugin.name) for each in modules - _owners.keys())
         _forget(plugin.name)
         raise InputError(f"plug-in {plugin.place}: {reason}") from error
     finally:
@@ -203,8 +209,9 @@ def _forget(name: str) -> None:
         return
     for undo in _undo.pop(name, []):
         undo()
-    for path, _ in plugin.files:
-        sys.modules.pop(_module(path), None)
+    for module in [module for module, owner in _owners.items() if owner == name]:
+        sys.modules.pop(module, None)
+        del _owners[module]
     place = _places.pop(name)
     if not _current:  # else its import has failed, and nothing was appended yet
         sys.path.remove(place)

@@ -17,6 +17,7 @@ from pld_ray.data.stream import Stream
 from pld_ray.distill.loop import train
 from pld_ray.errors import InputError
 from pld_ray.store.store import Store
+from pld_ray.sweep.checks import check_trials
 
 CPU = torch.device("cpu")
 
@@ -296,3 +297,14 @@ def test_the_bank_and_a_live_teacher_give_the_same_bits(own, tmp_path):
         train(trial, images, store, lambda metrics: None)
         weights.append(zlib.crc32(store.weights(trial)))
     assert weights[0] == weights[1]
+
+
+def test_trials_that_share_a_dataset_are_checked_each(own):
+    text = {"student": "resnet8", "loss": "ce", "epochs": 1}
+    settings = data(augment="own"), data()
+    own(Squares(30, noisy), Squares(12))
+    with pytest.raises(InputError, match="its images are random: set data.augment to own"):
+        check_trials({str(i): Trial(data=d, **text) for i, d in enumerate(settings)})
+    digits = [Data(name="digits", augment=names) for names in ((), ("own",))]
+    with pytest.raises(InputError, match="data.augment is own: digits has no transform of its own"):
+        check_trials({str(i): Trial(data=d, **text) for i, d in enumerate(digits)})

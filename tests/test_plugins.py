@@ -323,3 +323,27 @@ def test_the_example(tmp_path):
         train(trial, images, store, lambda metrics: None)
     assert store.record(last.id)["metrics"]["top1"] > 10  # chance
     plugins._forget("own_method")
+
+
+def test_two_plugins_share_a_helper(experiment, tmp_path):
+    (tmp_path / "common_of_two.py").write_text(
+        "from pld_ray import register_dataset\n\n@register_dataset('of_two')\n"
+        "def of_two(data, path): ...\n\nclass Same: number = 1\n"
+    )
+    for name in ("first_of_two", "second_of_two"):
+        (tmp_path / f"{name}.py").write_text("from common_of_two import Same\n")
+    text = "plugins: [first_of_two.py, second_of_two.py]\nbase: {epochs: 1}\n"
+
+    def numbers():
+        experiment(text)
+        first, second = (sys.modules[f"{name}_of_two"].Same for name in ("first", "second"))
+        assert first is second
+        return first.number
+
+    assert numbers() == 1 and plugins.PROVIDED["dataset", "of_two"].name == "first_of_two"
+    common = (tmp_path / "common_of_two.py").read_text()
+    (tmp_path / "common_of_two.py").write_text(common.replace("= 1", "= 2"))
+    assert numbers() == 2
+    for name in ("first_of_two", "second_of_two"):
+        plugins._forget(name)
+    assert "of_two" not in DATASETS and "common_of_two" not in sys.modules

@@ -80,11 +80,6 @@ def _found(data: Data, given: Any) -> Found:
         InputError: It is neither `Found` nor map-style datasets, or its parts do not fit.
     """
     if isinstance(given, Found):
-        if "own" in data.augment:
-            raise InputError(
-                f"data.augment is own: {data.name} has no transform of its own; accepted: "
-                f"{', '.join(sorted(set(AUGMENTS) - {'own'}))}"
-            )
         found = given
     elif isinstance(given, tuple) and len(given) == 2:
         from pld_ray.data.drawn import drawn_split
@@ -166,6 +161,7 @@ def load(data: Data) -> Images:
             f"data {data.name!r}: train images are {images[0].shape[1:]} and val images "
             f"{images[1].shape[1:]}: set data.image_size"
         )
+    check_augmentation(data, images[0])
     mean, std = _statistics(data, images[0])
     return Images(
         train=images[0],
@@ -177,6 +173,23 @@ def load(data: Data) -> Images:
         std=std,
         class_names=found.class_names,
     )
+
+
+def check_augmentation(data: Data, train: Bytes | EncodedImages | DrawnImages) -> None:
+    """Check that training images can be augmented as the settings say.
+
+    Raises:
+        InputError: They cannot.
+    """
+    if not isinstance(train, (np.ndarray, EncodedImages)):
+        from pld_ray.data import drawn
+
+        drawn.check_augmentation(data, train)
+    elif "own" in data.augment:
+        raise InputError(
+            f"data.augment is own: {data.name} has no transform of its own; accepted: "
+            f"{', '.join(sorted(set(AUGMENTS) - {'own'}))}"
+        )
 
 
 def _parts(data: Data, found: Found) -> tuple[Split, Ints, Split, Ints]:

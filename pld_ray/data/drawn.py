@@ -35,6 +35,7 @@ class DrawnImages:
         name: What error messages call it.
         image: The shape of each image, (H, W, channels).
         floats: Whether images are floating-point numbers. They are then used as they are.
+        random: Whether images differ from view to view.
         identity: A text that identifies the content of the dataset.
     """
 
@@ -43,6 +44,7 @@ class DrawnImages:
     name: str
     image: tuple[int, int, int]
     floats: bool
+    random: bool = False
     identity: str = ""
 
     def __len__(self) -> int:
@@ -191,7 +193,6 @@ def drawn_split(data: Data, dataset: Any, split: str) -> tuple[DrawnImages, Ints
         floats = first.dtype == torch.float32
         height, width, channels = first.shape
         images = DrawnImages(dataset, np.arange(count), name, (height, width, channels), floats)
-        _check_floats(data, images)
         labels = _labels(dataset, count, name)
         random_ones = _try(images, labels)
     if random_ones and (split == "val" or data.holdout):
@@ -199,17 +200,23 @@ def drawn_split(data: Data, dataset: Any, split: str) -> tuple[DrawnImages, Ints
             f"{name}: its images are random, and validation images must not be: expected "
             + ("a validation dataset without randomness" if split == "val" else "no data.holdout")
         )
-    if random_ones and "own" not in data.augment:
+    return replace(images, random=random_ones), labels
+
+
+def check_augmentation(data: Data, images: DrawnImages) -> None:
+    """Check the augmentation of a map-style dataset.
+
+    Raises:
+        InputError: Its images are random and `augment` does not say so, or they are
+            floating-point numbers and would be augmented.
+    """
+    if images.random and "own" not in data.augment:
         raise InputError(
-            f"{name}: its images are random: set data.augment to own, and each epoch has new ones"
+            f"{images.name}: its images are random: set data.augment to own, and each epoch has "
+            "new ones"
         )
-    return images, labels
-
-
-def _check_floats(data: Data, images: DrawnImages) -> None:
-    """Raise InputError for settings that floating-point images cannot have."""
-    names = [name for name in data.augment if name != "own"]
-    if images.floats and (data.pad or data.flip or names):
+    further = [name for name in data.augment if name != "own"]
+    if images.floats and (data.pad or data.flip or further):
         field = "pad" if data.pad else "flip" if data.flip else "augment"
         raise InputError(
             f"data.{field}: {images.name} gives floating-point images, which are used as they are: "

@@ -49,6 +49,7 @@ def check_trials(pending: dict[str, Trial], address: str | None = None) -> Check
         key = datasets.sharing_key(trial.data)
         if key not in images:
             images[key] = datasets.load(trial.data)
+        datasets.check_augmentation(trial.data, images[key].train)
         if trial.optimizer.name not in optimizers:
             hint = nearest(trial.optimizer.name, optimizers)
             raise InputError(f"optimizer.name is {trial.optimizer.name!r}: not in timm; {hint}")
