@@ -45,7 +45,9 @@ class Digits(torch.utils.data.Dataset):
         return len(self.targets)
 
     def __getitem__(self, i: int) -> tuple[np.ndarray, int]:
-        image = self.images[i] + self.noise * np.random.normal(size=(8, 8))
+        image = self.images[i]
+        if self.noise:
+            image = image + self.noise * np.random.normal(size=image.shape)
         return image.clip(0, 255).astype(np.uint8), int(self.targets[i])
 
 

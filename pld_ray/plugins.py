@@ -23,6 +23,7 @@ import tempfile
 import traceback
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -167,6 +168,27 @@ def location(error: BaseException) -> str:
         if frame.filename in files:
             return f"{files[frame.filename]}, line {frame.lineno}: "
     return ""
+
+
+@contextmanager
+def errors_told(what: str) -> Iterator[None]:
+    """Turn an error that a plug-in raises in the `with` block into one sentence.
+
+    Args:
+        what: What fails, such as "loss huber".
+
+    Raises:
+        InputError: Code of a plug-in has raised an error.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        if not (where := location(error)):
+            raise
+        said = str(error).strip().partition("\n")[0]
+        raise InputError(f"{what}: {where}{type(error).__name__}: {said}") from error
 
 
 def _load(plugin: Plugin, where: str) -> Plugin:

@@ -161,6 +161,15 @@ def test_floats_are_used_as_they_are(own):
             datasets.load(data(**{field: value}))
 
 
+def seldom(image):
+    """Change one image in a million."""
+    return image if random.random() > 1e-6 else image + np.uint8(1)
+
+
+class Few(Squares):
+    classes = ("x", "y", "z", "none")
+
+
 GENERATOR = np.random.default_rng(0)
 
 
@@ -188,15 +197,22 @@ class Failing(Squares):
         (
             Squares(30, lambda image: image + np.uint8(GENERATOR.integers(100))),
             {"augment": "own"},
-            "train: image 0 differs when it is drawn twice with the same seeds",
+            r"train: image \d differs when it is drawn twice with the same seeds",
         ),
         (Counting(30), {}, "image 0 differs when it is drawn twice"),
         (Lying(30), {}, "train: item 0 has the label 1, and its targets say 0"),
         (Squares(30, noisy), {}, "its images are random: set data.augment to own"),
+        (Squares(30, seldom), {}, "its images are random: set data.augment to own"),
+        (Few(4), {}, "no training image has the label 3: expected images of all 4 classes"),
+        (
+            Squares(30, lambda image: Image.new("I;16", (6, 6))),
+            {},
+            "has the mode I;16, more than 8 bits per channel: expected L or RGB",
+        ),
         (
             Squares(30, noisy),
             {"augment": "own", "holdout": 5},
-            "its images are random, and validation images must not be: expected no data.holdout",
+            "take random numbers, and validation images must not: expected no data.holdout",
         ),
         (Squares(0), {}, "its train split has no images"),
         (Squares(30, lambda image: image[:, :4]), {}, "has 4x6 pixels: expected a square"),
@@ -216,7 +232,9 @@ def test_what_is_refused(own, train, settings, said):
 
 def test_a_random_validation_dataset_is_refused(own):
     own(Squares(30), Squares(12, noisy))
-    with pytest.raises(InputError, match="val: its images are random, and validation images must"):
+    with pytest.raises(
+        InputError, match="val: its images take random numbers, and validation images must"
+    ):
         datasets.load(data())
 
 

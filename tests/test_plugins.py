@@ -21,6 +21,7 @@ from pld_ray.errors import InputError
 from pld_ray.losses import REGISTRY
 from pld_ray.models.checks import check_loss
 from pld_ray.store.store import Store
+from pld_ray.sweep.checks import check_trials
 
 pytestmark = pytest.mark.filterwarnings("ignore:Overwriting own_net")  # by a newer version
 LOSS = """
@@ -129,6 +130,7 @@ from pld_ray.config.trial import Trial
 from pld_ray.losses import create_loss
 from pld_ray.models.factory import create_model
 from pld_ray.store.store import Store
+from pld_ray.sweep.checks import check_trials
 store, settings = Store(sys.argv[1]), json.loads(sys.argv[2])
 store.load_plugins(settings)
 trial = Trial.model_validate(settings)
@@ -347,3 +349,38 @@ def test_two_plugins_share_a_helper(experiment, tmp_path):
     for name in ("first_of_two", "second_of_two"):
         plugins._forget(name)
     assert "of_two" not in DATASETS and "common_of_two" not in sys.modules
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        (
+            "flat = torch.nn.Flatten()",
+            "flat = torch.nn.Flaten()",
+            r"_rest\.py, line 10: AttributeError: module 'torch.nn' has no attribute 'Flaten'",
+        ),
+        (
+            "flat = torch",
+            "flat = torch.zeros(2) @ torch.zeros(3)\n    flat = torch",
+            r"line 10: RuntimeError: ",
+        ),
+        (
+            "num_classes=3, in",
+            "classes=3, in",
+            "line 11: NameError: name 'num_classes' is not",
+        ),
+        (
+            "return torch.nn.Sequential(flat",
+            "return torch.nn.Sequential(Odd()",
+            "line 23: KeyError: 5",
+        ),
+        ("labels = np", "lables = np", r"data 'stripes': \w+_rest\.py, line 17: NameError: "),
+    ],
+)
+def test_errors_of_networks_and_datasets_are_told_by_line(own, old, new, said):
+    odd = "\n\nclass Odd(torch.nn.Flatten):\n    def forward(self, x):\n        raise KeyError(5)\n"
+    own.rest.write_text(own.rest_text.replace(old, new) + (odd if "Odd" in new else ""))
+    trial = own.plan().cells[0].trial
+    with pytest.raises(InputError, match=said) as error:
+        check_trials({trial.id: trial})
+    assert "\n" not in str(error.value)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pld_ray import plugins
 from pld_ray.config.trial import AUGMENTS, ON_THE_FLY, Data
 from pld_ray.data import (
     sources,  # noqa: F401 - registers the datasets
@@ -59,7 +60,8 @@ def find(data: Data, strict: bool = True) -> Found:
     """
     dataset, path = find_dataset(data)
     try:
-        found = _found(data, dataset.find(data, path))
+        with plugins.errors_told(f"data {data.name!r}"):
+            found = _found(data, dataset.find(data, path))
     except OSError as error:
         place = f"{error.filename}: " if error.filename else ""
         raise InputError(
@@ -82,13 +84,17 @@ def _found(data: Data, given: Any) -> Found:
     if isinstance(given, Found):
         found = given
     elif isinstance(given, tuple) and len(given) == 2:
-        from pld_ray.data.drawn import drawn_split
+        from pld_ray.data.drawn import class_names, drawn_split
 
-        train, val = given
-        splits = [drawn_split(data, train, "train"), val and drawn_split(data, val, "val")]
-        most = max(int(split[1].max()) for split in splits if split) + 1
-        names = getattr(train, "classes", None) or [str(label) for label in range(most)]
-        found = Found(splits[0], splits[1], tuple(map(str, names)))
+        train = drawn_split(data, given[0], "train")
+        val = None if given[1] is None else drawn_split(data, given[1], "val")
+        found = Found(train, val, class_names(given[0], int(train[1].max()) + 1))
+        counts = np.bincount(train[1].clip(0), minlength=len(found.class_names))
+        if len(empty := np.flatnonzero(counts == 0)):
+            raise InputError(
+                f"data {data.name!r}: no training image has the label {empty[0]}: expected images "
+                f"of all {len(counts)} classes"
+            )
     else:
         raise InputError(
             f"data {data.name!r}: its function gives a {type(given).__name__}: expected Found, or "

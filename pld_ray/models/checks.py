@@ -76,8 +76,11 @@ def check_features(trial: Trial, classes: int, channels: int, image_size: int) -
         loss = create_loss(trial.loss)
         assert isinstance(loss, FeatureLoss)
         try:
-            loss.connect(*features)
-            loss.distance(*features)
+            with plugins.errors_told(f"loss {trial.loss.name}"):
+                loss.connect(*features)
+                loss.distance(*features)
+        except InputError:
+            raise
         except ValueError as error:
             raise InputError(f"{teacher.name} → {trial.student.name}: {error}") from None
 
@@ -103,9 +106,11 @@ def check_model(
     """
     with torch.device("meta"):
         try:
-            network = create_model(model, classes, channels, image_size)
+            with plugins.errors_told(f"model {model.name!r}"):
+                network = create_model(model, classes, channels, image_size)
         except RuntimeError as error:  # of shapes; without memory, none can be missing
-            raise InputError(f"model {model.name!r} cannot be made: {error}") from None
+            where = plugins.location(error)
+            raise InputError(f"model {model.name!r} cannot be made: {where}{error}") from None
         images = torch.zeros(batch, channels, image_size, image_size)
     notes: list[str] = []
     trains = not isinstance(model, Weights)
@@ -130,6 +135,8 @@ def _check_forward(
         return  # an operation that torch cannot run without memory: the run will show
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error) else type(error).__name__
+        if where := plugins.location(error):
+            reason = f"{where}{type(error).__name__}: {reason}"
         if "more than 1 value per channel" in reason:
             raise InputError(
                 f"{what} cannot train on a batch of one image of {size}x{size} pixels, because of "

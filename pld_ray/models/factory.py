@@ -6,6 +6,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from pld_ray import plugins
 from pld_ray.config.trial import Model, Weights
 from pld_ray.errors import InputError, nearest
 from pld_ray.models.weights import fit_weights
@@ -48,7 +49,8 @@ def create_model(
         return timm.create_model(model.name, pretrained=pretrained, **args)
     except (TypeError, ValueError, AssertionError, ArithmeticError) as error:
         raise InputError(
-            f"model {model.name!r} cannot be made with {args}: {error or 'unsupported size'}"
+            f"model {model.name!r} cannot be made with {args}: {plugins.location(error)}"
+            f"{error or 'unsupported size'}"
         ) from None
 
 
