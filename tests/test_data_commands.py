@@ -1,6 +1,7 @@
 """`pld-ray data check` and `pld-ray data pack`."""
 
 import io
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -94,3 +95,14 @@ def test_bad_input_of_the_data_commands_is_one_sentence(cli, folder):
     done = cli("data", "pack", "folder:pets", "--to", "packed", cwd=folder.parent)
     assert done.returncode == 2 and "train/bee/0.jpg: cannot be read" in done.stderr
     assert sorted(path.name for path in folder.parent.iterdir()) == ["pets"]  # nothing half-written
+
+
+def test_a_dataset_of_a_plugin(cli, tmp_path):
+    plugin = Path(__file__).parents[1] / "examples" / "own_method.py"
+    done = cli("data", "check", "noisy_digits", "--plugin", plugin, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "**noisy_digits**: 10 classes, fingerprint `" in done.stdout
+    assert "| train | item L 1,437 |  1,437 |" in done.stdout
+    missing = cli("plan", "demo", "--plugin", "none.py", cwd=tmp_path)
+    assert missing.returncode == 2
+    assert missing.stderr.startswith(f"pld-ray: plug-in {tmp_path}/none.py: expected a Python file")

@@ -238,6 +238,13 @@ def test_a_random_validation_dataset_is_refused(own):
         datasets.load(data())
 
 
+def test_a_dataset_without_validation(own):
+    own(Squares(30), None)
+    with pytest.raises(InputError, match="it has no validation split: set data.holdout"):
+        datasets.load(data())
+    assert len(datasets.load(data(holdout=6)).val) == 6
+
+
 def test_errors_while_images_are_drawn(own):
     own(Failing(30), Squares(12))
     settings = data(mean=(0, 0, 0), std=(1, 1, 1))

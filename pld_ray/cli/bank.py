@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from pld_ray.cli import session
-from pld_ray.cli.options import Address, ExperimentName, Overrides, Smoke, Storage
+from pld_ray.cli.options import Address, ExperimentName, Overrides, Plugins, Smoke, Storage
 from pld_ray.errors import InputError, nearest
 
 bank_app = typer.Typer(
@@ -60,6 +60,7 @@ def bank_rm(
 def bank_build(
     experiment: ExperimentName,
     overrides: Overrides = None,
+    plugin: Plugins = None,
     smoke: Smoke = False,
     storage: Storage = "results",
     address: Address = None,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pld_ray.cli.options import Overrides
+from pld_ray.cli.options import Overrides, Plugins
 from pld_ray.errors import InputError
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def _find(name: str, overrides: list[str] | None) -> tuple[Any, Any]:
 
 
 @data_app.command("check")
-def data_check(name: Name, overrides: Overrides = None) -> None:
+def data_check(name: Name, overrides: Overrides = None, plugin: Plugins = None) -> None:
     """Read every image, and report what the dataset holds and what is wrong with it.
 
     The report is Markdown. Errors are what a run would refuse: the exit code is then 1.
@@ -117,6 +117,7 @@ def data_pack(
     name: Name,
     to: Annotated[str, typer.Option(help="The folder to write; it must not exist.")],
     overrides: Overrides = None,
+    plugin: Plugins = None,
     shorter: Annotated[
         int, typer.Option(min=8, help="The shorter side of the packed images in pixels.")
     ] = 256,

@@ -42,6 +42,28 @@ Overrides = Annotated[
         help="Override a field, e.g. loss.temperature=2. May be repeated.",
     ),
 ]
+
+
+def _load_plugins(sources: list[str] | None) -> list[str] | None:
+    """Import the plug-ins before the command reads anything that names what they hold."""
+    from pld_ray import plugins
+    from pld_ray.config.paths import absolute_plugin
+
+    for source in sources or []:
+        plugins.load(absolute_plugin(source))
+    return sources
+
+
+Plugins = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--plugin",
+        metavar="FILE",
+        callback=_load_plugins,
+        help="A Python file, or an installed package, with losses, networks or datasets of your "
+        "own, in addition to those that the experiment names. May be repeated.",
+    ),
+]
 Storage = Annotated[
     str,
     typer.Option(envvar="PLD_RAY_STORAGE", help="Folder or URI where results are stored."),

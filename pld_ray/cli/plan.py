@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from pld_ray.cli import session
-from pld_ray.cli.options import ExperimentName, Experiments, Overrides, Smoke, Storage, app
+from pld_ray.cli.options import ExperimentName, Experiments, Overrides, Plugins, Smoke, Storage, app
 from pld_ray.errors import InputError
 
 
@@ -16,6 +16,7 @@ from pld_ray.errors import InputError
 def plan(
     experiments: Experiments,
     overrides: Overrides = None,
+    plugin: Plugins = None,
     smoke: Smoke = False,
     storage: Storage = "results",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
@@ -60,6 +61,7 @@ def plan(
 def status(
     experiment: ExperimentName,
     overrides: Overrides = None,
+    plugin: Plugins = None,
     smoke: Smoke = False,
     storage: Storage = "results",
 ) -> None:

@@ -9,7 +9,16 @@ from typing import Annotated
 import typer
 
 from pld_ray.cli import session
-from pld_ray.cli.options import Address, ExperimentName, Out, Overrides, Smoke, Storage, app
+from pld_ray.cli.options import (
+    Address,
+    ExperimentName,
+    Out,
+    Overrides,
+    Plugins,
+    Smoke,
+    Storage,
+    app,
+)
 from pld_ray.errors import InputError, nearest
 
 
@@ -23,6 +32,7 @@ def tables(
         ),
     ] = None,
     overrides: Overrides = None,
+    plugin: Plugins = None,
     smoke: Smoke = False,
     storage: Storage = "results",
     out: Out = None,
@@ -41,6 +51,7 @@ def tables(
 def best(
     experiment: ExperimentName,
     overrides: Overrides = None,
+    plugin: Plugins = None,
     smoke: Smoke = False,
     storage: Storage = "results",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
@@ -66,6 +77,7 @@ def best(
 def figures(
     experiment: ExperimentName,
     overrides: Overrides = None,
+    plugin: Plugins = None,
     smoke: Smoke = False,
     storage: Storage = "results",
     out: Out = None,
@@ -91,6 +103,7 @@ def landscape(
         ),
     ] = None,
     overrides: Overrides = None,
+    plugin: Plugins = None,
     smoke: Smoke = False,
     storage: Storage = "results",
     address: Address = None,
@@ -154,6 +167,7 @@ def report(
         ),
     ] = None,
     overrides: Overrides = None,
+    plugin: Plugins = None,
     smoke: Smoke = False,
     storage: Storage = "results",
     out: Annotated[
@@ -184,6 +198,7 @@ def export(
         ),
     ] = None,
     overrides: Overrides = None,
+    plugin: Plugins = None,
     smoke: Smoke = False,
     storage: Storage = "results",
     to: Annotated[Path, typer.Option(help="File to write, .csv or .parquet.")] = Path("trials.csv"),

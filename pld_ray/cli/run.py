@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from pld_ray.cli import session
-from pld_ray.cli.options import Address, Experiments, Out, Overrides, Smoke, Storage, app
+from pld_ray.cli.options import Address, Experiments, Out, Overrides, Plugins, Smoke, Storage, app
 
 
 class Logger(StrEnum):
@@ -24,6 +24,7 @@ class Logger(StrEnum):
 def run(
     experiments: Experiments,
     overrides: Overrides = None,
+    plugin: Plugins = None,
     smoke: Smoke = False,
     storage: Storage = "results",
     address: Address = None,

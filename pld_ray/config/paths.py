@@ -39,6 +39,11 @@ def absolute_dataset(name: str, folder: str | Path = "") -> str:
     return f"{kind}:{found}"
 
 
+def absolute_plugin(source: str, folder: str | Path = "") -> str:
+    """Return the absolute path of a plug-in; the name of an installed package stays as it is."""
+    return absolute(source, folder) if source.endswith(".py") or os.sep in source else source
+
+
 def absolute_paths(value: Any, folder: Path, field: tuple[str, ...] = ()) -> Any:
     """Return settings with absolute paths: `data.name`, `data.root`, `teacher.weights`, `plugins`.
 
@@ -57,8 +62,8 @@ def absolute_paths(value: Any, folder: Path, field: tuple[str, ...] = ()) -> Any
         return [absolute_paths(part, folder, field) for part in value]
     if not isinstance(value, str):
         return value
-    if field == ("plugins",) and (value.endswith(".py") or os.sep in value):
-        return absolute(value, folder)
+    if field == ("plugins",):
+        return absolute_plugin(value, folder)
     if field[-1:] == ("data",) or field[-2:] == ("data", "name"):
         return absolute_dataset(value, folder)
     weights = field[-2:] == ("teacher", "weights") and value not in ("", "train", "pretrained")

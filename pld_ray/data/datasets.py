@@ -100,6 +100,8 @@ def _found(data: Data, given: Any) -> Found:
             f"data {data.name!r}: its function gives a {type(given).__name__}: expected Found, or "
             "a training and a validation dataset"
         )
+    if found.val is None and not data.holdout:
+        raise InputError(f"data {data.name!r}: it has no validation split: set data.holdout")
     for split in (found.train, found.val):
         if split is not None and not found.faults:
             _check_split(data, *split, len(found.class_names))
@@ -203,6 +205,11 @@ def _parts(data: Data, found: Found) -> tuple[Split, Ints, Split, Ints]:
     train, val = found.train, found.val
     kept = np.arange(len(train[1]))
     if data.holdout:
+        if is_drawn(train[0]) and train[0].random:
+            raise InputError(
+                f"{train[0].name}: its images take random numbers, and validation images must not: "
+                "expected no data.holdout, and a validation dataset"
+            )
         most = len(kept) - len(np.unique(train[1]))
         if data.holdout > most:
             raise InputError(

@@ -206,10 +206,10 @@ def drawn_split(data: Data, dataset: Any, split: str) -> tuple[DrawnImages, Ints
         images = DrawnImages(dataset, np.arange(count), name, (height, width, channels), floats)
         labels = _labels(dataset, count, name)
         random_ones = _try(images, labels)
-    if random_ones and (split == "val" or data.holdout):
+    if random_ones and split == "val":
         raise InputError(
-            f"{name}: its images take random numbers, and validation images must not: expected "
-            + ("a validation dataset without randomness" if split == "val" else "no data.holdout")
+            f"{name}: its images take random numbers, and validation images must not: expected a "
+            "dataset without randomness"
         )
     return replace(images, random=random_ones), labels
 
