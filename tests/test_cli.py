@@ -1,12 +1,15 @@
 import json
+import re
 import subprocess
 import sys
 
 import pytest
 import torch
 
+import pld_ray
 from pld_ray.config.experiment import load_experiment
 from pld_ray.config.planning import plan
+from pld_ray.losses import REGISTRY
 from pld_ray.store.store import Store
 
 BAD = {
@@ -130,3 +133,39 @@ def test_two_experiments_of_one_name_are_told(cli, tmp_path):
     other = cli("tables", "two/same.yaml", cwd=tmp_path)
     assert f"held the reports of {tmp_path}/one/same.yaml" in other.stderr
     assert "set name: in one of the files to keep both" in other.stderr
+
+
+def test_list_shows_parameters_with_defaults_and_bounds(cli, tmp_path):
+    found = cli("list", "losses", "kd", cwd=tmp_path).stdout
+    assert re.search(r"^kd +KD: Knowledge distillation \(Hinton et al. 2015\)", found, re.MULTILINE)
+    assert "temperature = 4.0 (above 0)" in found
+    assert "ce_weight = 0.1 (at least 0, at most 1)" in found
+    assert "divergence = forward_kl (forward_kl, reverse_kl, jensen_shannon)" in found
+    assert not re.search("^(ce|pld) ", found, re.MULTILINE)
+    everything = cli("list", "losses", cwd=tmp_path).stdout
+    assert set(re.findall(r"^(\w+) ", everything, re.MULTILINE)) == REGISTRY.keys()
+
+
+@pytest.mark.parametrize(
+    ("kind", "word", "line"),
+    [
+        ("networks", "RESNET8", "resnet8    ResNet-8 for 32x32 images."),
+        ("datasets", "digits", "digits  Load 1,797 handwritten digits"),
+        ("optimizers", "adamw", "adamw "),
+        ("experiments", "demo", "demo  Handwritten digits, 200 training images"),
+    ],
+)
+def test_list_finds_a_word(cli, tmp_path, kind, word, line):
+    found = cli("list", kind, word, cwd=tmp_path).stdout
+    assert any(each.startswith(line) for each in found.splitlines())
+    assert all(word.lower() in each.lower() for each in found.splitlines())
+
+
+def test_list_of_nothing(cli, tmp_path):
+    done = cli("list", "losses", "kdd", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "list losses: nothing has 'kdd' in it; did you mean 'kd' or" in done.stderr
+
+
+def test_version(cli, tmp_path):
+    assert cli("--version", cwd=tmp_path).stdout == f"pld-ray {pld_ray.__version__}\n"

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import signal
 import sys
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
-from pld_ray.cli import plan, results, run  # noqa: F401 - the imports register the commands
+from pld_ray import __version__
+from pld_ray.cli import listing, plan, results, run  # noqa: F401 - the imports register the commands
 from pld_ray.cli.bank import bank_app
 from pld_ray.cli.data import data_app
 from pld_ray.cli.options import app
@@ -16,6 +17,22 @@ from pld_ray.errors import InputError
 
 app.add_typer(bank_app, name="bank")
 app.add_typer(data_app, name="data")
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"pld-ray {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", is_eager=True, callback=_show_version, help="Print the version."),
+    ] = False,
+) -> None:
+    pass
 
 
 class _Stopped(BaseException):

@@ -63,7 +63,7 @@ def _split(root: Path, index: FolderIndex) -> Split:
 
 @register_dataset("imagenet", size=Size(1_281_167, 50_000, 1000), encodes=True)
 def imagenet(data: Data, path: str) -> Found:
-    """Find a folder like the above, which `root` names. It must have 1,000 classes."""
+    """Find ImageNet (ILSVRC 2012) as image files in the folder that `root` names."""
     root = absolute(data.root or "imagenet")
     found = folder(data, root)
     if len(found.class_names) != 1000:
