@@ -19,6 +19,7 @@ import io
 import os
 import shutil
 import sys
+import sysconfig
 import tempfile
 import traceback
 import zipfile
@@ -62,6 +63,9 @@ class Plugin:
         """Return the files as a zip archive, from which Python can import."""
         buffer = io.BytesIO()
         with zipfile.ZipFile(buffer, "w") as archive:
+            folders = {f"{above}/" for path, _ in self.files for above in Path(path).parents[:-1]}
+            for path in sorted(folders):  # without them, folders without __init__.py are not found
+                archive.writestr(zipfile.ZipInfo(path), b"")
             for path, content in self.files:
                 archive.writestr(zipfile.ZipInfo(path), content)
         return buffer.getvalue()
@@ -75,15 +79,16 @@ _owners: dict[str, str] = {}  # which plug-in has imported each module; others m
 _places: dict[str, str] = {}  # where it was imported from: a folder or an archive
 
 
-def provide(kind: str, name: str, undo: Callable[[], object]) -> None:
-    """Note that a registry has a new name, if a plug-in is imported now.
+def provide(kind: str, name: str, module: str, undo: Callable[[], object]) -> None:
+    """Note that a registry has a new name, if it is from the plug-in that is imported now.
 
     Args:
         kind: The kind of the registry: "loss" or "dataset".
         name: The new name.
+        module: The module that registers it. A plug-in may import others that register names too.
         undo: Removes the name from the registry, for a newer version of the plug-in.
     """
-    if _current:
+    if _current and module in {_module(path) for path, _ in _current[-1].files}:
         PROVIDED[kind, name] = _current[-1]
         _undo.setdefault(_current[-1].name, []).append(undo)
 
@@ -109,7 +114,8 @@ def load(source: str) -> Plugin:
     else:
         name = source
         folder, first = _installed(name)
-    plugin = Plugin(name, source, tuple(sorted(_sources(folder, first))))
+    package = "" if path.suffix == ".py" else name.partition(".")[0]
+    plugin = Plugin(name, source, tuple(sorted(_sources(folder, first, package))))
     known = LOADED.get(name)
     if known is not None and known.digest == plugin.digest:
         return known
@@ -137,7 +143,8 @@ def load_archive(name: str, digest: str, content: bytes) -> Plugin:
     damaged = f"plug-in {name}: its copy {name}-{digest}.zip in the storage is damaged"
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
-            files = tuple((path, archive.read(path)) for path in archive.namelist())
+            names = [name for name in archive.namelist() if not name.endswith("/")]
+            files = tuple((name, archive.read(name)) for name in names)
     except (zipfile.BadZipFile, ValueError) as error:
         raise InputError(f"{damaged}: {error}") from None
     plugin = Plugin(name, name, files)
@@ -182,7 +189,7 @@ def errors_told(what: str) -> Iterator[None]:
     """
     try:
         yield
-    except InputError:
+    except (InputError, OSError):
         raise
     except Exception as error:
         if not (where := location(error)):
@@ -206,10 +213,20 @@ def _load(plugin: Plugin, where: str) -> Plugin:
     sys.path.insert(0, where)
     try:
         with without_collection():
+            if any(b"timm" in content for _, content in plugin.files):
+                importlib.import_module("pld_ray.models.networks")  # their names come first
+            before = _entrypoints()
             importlib.import_module(plugin.name)
         _owners.update((each, plugin.name) for each in modules - _owners.keys())
-        for network in _networks(modules):
-            PROVIDED["network", network] = plugin
+        _check_followed(plugin, where)
+        for network, module in _entrypoints().items():
+            if module in modules:
+                if before.get(network, module) not in modules:
+                    raise InputError(
+                        f"network {network!r}: {before[network]} has this name already: expected "
+                        "another name"
+                    )
+                PROVIDED["network", network] = plugin
     except Exception as error:
         reason = _reason(error, where)
         _owners.update((each, plugin.name) for each in modules - _owners.keys())
@@ -217,10 +234,11 @@ def _load(plugin: Plugin, where: str) -> Plugin:
         raise InputError(f"plug-in {plugin.place}: {reason}") from error
     finally:
         _current.pop()
-        # Last, for imports inside its functions: it then hides no module of others.
+        # It stays for imports inside functions: last, so that it hides no module of others. An
+        # archive stays first: a worker may have the folder of the driver on its path too.
         sys.path.remove(where)
         if plugin.name in LOADED:
-            sys.path.append(where)
+            sys.path.insert(0 if where.endswith(".zip") else len(sys.path), where)
     return plugin
 
 
@@ -269,16 +287,42 @@ def _reason(error: Exception, where: str) -> str:
     return (lines[-1] if lines else "") + named
 
 
-def _networks(modules: set[str]) -> Iterator[str]:
-    """Yield the networks that modules have registered with timm."""
+def _entrypoints() -> dict[str, str]:
+    """Return the module of each network that timm knows."""
     if "timm" not in sys.modules:
-        return
+        return {}
     import timm
 
-    for module in modules:
-        for name in timm.list_models(module=module.rpartition(".")[2]):
-            if timm.model_entrypoint(name).__module__ == module:
-                yield name
+    return {name: timm.model_entrypoint(name).__module__ for name in timm.list_models()}
+
+
+def _check_followed(plugin: Plugin, where: str) -> None:
+    """Raise InputError if a plug-in has imported a file of its folder that its digest lacks."""
+    known = {os.path.join(where, path) for path, _ in plugin.files}
+    known |= {
+        os.path.join(place, path)
+        for name, place in _places.items()
+        if name in LOADED
+        for path, _ in LOADED[name].files
+    }
+    package = os.path.join(where, plugin.name.partition(".")[0])
+    folder = package if os.path.isdir(package) else where
+    for module in list(sys.modules.values()):
+        file = getattr(module, "__file__", None) or ""
+        if file.startswith(folder + os.sep) and file not in known and _followed(Path(file)):
+            raise InputError(
+                f"{file} is imported, and no import statement names it: expected `import` or "
+                "`from ... import`, so that it is part of the digest"
+            )
+
+
+def _followed(path: Path) -> bool:
+    """Return whether a file can be part of a plug-in: not if it is installed, or ours."""
+    installed = {sysconfig.get_path(name) for name in ("purelib", "platlib", "stdlib")}
+    ours = Path(__file__).parents[1]
+    return not any(path.is_relative_to(folder) for folder in installed) and not any(
+        path.is_relative_to(ours / package) for package in ("pld_ray", "analysis")
+    )
 
 
 def _own(path: Path) -> list[Path]:
@@ -311,10 +355,11 @@ def _installed(name: str) -> tuple[Path, list[Path]]:
     return above, sorted(top.rglob("*.py")) if top.is_dir() else [file]
 
 
-def _sources(folder: Path, first: list[Path]) -> Iterator[tuple[str, bytes]]:
+def _sources(folder: Path, first: list[Path], package: str) -> Iterator[tuple[str, bytes]]:
     """Yield the content of files and of all that they import from their folder, by relative path.
 
-    The imports are read from the source, so that those inside functions are found too.
+    The imports are read from the source, so that those inside functions are found too. For a
+    package, only its own modules are followed: other packages may lie in the same folder.
     """
     waiting, seen = list(first), set(first)
     while waiting:
@@ -327,7 +372,7 @@ def _sources(folder: Path, first: list[Path]) -> Iterator[tuple[str, bytes]]:
             continue  # the import says what is wrong
         for name in _imported(tree, path.relative_to(folder).parent.parts):
             for file in _files(folder, name):
-                if file not in seen:
+                if file not in seen and package in ("", name[0]) and (package or _followed(file)):
                     seen.add(file)
                     waiting.append(file)
 

@@ -10,7 +10,7 @@ from PIL import Image
 
 from pld_ray.config.trial import Data, Trial
 from pld_ray.data import audit, datasets, packing
-from pld_ray.data.drawn import generators_kept, seed_everything
+from pld_ray.data.drawn import drawn_split, generators_kept, image_seeds, seed_everything
 from pld_ray.data.registry import DATASETS, register_dataset
 from pld_ray.data.sampling import random_bits
 from pld_ray.data.stream import Stream
@@ -37,7 +37,7 @@ class Squares(torch.utils.data.Dataset):
     def __getitem__(self, row):
         if row >= len(self):
             raise IndexError(row)
-        image = np.full((6, 6, 3), 40 * (row % 3) + row, np.uint8)
+        image = np.full((6, 6, 3), 40 * (row % 3) + row % 100, np.uint8)
         return self.change(image), self.targets[row]
 
 
@@ -49,7 +49,7 @@ def noisy(image):
 
 def expected(change, row, seed, view):
     """The image of a row, from the definition: all generators seeded, then the transform."""
-    bits = int(random_bits(seed, view, np.array([row]), "library")[0])
+    bits = int(random_bits(seed, view, np.array([row]), "own")[0])
     torch.manual_seed(bits >> 1)
     np.random.seed(bits & 0xFFFFFFFF)
     random.seed(bits)
@@ -147,8 +147,9 @@ def test_floats_are_used_as_they_are(own):
         return torch.from_numpy(image).permute(2, 0, 1).double() / 100 - 1
 
     own(Squares(30, normalised), Squares(12, normalised))
-    images = datasets.load(data())
-    assert images.mean == (0, 0, 0) and images.std == (1, 1, 1)
+    with pytest.raises(InputError, match="values from -1 to 0.09: set data.mean and data.std"):
+        datasets.load(data())
+    images = datasets.load(data(mean=(0,) * 3, std=(1,) * 3))
     ((x, _),) = batches(images, data(), 0, [[8]])
     assert x.dtype == torch.float32 and x.unique().item() == pytest.approx(88 / 100 - 1)
     said = datasets.load(data(mean=(0.4,) * 3, std=(0.2,) * 3))  # what its transform has done
@@ -197,10 +198,10 @@ class Failing(Squares):
         (
             Squares(30, lambda image: image + np.uint8(GENERATOR.integers(100))),
             {"augment": "own"},
-            r"train: image \d differs when it is drawn twice with the same seeds",
+            r"train: image \d+ differs when it is drawn twice with the same seeds",
         ),
-        (Counting(30), {}, "image 0 differs when it is drawn twice"),
-        (Lying(30), {}, "train: item 0 has the label 1, and its targets say 0"),
+        (Counting(30), {}, "image 29 differs when it is drawn twice"),
+        (Lying(30), {}, "train: item 0 has the label 1, and the targets of the dataset say 0"),
         (Squares(30, noisy), {}, "its images are random: set data.augment to own"),
         (Squares(30, seldom), {}, "its images are random: set data.augment to own"),
         (Few(4), {}, "no training image has the label 3: expected images of all 4 classes"),
@@ -333,3 +334,74 @@ def test_trials_that_share_a_dataset_are_checked_each(own):
     digits = [Data(name="digits", augment=names) for names in ((), ("own",))]
     with pytest.raises(InputError, match="data.augment is own: digits has no transform of its own"):
         check_trials({str(i): Trial(data=d, **text) for i, d in enumerate(digits)})
+
+
+def test_what_is_random_in_few_images_is_refused_when_it_is_drawn(own):
+    """The eight images that are tried are rows 0, 4, 8, 12, 16, 20, 24 and 29."""
+
+    def change(image):
+        return noisy(image) if image[0, 0, 0] == 17 + 80 else image
+
+    own(Squares(30, change), Squares(12))
+    settings = data(mean=(0,) * 3, std=(1,) * 3)
+    images = Squares(30, change)
+    split, _ = drawn_split(settings, images, "train")
+    assert not split.random
+    assert torch.equal(split.draw(np.array([1, 2]), 0, 0), split.draw(np.array([1, 2]), 3, 4))
+    with pytest.raises(InputError, match="image 17 takes random numbers, and the first ones do"):
+        split.draw(np.array([2, 17]), 0, 0)
+    said = data(augment="own", mean=(0,) * 3, std=(1,) * 3)
+    with pytest.raises(InputError, match="image 17 takes random numbers"):
+        datasets.load(said)
+
+
+class RandomLabels(Squares):
+    def __getitem__(self, row):
+        label = self.targets[row] if random.random() < 0.6 else random.randrange(3)
+        return super().__getitem__(row)[0], label
+
+
+def test_random_labels_are_refused(own):
+    own(RandomLabels(300), Squares(12))
+    with pytest.raises(InputError, match=r"item \d+ has the label \d, and the targets of the dat"):
+        datasets.load(data(augment="own"))
+
+
+def test_a_label_is_an_index(own):
+    class Words(Squares):
+        def __getitem__(self, row):
+            return super().__getitem__(row)[0], "x"
+
+    own(Words(30), Squares(12))
+    with pytest.raises(InputError, match="item 0 has the label 'x': expected a class index"):
+        datasets.load(data())
+
+
+def test_both_splits_are_of_one_kind(own):
+    own(Squares(30), Squares(12, lambda image: torch.from_numpy(image).permute(2, 0, 1) / 255))
+    with pytest.raises(InputError, match="train images are uint8 and val images floating-point"):
+        datasets.load(data())
+
+
+def test_two_datasets_of_the_same_images_are_two(own):
+    found = []
+    for name in ("own_squares", "own_squares_too"):
+        register_dataset(name)(lambda d, path: (Squares(30), Squares(12)))
+        found.append(datasets.identify(Data(name=name)))
+    del DATASETS["own_squares_too"]
+    assert found[0] != found[1]
+
+
+def test_the_function_does_not_see_what_trials_share(own):
+    seen = []
+    own(None)
+    DATASETS.pop("own_squares")
+    register_dataset("own_squares")(lambda d, path: seen.append(d) or (Squares(30), Squares(12)))
+    datasets.load(data(augment="random_erasing", flip=True, pad=1, mixup=0.5, limit=9))
+    assert {(d.augment, d.flip, d.pad, d.mixup, d.limit) for d in seen} == {((), False, 0, None, 9)}
+
+
+def test_its_own_numbers_are_not_those_of_further_transforms():
+    index = np.arange(50)
+    seeds = [image_seeds(1, 2, index, purpose) for purpose in ("own", "library")]
+    assert not set(seeds[0]) & set(seeds[1])

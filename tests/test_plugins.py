@@ -1,5 +1,6 @@
 """Plug-ins: losses, networks and datasets from a file of one's own."""
 
+import importlib
 import json
 import subprocess
 import sys
@@ -384,3 +385,79 @@ def test_errors_of_networks_and_datasets_are_told_by_line(own, old, new, said):
     with pytest.raises(InputError, match=said) as error:
         check_trials({trial.id: trial})
     assert "\n" not in str(error.value)
+
+
+def test_names_of_networks_and_datasets_are_unique(own):
+    for old, new, said in (
+        (
+            "def own_net_{name}",
+            "def resnet20",
+            "network 'resnet20': pld_ray.models.networks.cifar has",
+        ),
+        ('"stripes"', '"cifar100"', "dataset 'cifar100' is registered already"),
+    ):
+        text = REST.replace(old, new).replace("{name}", "x").replace("own_net_x", "unique_net")
+        own.rest.write_text(text)
+        with pytest.raises(InputError, match=said):
+            own.plan()
+    importlib.reload(sys.modules["pld_ray.models.networks.cifar"])  # its resnet20 again
+
+
+def test_what_it_imports_of_ours_stays_ours(own):
+    own.loss.write_text("from pld_ray import KDLoss\n" + LOSS.format(helper=own.helper.stem))
+    own.plan()
+    assert ("loss", "kd") not in plugins.PROVIDED and ("loss", "own") in plugins.PROVIDED
+    plugins._forget(own.loss.stem)
+    assert "kd" in REGISTRY
+
+
+def test_an_import_that_cannot_be_followed_is_refused(own):
+    own.loss.write_text(f"import importlib\nimportlib.import_module('{own.helper.stem}')\n")
+    with pytest.raises(
+        InputError, match=rf"{own.helper.name} is imported, and no import statement"
+    ):
+        own.plan()
+    sys.modules.pop(own.helper.stem)
+
+
+def test_a_folder_without_init_is_found_in_the_copy(own, tmp_path):
+    parts = own.loss.parent / f"{own.loss.stem}_parts"
+    parts.mkdir()
+    (parts / "deep.py").write_text(HELPER)
+    own.loss.write_text(LOSS.format(helper=f"{parts.name}.deep"))
+    plugin, trial = own.plan() and plugins.LOADED[own.loss.stem], own.plan().cells[1].trial
+    store = Store(tmp_path / "results")
+    store.keep_plugin(plugin)
+    store.keep_plugin(plugins.LOADED[own.rest.stem])
+    (parts / "deep.py").unlink()
+    plugins._forget(own.loss.stem)
+    store.load_plugins(trial.model_dump(mode="json"))
+    check_loss(trial.loss, 4)
+
+
+def test_ours_and_installed_packages_are_not_part_of_it(tmp_path):
+    site = tmp_path / "site-packages"
+    (site / "own_packed").mkdir(parents=True)
+    (site / "own_packed" / "__init__.py").write_text("import own_neighbour\n")
+    (site / "own_neighbour.py").write_text("")
+    sys.path.append(str(site))
+    try:
+        loaded = plugins.load("own_packed")
+        assert [path for path, _ in loaded.files] == ["own_packed/__init__.py"]
+    finally:
+        sys.path.remove(str(site))
+        plugins._forget("own_packed")
+    root = Path(plugins.__file__).parents[1]  # a plug-in in the root of a checkout
+    sources = plugins._sources(root, [root / "examples" / "own_method.py"], "")
+    assert [path for path, _ in sources] == ["examples/own_method.py"]
+
+
+def test_a_gradient_that_fails_is_told(own):
+    text = LOSS.format(helper=own.helper.stem)
+    own.loss.write_text(
+        text[: text.index("        from")]
+        + "        x = student.exp()\n        x += 1\n        return x.sum(1)\n"
+    )
+    own.plan()
+    with pytest.raises(InputError, match="loss own: RuntimeError: one of the variables needed for"):
+        check_loss(REGISTRY["own"](name="own"), 7)

@@ -128,6 +128,7 @@ class Subject(NamedTuple):
         x: Images [N, channels, H, W].
         labels: Labels [N].
         teacher_logits: Teacher logits [N, C]; None if the loss needs none.
+        storage: The URI of the store that holds the trial and its plug-ins.
     """
 
     trial: Trial
@@ -137,11 +138,13 @@ class Subject(NamedTuple):
     x: Tensor
     labels: Tensor
     teacher_logits: Tensor | None
+    storage: str
 
     def losses(self) -> dict[str, Loss]:
         """Return cross-entropy as "ce" and, if it uses only logits, the student's loss as "own"."""
         from pld_ray.losses import create_loss
 
+        self._load_plugins()
         found: dict[str, Loss] = {"ce": lambda logits: F.cross_entropy(logits, self.labels)}
         if self.trial.loss.name != "ce" and not self.trial.loss.needs_features:
             own: Any = create_loss(self.trial.loss, ignore_index=None)
@@ -152,7 +155,12 @@ class Subject(NamedTuple):
         """Create the student's network in evaluation mode: batch norm uses trained statistics."""
         from pld_ray.models.factory import create_model
 
+        self._load_plugins()
         return create_model(self.trial.student, *self.shape).eval()
+
+    def _load_plugins(self) -> None:
+        """Import the plug-ins of the trial, if this process has not done it."""
+        Store(self.storage).load_plugins(self.trial.model_dump(mode="json"))
 
     def logits(self, network: nn.Module, weights: Weights) -> Tensor:
         """Return the logits [N, C] of the images under the given weights."""
@@ -187,7 +195,7 @@ def subject(trial: Trial, images: Any, store: Store, count: int) -> Subject:
     logits = None
     if trial.teacher is not None and not trial.loss.needs_features:
         logits = Teacher(trial, images, store, cpu)(x)
-    return Subject(trial, images.shape, weights, state, x, labels, logits)
+    return Subject(trial, images.shape, weights, state, x, labels, logits, store.uri)
 
 
 @torch.no_grad()

@@ -86,6 +86,7 @@ def bank_build(
     planned = [bank for bank in banks.values() if bank.split == "train"]
     if not planned:
         raise InputError(f"{plan.experiment.name}: none of its trials reads a bank")
+    session.keep_plugins((bank.trial for bank in planned), store)
     images = checks.check_trials({bank.trial.id: bank.trial for bank in planned}, address).images
     with (
         redirect_prints(session.ray_log(store)) as console,

@@ -5,7 +5,7 @@ Heavy modules are imported inside the functions that need them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -124,7 +124,6 @@ def train(
     """
     from rich.console import Console
 
-    from pld_ray import plugins
     from pld_ray.data import datasets
     from pld_ray.imports import without_collection
     from pld_ray.sweep.progress import ProgressView, redirect_prints
@@ -140,8 +139,7 @@ def train(
             if trial.data.fingerprint:
                 images = ready[datasets.sharing_key(trial.data)]
                 store.keep_dataset(identity.dataset_entry(trial.data, images))
-        for name in {name for trial in (pending | cells).values() for name in trial.all_plugins}:
-            store.keep_plugin(plugins.LOADED[name])
+        keep_plugins((pending | cells).values(), store)
     for note in notes:
         typer.echo(f"note: {note}", err=True)
     to_draw = sum({each.group.key: each.to_draw for each in progress}.values())
@@ -156,6 +154,14 @@ def train(
     for key, reason in failures.items():
         typer.echo(f"failed: {view.labels[key]}: {reason} ({store.folder(key)})", err=True)
     return failures
+
+
+def keep_plugins(trials: Iterable[Trial], store: Store) -> None:
+    """Keep the source of the plug-ins that trials use, so that workers can import them."""
+    from pld_ray import plugins
+
+    for name in {name for trial in trials for name in trial.all_plugins}:
+        store.keep_plugin(plugins.LOADED[name])
 
 
 def ray_log(store: Store) -> Path:

@@ -24,11 +24,11 @@ from pld_ray.data import (
     subsets,
 )
 from pld_ray.data.encoded import EncodedImages, StoredImages, decode_all, resize_array
-from pld_ray.data.fingerprints import fingerprint
+from pld_ray.data.fingerprints import DRAWN, fingerprint
 from pld_ray.data.images import Bytes, Found, Images, Size, Split, is_drawn
 from pld_ray.data.registry import MAY_DOWNLOAD, find_dataset
 from pld_ray.data.sampling import Ints, order
-from pld_ray.errors import InputError
+from pld_ray.errors import InputError, MissingError
 
 if TYPE_CHECKING:
     from pld_ray.data.drawn import DrawnImages  # imports torch
@@ -59,14 +59,23 @@ def find(data: Data, strict: bool = True) -> Found:
         InputError: It cannot be used.
     """
     dataset, path = find_dataset(data)
+    # Trials that differ only in these fields share the images.
+    stored = data.model_copy(update={f: Data.model_fields[f].default for f in ON_THE_FLY})
+    own = ("dataset", dataset.name) in plugins.PROVIDED
     try:
         with plugins.errors_told(f"data {data.name!r}"):
-            found = _found(data, dataset.find(data, path))
+            found = _found(data, dataset.find(stored, path))
+    except FileNotFoundError as error:
+        if not own:
+            raise
+        raise MissingError(f"data {data.name!r}: {error.filename or error} is not there") from None
     except OSError as error:
         place = f"{error.filename}: " if error.filename else ""
         raise InputError(
             f"data {data.name!r}: {place}cannot be read: {error.strerror or error}"
         ) from None
+    if own:  # its state says when files change, and not when the code does
+        found = replace(found, state=None)
     if strict and found.faults:
         raise InputError(found.faults[0])
     for split, (images, _) in (("train", found.train), ("val", found.val or found.train)):
@@ -110,6 +119,15 @@ def _found(data: Data, given: Any) -> Found:
 
 def _check_split(data: Data, images: Any, labels: Any, classes: int) -> None:
     """Raise InputError if images and labels do not fit each other."""
+    if (
+        not hasattr(images, "read")
+        and not hasattr(images, "draw")
+        and not isinstance(images, np.ndarray)
+    ):
+        raise InputError(
+            f"data {data.name!r}: its images are {type(images).__name__}: expected a uint8 array "
+            "[N, H, W, channels]; or return two map-style datasets instead of Found"
+        )
     if isinstance(images, np.ndarray) and (images.dtype != np.uint8 or images.ndim != 4):
         raise InputError(
             f"data {data.name!r}: its images are {images.dtype} {list(images.shape)}: expected "
@@ -168,6 +186,12 @@ def load(data: Data) -> Images:
         raise InputError(
             f"data {data.name!r}: train images are {images[0].shape[1:]} and val images "
             f"{images[1].shape[1:]}: set data.image_size"
+        )
+    kinds = ["floating-point" if getattr(each, "floats", False) else "uint8" for each in images]
+    if kinds[0] != kinds[1]:
+        raise InputError(
+            f"data {data.name!r}: train images are {kinds[0]} and val images {kinds[1]}: expected "
+            "the same"
         )
     check_augmentation(data, images[0])
     mean, std = _statistics(data, images[0])
@@ -312,6 +336,12 @@ def _statistics(
     elif isinstance(train, np.ndarray):
         mean, std = measure(train)
     elif train.floats:
+        x = train.draw(some[:DRAWN], 0, 0)
+        if data.mean is None and data.std is None and not 0 <= x.min() <= x.max() <= 1:
+            raise InputError(
+                f"{train.name}: its images have values from {x.min():.3g} to {x.max():.3g}: "
+                "set data.mean and data.std to those with which its transform normalises"
+            )
         mean, std = (0.0,) * channels, (1.0,) * channels
     else:
         mean, std = measure(train.draw(some[:MEASURED], 0, 0).numpy())

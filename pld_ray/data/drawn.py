@@ -22,6 +22,7 @@ from pld_ray.config.trial import Data
 from pld_ray.data.sampling import Ints, random_bits
 from pld_ray.errors import InputError
 
+_RANDOM = "set data.augment to own, and each epoch has new ones"
 TRIED = 8  # images of each split that are drawn several times, to see whether they stay the same
 
 
@@ -32,7 +33,9 @@ class DrawnImages:
     Attributes:
         dataset: The dataset; `dataset[i]` is an image and its label.
         rows: The indices of the images in the dataset, int64 [N].
+        labels: The label of each image, int64 [N].
         name: What error messages call it.
+        kind: The name under which the dataset is registered.
         image: The shape of each image, (H, W, channels).
         floats: Whether images are floating-point numbers. They are then used as they are.
         random: Whether drawing an image takes random numbers.
@@ -41,7 +44,9 @@ class DrawnImages:
 
     dataset: Any
     rows: Ints
+    labels: Ints
     name: str
+    kind: str
     image: tuple[int, int, int]
     floats: bool
     random: bool = False
@@ -52,7 +57,7 @@ class DrawnImages:
 
     def __getitem__(self, rows: Ints) -> DrawnImages:
         """Return the images with the indices `rows`."""
-        return replace(self, rows=self.rows[rows])
+        return replace(self, rows=self.rows[rows], labels=self.labels[rows])
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -76,14 +81,22 @@ class DrawnImages:
             Images, uint8 or float32 [B, H, W, channels].
 
         Raises:
-            InputError: An image cannot be drawn, or has another shape or type than the first.
+            InputError: An image cannot be drawn, it has another shape or type than the first, its
+                label is not that of the dataset, or it is random and the first ones are not.
         """
         kind = torch.float32 if self.floats else torch.uint8
         out = torch.empty(len(index), *self.image, dtype=kind)
-        rows = self.rows[index]
-        seeds = image_seeds(seed, view, rows)
-        for slot, (row, bits) in enumerate(zip(rows.tolist(), seeds, strict=True)):
-            image, _ = draw_one(self.dataset, row, bits, self.name)
+        rows, labels = self.rows[index], self.labels[index].tolist()
+        # The same for all seeds and views if nothing is random.
+        seeds = image_seeds(seed, view, rows, "own") if self.random else [0] * len(rows)
+        for slot, (row, bits, label) in enumerate(zip(rows.tolist(), seeds, labels, strict=True)):
+            image, drawn = draw_one(self.dataset, row, bits, self.name)
+            if not self.random and _positions() != _SEEDED:
+                raise InputError(
+                    f"{self.name}: image {row} takes random numbers, and the first ones do not: "
+                    + _RANDOM
+                )
+            _check_label(drawn, label, f"{self.name}: item {row}")
             if image.shape != self.image or image.dtype != kind:
                 raise InputError(
                     f"{self.name}: image {row} is {image.dtype} {list(image.shape)}, and the first "
@@ -94,9 +107,9 @@ class DrawnImages:
         return out
 
 
-def image_seeds(seed: int, view: int, index: Ints) -> list[int]:
-    """Return the seed of each image, for `seed_everything`."""
-    return random_bits(seed, view, index, "library").tolist()
+def image_seeds(seed: int, view: int, index: Ints, purpose: str) -> list[int]:
+    """Return the seed of each image, for `seed_everything`; see `random_bits`."""
+    return random_bits(seed, view, index, purpose).tolist()
 
 
 def seed_everything(bits: int) -> None:
@@ -118,14 +131,21 @@ def generators_kept() -> Iterator[None]:
         random.setstate(states[2])
 
 
-def _generators() -> str:
-    """Return the states of the generators of torch, numpy and Python as a text to compare."""
-    states = torch.get_rng_state().numpy().tobytes(), np.random.get_state(), random.getstate()
-    return hashlib.sha256(repr(states).encode()).hexdigest()
+def _positions() -> tuple[int, int, int]:
+    """Return where the generators of torch, numpy and Python are in their sequences."""
+    state = torch.default_generator.get_state()
+    torch_left = int(state[8:16].numpy().view(np.int64)[0])  # numbers until the next block
+    numpy_state: Any = np.random.get_state(legacy=False)
+    return torch_left, numpy_state["state"]["pos"], random.getstate()[1][-1]
+
+
+with generators_kept():
+    seed_everything(0)
+    _SEEDED = _positions()  # after any seed, before the first number
 
 
 def draw_one(dataset: Any, row: int, bits: int, name: str) -> tuple[Tensor, Any]:
-    """Draw an image [H, W, channels] and its label; `bits` is its seed.
+    """Draw an image [H, W, channels] and its label; `bits` is the seed.
 
     Raises:
         InputError: The dataset raises an error, or gives something else.
@@ -203,8 +223,9 @@ def drawn_split(data: Data, dataset: Any, split: str) -> tuple[DrawnImages, Ints
         first, _ = draw_one(dataset, 0, 0, name)
         floats = first.dtype == torch.float32
         height, width, channels = first.shape
-        images = DrawnImages(dataset, np.arange(count), name, (height, width, channels), floats)
         labels = _labels(dataset, count, name)
+        shape, kind = (height, width, channels), data.name.partition(":")[0]
+        images = DrawnImages(dataset, np.arange(count), labels, name, kind, shape, floats)
         random_ones = _try(images, labels)
     if random_ones and split == "val":
         raise InputError(
@@ -222,10 +243,7 @@ def check_augmentation(data: Data, images: DrawnImages) -> None:
             floating-point numbers and would be augmented.
     """
     if images.random and "own" not in data.augment:
-        raise InputError(
-            f"{images.name}: its images are random: set data.augment to own, and each epoch has "
-            "new ones"
-        )
+        raise InputError(f"{images.name}: its images are random: {_RANDOM}")
     further = [name for name in data.augment if name != "own"]
     if images.floats and (data.pad or data.flip or further):
         field = "pad" if data.pad else "flip" if data.flip else "augment"
@@ -240,7 +258,10 @@ def _labels(dataset: Any, count: int, name: str) -> Ints:
     found = _targets(dataset)
     if found is None:
         found = [draw_one(dataset, row, 0, name)[1] for row in range(count)]
-    labels = np.asarray(found)
+    try:
+        labels = np.asarray(found)
+    except ValueError:  # of different lengths
+        labels = np.empty(0)
     if labels.shape != (count,) or labels.dtype.kind not in "iu":
         raise InputError(
             f"{name}: its labels are {labels.dtype} {list(labels.shape)}: expected one class index "
@@ -273,26 +294,39 @@ def _try(images: DrawnImages, labels: Ints) -> bool:
     transform that seldom changes an image.
 
     Raises:
-        InputError: An image or its label differs with the same seeds.
+        InputError: An image or its label differs with the same seeds, or a label is random.
     """
-    rows = np.unique(np.linspace(0, len(images) - 1, TRIED).astype(int)).tolist()
-    drawn, random_ones = [], False
-    for row in rows:
-        seed_everything(0)
-        before = _generators()
-        drawn.append(draw_one(images.dataset, row, 0, images.name))
-        random_ones |= _generators() != before
-    again = [draw_one(images.dataset, row, 0, images.name) for row in rows[::-1]][::-1]
-    for row, (image, label), (second, _) in zip(rows, drawn, again, strict=True):
-        if image.shape != second.shape or not torch.equal(image, second):
+    rows = np.unique(np.linspace(0, len(images) - 1, TRIED).astype(int))
+    seeds = image_seeds(0, 0, rows, "own"), image_seeds(0, 1, rows, "own")
+    pairs = list(zip(rows.tolist(), *seeds, strict=True))
+    first: dict[int, Tensor] = {}
+    random_ones = False
+    for row, bits, other in pairs:
+        for seed in (other, bits):
+            first[row], label = draw_one(images.dataset, row, seed, images.name)
+            random_ones |= _positions() != _SEEDED
+            _check_label(label, int(labels[row]), f"{images.name}: item {row}")
+    for row, bits, _ in pairs[::-1]:
+        second, _ = draw_one(images.dataset, row, bits, images.name)
+        if first[row].shape != second.shape or not torch.equal(first[row], second):
             raise InputError(
                 f"{images.name}: image {row} differs when it is drawn twice with the same seeds: "
                 "expected a dataset that draws only from torch, numpy.random and random, and keeps "
                 "no state between images"
             )
-        if int(label) != labels[row]:
-            raise InputError(
-                f"{images.name}: item {row} has the label {int(label)}, and its targets say "
-                f"{labels[row]}"
-            )
     return random_ones
+
+
+def _check_label(drawn: Any, label: int, where: str) -> None:
+    """Raise InputError if the label of an item is not the one that the dataset has for it."""
+    try:
+        same = int(drawn) == label
+    except (TypeError, ValueError, RuntimeError):
+        raise InputError(
+            f"{where} has the label {drawn!r}: expected a class index, such as {label}"
+        ) from None
+    if not same:
+        raise InputError(
+            f"{where} has the label {int(drawn)}, and the targets of the dataset say {label}: "
+            "expected labels that are not random"
+        )

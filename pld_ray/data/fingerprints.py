@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from pld_ray.data.drawn import DrawnImages  # imports torch
 
 WHOLE_BYTES = 2**28  # splits up to this size are hashed as a whole
-DRAWN = 64  # images of a map-style dataset that are hashed
+DRAWN = 256  # images of a map-style dataset that are hashed
 SAMPLED = 1024  # images that are hashed of a larger split
 
 
@@ -29,7 +29,7 @@ def fingerprint(found: Found) -> str:
 
     It is a hash of the class names and, for both splits, of the labels, the sizes of the image
     files and their contents. For splits above 256 MiB, the contents of 1,024 images stand for all;
-    for a map-style dataset, 64 images.
+    for a map-style dataset, its registered name and 256 images.
     """
     cached = cache_folder() / "fingerprints" / _hex(found.state or "")
     if found.state:
@@ -63,7 +63,9 @@ def _content(images: Bytes | StoredImages | DrawnImages) -> bytes:
 
         with generators_kept():
             some = images.draw(np.sort(order(0, 0, len(images))[:DRAWN]), 0, 0).numpy()
-        return _digest(f"{len(images)} {some.shape} {some.dtype}".encode() + some.tobytes())
+        return _digest(
+            f"{images.kind} {len(images)} {some.shape} {some.dtype}".encode() + some.tobytes()
+        )
     if images.sizes.sum() > WHOLE_BYTES:
         rows = np.sort(order(0, 0, len(images))[:SAMPLED])
     digest = hashlib.sha256(images.sizes.astype("<i8").tobytes())

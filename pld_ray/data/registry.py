@@ -72,10 +72,12 @@ def register_dataset(
     """
 
     def register(find: _Find) -> _Find:
+        if not find.__module__.startswith("pld_ray."):
+            from pld_ray.data import sources  # noqa: F401 - their names come first
         if name in DATASETS:
             raise ValueError(f"dataset {name!r} is registered already")
         DATASETS[name] = Dataset(name, find, size, fixed, has_path, encodes)
-        provide("dataset", name, lambda: DATASETS.pop(name))
+        provide("dataset", name, find.__module__, lambda: DATASETS.pop(name))
         return find
 
     return register

@@ -54,7 +54,7 @@ class _Batches(Dataset[Any]):
         if not self.names:
             return images
         change = self.change = self.change or transform(self.names)
-        for slot, bits in enumerate(image_seeds(self.seed, self.view, index)):
+        for slot, bits in enumerate(image_seeds(self.seed, self.view, index, "library")):
             seed_everything(bits)
             images[slot] = change(images[slot].permute(2, 0, 1)).permute(1, 2, 0)
         return images

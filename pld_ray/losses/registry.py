@@ -61,7 +61,7 @@ def register_loss(name: str, *, label: str, takes: Takes = "logits") -> Callable
         elif known.source != source:
             raise ValueError(f"loss {name!r}: {known.source} has this name already, not {source}")
         cls.name, CLASSES[name] = name, cls
-        provide("loss", name, lambda: (REGISTRY.pop(name), CLASSES.pop(name)))
+        provide("loss", name, cls.__module__, lambda: (REGISTRY.pop(name), CLASSES.pop(name)))
         cls.__init__ = _checked(cls.__init__, known)
         return cls
 

@@ -31,6 +31,9 @@ def check_loss(params: LossParams, classes: int) -> None:
     try:
         module = create_loss(params)
         loss = module(student, teacher if params.needs_teacher else None, torch.arange(4) % classes)
+        gradient = None
+        if isinstance(loss, Tensor) and loss.requires_grad and loss.ndim == 0:
+            (gradient,) = torch.autograd.grad(loss, student, allow_unused=True)
     except Exception as error:
         where, reason = plugins.location(error), str(error).strip().partition("\n")[0]
         raise InputError(f"loss {params.name}: {where}{type(error).__name__}: {reason}") from error
@@ -39,9 +42,6 @@ def check_loss(params: LossParams, classes: int) -> None:
         raise InputError(f"loss {params.name} gives {shown}: expected a tensor of one number")
     if not loss.isfinite():
         raise InputError(f"loss {params.name} is {loss.item()} on random logits")
-    gradient = None
-    if loss.requires_grad:
-        (gradient,) = torch.autograd.grad(loss, student, allow_unused=True)
     if gradient is None:
         raise InputError(
             f"loss {params.name} has no gradient for the student's logits: expected a function of "

@@ -41,7 +41,7 @@ class DataIdentity:
         Raises:
             InputError: The dataset cannot be used.
         """
-        key = (*(getattr(data, name) for name in WHERE), data.root, bool(data.holdout))
+        key = datasets.sharing_key(data)
         if key not in self.fingerprints:
             self.fingerprints[key] = self._find(data)
         return self.fingerprints[key]

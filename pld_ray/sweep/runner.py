@@ -11,6 +11,7 @@ trial resumes from its last checkpoint.
 
 from __future__ import annotations
 
+import pickle
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -84,7 +85,7 @@ def run(
         scratch = tempfile.mkdtemp(prefix="pld-ray-")
         trainable = tune.with_parameters(
             run_trial,
-            images={name: ray.put(value) for name, value in images.items()},
+            images=_shared(images),
             store_uri=store.uri,
             scratch=scratch,
             ledger=open_ledger() if any(map(bank_format.uses_bank, trials)) else None,
@@ -146,7 +147,7 @@ def build_banks(
         if why := one.too_large("the teacher bank", nodes()):
             raise InputError(why)
         room = sum(one.workers_on(node) for node in nodes())
-        references = {name: ray.put(value) for name, value in images.items()}
+        references = _shared(images)
         ledger = open_ledger()
         task = ray.remote(fill_bank).options(num_cpus=one.cpus, num_gpus=one.gpus)
         tasks = [
@@ -164,6 +165,22 @@ def build_banks(
             ray.get(tasks)
         except ray.exceptions.RayTaskError as error:
             raise InputError(f"cannot complete the teacher bank: {error.cause}") from None
+
+
+def _shared(images: dict[str, Images]) -> dict[str, Any]:
+    """Put images where all workers find them, and return the references.
+
+    Raises:
+        InputError: A dataset of the user cannot be sent to another process.
+    """
+    try:
+        return {name: ray.put(value) for name, value in images.items()}
+    except (TypeError, AttributeError, pickle.PicklingError) as error:
+        said = str(error).strip().partition("\n")[0]
+        raise InputError(
+            f"a dataset cannot be sent to the workers ({said}): expected one that opens its files "
+            "in __getitem__, and not before"
+        ) from error
 
 
 def _name(trial: Any) -> str:
