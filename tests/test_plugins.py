@@ -305,6 +305,7 @@ def test_a_run_on_ray(own, local_ray, cli, experiment, tmp_path):
     plugins._forget(own.loss.stem)  # as in a process that has not read the experiment
     (trial,) = (t for t in trials if t.loss.name == "own" and t.loss.weight == 2)
     assert Store(tmp_path / "results").trial(trial.id).id == trial.id
+    plugins._forget(own.loss.stem)  # which the line above has imported from its copy
     exported = cli("export", "--storage", tmp_path / "results", cwd=tmp_path)
     assert f"note: trials that use a plug-in ({own.loss.stem}" in exported.stderr
     assert "2 trials" in exported.stdout
