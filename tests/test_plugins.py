@@ -18,7 +18,7 @@ from pld_ray.data.datasets import load
 from pld_ray.data.registry import DATASETS
 from pld_ray.distill.bank_format import planned_key
 from pld_ray.distill.loop import train
-from pld_ray.errors import InputError
+from pld_ray.errors import InputError, MissingError
 from pld_ray.losses import REGISTRY
 from pld_ray.models.checks import check_loss
 from pld_ray.store.store import Store
@@ -462,3 +462,12 @@ def test_a_gradient_that_fails_is_told(own):
     own.plan()
     with pytest.raises(InputError, match="loss own: RuntimeError: one of the variables needed for"):
         check_loss(REGISTRY["own"](name="own"), 7)
+
+
+def test_a_dataset_whose_files_are_elsewhere_is_missing(own):
+    own.rest.write_text(
+        own.rest_text.replace("labels = np", "open('/no/such/file')\n    labels = np")
+    )
+    data = own.plan().cells[0].trial.data
+    with pytest.raises(MissingError, match="data 'stripes': /no/such/file is not there"):
+        load(data)

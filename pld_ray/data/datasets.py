@@ -65,11 +65,10 @@ def find(data: Data, strict: bool = True) -> Found:
     try:
         with plugins.errors_told(f"data {data.name!r}"):
             found = _found(data, dataset.find(stored, path))
-    except FileNotFoundError as error:
-        if not own:
-            raise
-        raise MissingError(f"data {data.name!r}: {error.filename or error} is not there") from None
     except OSError as error:
+        if own and isinstance(error, FileNotFoundError):  # results can be shown without the data
+            said = f"data {data.name!r}: {error.filename or error} is not there"
+            raise MissingError(said) from None
         place = f"{error.filename}: " if error.filename else ""
         raise InputError(
             f"data {data.name!r}: {place}cannot be read: {error.strerror or error}"
