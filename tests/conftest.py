@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import warm
 from hypothesis import settings
 
 os.environ.pop("RAY_ADDRESS", None)
@@ -23,13 +24,24 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.path not in slow)
 
 
+@pytest.fixture(autouse=True)
+def _no_plugins_of_others():
+    """Forget the plug-ins that a test has loaded: a later one may use their names."""
+    yield
+    plugins = sys.modules.get("pld_ray.plugins")
+    for name in list(plugins.LOADED if plugins else ()):
+        plugins._forget(name)
+
+
 @pytest.fixture(scope="session")
 def local_ray():
     """One Ray for all tests that need it."""
     import pld_ray.sweep  # noqa: F401 - sets Ray's environment before it starts
 
     ray = pytest.importorskip("ray")
-    ray.init(num_cpus=2, log_to_driver=False, include_dashboard=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "executable", warm.executable())
+        ray.init(num_cpus=2, log_to_driver=False, include_dashboard=False)
     yield ray
     ray.shutdown()
 

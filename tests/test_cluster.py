@@ -10,6 +10,7 @@ from contextlib import suppress
 
 import psutil
 import pytest
+import warm
 
 from pld_ray.config.experiment import load_experiment
 from pld_ray.config.planning import plan
@@ -29,6 +30,7 @@ grid: {loss: [ce, kd]}
 # prints the address, then lists of what the cluster has free, one a line that it reads
 CLUSTER = """
 import socket, sys, ray
+sys.executable = sys.argv[1]
 from ray.cluster_utils import Cluster
 import pld_ray.sweep
 with socket.socket() as free:  # another Ray of these tests has the dashboard's usual port
@@ -54,7 +56,10 @@ class Cluster(subprocess.Popen):
         # apart from the place where others look for a cluster to join
         environment = os.environ | {"RAY_TMPDIR": self.folder}
         super().__init__(
-            [sys.executable, "-c", CLUSTER], stderr=subprocess.DEVNULL, env=environment, **pipes
+            [sys.executable, "-c", CLUSTER, warm.executable()],
+            stderr=subprocess.DEVNULL,
+            env=environment,
+            **pipes,
         )
         self.address = self.stdout.readline().strip()
 
@@ -85,10 +90,14 @@ def cluster():
 def run(cluster, folder, *sets, text=TEXT):
     path = folder / "small.yaml"
     path.write_text(text)
-    command = [sys.executable, "-m", "pld_ray.cli", "run", path, "--address", cluster.address]
-    command += ["--storage", folder / "results", *(x for s in sets for x in ("--set", s))]
+    overrides = (x for s in sets for x in ("--set", s))
+    place = "--storage", folder / "results", "--address", cluster.address
     driver = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=folder
+        warm.command("run", path, *place, *overrides),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=folder,
     )
     return driver, load_experiment(path, sets), Store(folder / "results")
 
@@ -102,7 +111,7 @@ def wait(condition):
 
 def children(cluster, wanted):
     found = []
-    for process in psutil.Process(cluster.pid).children(recursive=True):
+    for process in psutil.Process(cluster.pid).children(recursive=True) + warm.workers():
         with suppress(psutil.Error, IndexError):
             if wanted(process):
                 found.append(process)

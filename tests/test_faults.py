@@ -11,7 +11,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -19,6 +18,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import warm
 
 from pld_ray.config.experiment import load_experiment
 from pld_ray.config.planning import plan
@@ -104,7 +104,7 @@ class Driver(subprocess.Popen):
     """The command as a process, with a Ray of its own."""
 
     def __init__(self, path, storage):
-        command = [sys.executable, "-m", "pld_ray.cli", "run", path, "--storage", storage]
+        command = warm.command("run", path, "--storage", storage)
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         super().__init__(command, **pipes)
 
@@ -124,7 +124,7 @@ def wait(condition):
 
 def training():
     """The process that trains, of those that the Ray of the tests has started."""
-    for process in psutil.Process().children(recursive=True):
+    for process in warm.workers():
         with suppress(psutil.Error):
             if process.cmdline()[:1] == ["ray::ImplicitFunc.train"]:
                 return process
@@ -183,7 +183,7 @@ def listening(driver):
     """The addresses on which a driver and the processes it has started listen."""
     here = psutil.Process(driver.pid)
     found = set()
-    for process in (here, *here.children(recursive=True)):
+    for process in (here, *here.children(recursive=True), *warm.workers()):
         with suppress(psutil.Error):
             sockets = process.net_connections("inet")
             found |= {s.laddr.ip for s in sockets if s.status == psutil.CONN_LISTEN}

@@ -92,9 +92,7 @@ def own(experiment, request):
     own.helper.write_text(HELPER)
     rest = own.rest_text = REST.replace("{name}", name)
     own.rest.write_text(rest)
-    yield own
-    for loaded in (own.loss.stem, own.rest.stem):
-        plugins._forget(loaded)
+    return own
 
 
 def test_the_source_is_part_of_what_uses_it(own):
@@ -222,7 +220,6 @@ def test_what_is_no_plugin(experiment, tmp_path):
         (tmp_path / name / "same_name.py").write_text(f"x = '{name}'\n")
     experiment("plugins: [one/same_name.py]\nbase: {epochs: 1}\n")
     assert "another plug-in has the name 'same_name', " in refused("two/same_name.py")
-    plugins._forget("same_name")
 
 
 def test_a_package_is_a_plugin(experiment, tmp_path):
@@ -326,7 +323,6 @@ def test_the_example(tmp_path):
     for trial in (last.teacher, last):
         train(trial, images, store, lambda metrics: None)
     assert store.record(last.id)["metrics"]["top1"] > 10  # chance
-    plugins._forget("own_method")
 
 
 def test_two_plugins_share_a_helper(experiment, tmp_path):
@@ -447,7 +443,6 @@ def test_ours_and_installed_packages_are_not_part_of_it(tmp_path):
         assert [path for path, _ in loaded.files] == ["own_packed/__init__.py"]
     finally:
         sys.path.remove(str(site))
-        plugins._forget("own_packed")
     root = Path(plugins.__file__).parents[1]  # a plug-in in the root of a checkout
     sources = plugins._sources(root, [root / "examples" / "own_method.py"], "")
     assert [path for path, _ in sources] == ["examples/own_method.py"]

@@ -2,12 +2,12 @@ import hashlib
 import json
 import multiprocessing
 import subprocess
-import sys
 from pathlib import Path
 from uuid import uuid4
 
 import pytest
 import torch
+import warm
 from creating import create
 from small import SMALL
 
@@ -216,7 +216,7 @@ def test_an_experiment_on_an_object_store_is_the_same_to_the_bit(s3, experiment,
     for trial in made.trials.values():
         train(trial, load(trial.data), local, lambda metrics: None)
     arguments = ["run", experiment.folder / "small.yaml", "--storage", f"{s3}/whole"]
-    command = [sys.executable, "-m", "pld_ray.cli", *arguments]  # its Ray knows where the S3 is
+    command = warm.command(*arguments)  # its Ray knows where the S3 is
     found = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
     assert "3 trials to run" in found.stdout
     assert "all 3 trials are done" in cli(*arguments, cwd=tmp_path).stdout
