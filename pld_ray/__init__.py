@@ -1,7 +1,8 @@
 """pld-ray: knowledge-distillation experiments on Ray.
 
-Three ways to use it: the command `pld-ray` runs experiments from YAML files; `Distiller` and `fit`
-train modules and loaders of your own; the losses work on their own: `from pld_ray import PLDLoss`.
+Three ways to use it: the command `pld-ray`, or `pld_ray.run` in Python, runs experiments;
+`Distiller` and `fit` train modules and loaders of your own; the losses work on their own:
+`from pld_ray import PLDLoss`.
 """
 
 from __future__ import annotations
@@ -10,8 +11,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pld_ray.api.results import Results, plan, results, run, status
     from pld_ray.config.experiment import Experiment, load_experiment
-    from pld_ray.config.planning import plan
+    from pld_ray.config.registry import register_metric, register_optimizer, register_schedule
     from pld_ray.config.trial import Trial
     from pld_ray.data.registry import register_dataset
     from pld_ray.distill.article import PLDKnowledgeDistillation
@@ -27,16 +29,23 @@ _HOME = {  # where each name is defined; it is imported on first use, since torc
     "Distiller": "distill.distiller",
     "Experiment": "config.experiment",
     "PLDKnowledgeDistillation": "distill.article",
+    "Results": "api.results",
     "Store": "store.store",
     "Trial": "config.trial",
     "create_loss": "losses.registry",
     "evaluate": "distill.fit",
     "fit": "distill.fit",
     "load_experiment": "config.experiment",
-    "plan": "config.planning",
+    "plan": "api.results",
     "register_dataset": "data.registry",
     "register_loss": "losses.registry",
+    "register_metric": "config.registry",
+    "register_optimizer": "config.registry",
+    "register_schedule": "config.registry",
+    "results": "api.results",
+    "run": "api.results",
     "save": "models.export",
+    "status": "api.results",
 }
 
 
@@ -64,6 +73,7 @@ __all__ = [  # the losses come on top: see `dir(pld_ray)`
     "Distiller",
     "Experiment",
     "PLDKnowledgeDistillation",
+    "Results",
     "Store",
     "Trial",
     "create_loss",
@@ -73,5 +83,11 @@ __all__ = [  # the losses come on top: see `dir(pld_ray)`
     "plan",
     "register_dataset",
     "register_loss",
+    "register_metric",
+    "register_optimizer",
+    "register_schedule",
+    "results",
+    "run",
     "save",
+    "status",
 ]

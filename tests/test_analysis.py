@@ -1,5 +1,6 @@
 import csv
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from analysis.landscapes import logits
 from analysis.records import frames
 from analysis.tables import comparison
 from pld_ray.config.planning import plan
+from pld_ray.errors import InputError
 from pld_ray.losses import PLDLoss
 from pld_ray.store.store import Store
 
@@ -57,6 +59,70 @@ def test_comparison_by_hand(results):
     assert table.loc["KD (τ = 4)", "n"] == 0 and table.loc["PLD", "n"] == 3
 
 
+@pytest.mark.parametrize(
+    ("wanted", "name", "gains"),
+    [
+        ("kd", "KD (τ = 1)", {"CE": 4, "KD (τ = 4)": None, "PLD": -4}),
+        ("KD", "KD (τ = 1)", {"CE": 4, "KD (τ = 4)": None, "PLD": -4}),
+        ("KD (τ = 1)", "KD (τ = 1)", {"CE": 4, "KD (τ = 4)": None, "PLD": -4}),
+        ("ce", "CE", {"KD (τ = 1)": -4, "KD (τ = 4)": None, "PLD": -8}),
+    ],
+)
+def test_any_method_is_the_reference(results, wanted, name, gains, tmp_path):
+    made, store = results
+    chosen = made.experiment.model_copy(update={"reference": wanted})
+    made = replace(made, experiment=chosen)
+    frames.check_reference(made)
+    frame = frames.frame(made, store)
+    table = comparison.comparison(frame)
+    assert comparison.reference_name(table) == name
+    found = table.set_index("method")["gain"]
+    assert math.isnan(found[name])
+    assert {key: found[key] for key in gains if gains[key] is not None} == {
+        key: value for key, value in gains.items() if value is not None
+    }
+    against = comparison.against(frame)
+    assert set(against["method"]) == {name}
+    assert dict(zip(against["against"], against["mean"], strict=True)) == {
+        key: value for key, value in gains.items() if value is not None
+    }
+    assert f"{name} gain" in comparison.printed(table)
+    assert f"{name} against" in comparison.printed_against(against)
+    said = comparison.text(table, against, chosen)
+    assert f"{name} gain: top-1 of {name} minus top-1 of" in said and "PLD gain" not in said
+    names = [path.stem for path in methods.draw(frame, frames.curves(made, store), tmp_path)]
+    assert names == ["accuracy", "gains", "curves"]
+
+
+def test_without_pld_the_first_method_is_the_reference(experiment, tmp_path):
+    made = plan(experiment(TEXT.replace(", pld]", ", dist]")))
+    table = comparison.comparison(frames.frame(made, Store(tmp_path / "none")))
+    assert comparison.reference_name(table) == "CE"
+    assert "CE gain" in comparison.printed(table)
+    made = plan(experiment(TEXT.replace("[ce, {name: kd, temperature: [1, 4]}, pld]", "[pld]")))
+    alone = comparison.comparison(frames.frame(made, Store(tmp_path / "none")))
+    assert comparison.reference_name(alone) == ""
+    assert not [column for column in comparison.printed(alone) if "gain" in column]
+    assert "gain" not in comparison.text(alone, alone[:0], made.experiment)
+
+
+def test_a_reference_that_is_no_method_is_refused(experiment):
+    made = plan(experiment(TEXT, "reference=kdd"))
+    with pytest.raises(InputError, match="reference is 'kdd': expected a loss or a method .*kd"):
+        frames.check_reference(made)
+
+
+def test_all_pairs_of_methods(results):
+    pairs = comparison.all_pairs(frames.frame(*results))
+    found = {(row["method"], row["against"]): row for row in pairs.to_dict("records")}
+    means = {key: row["mean"] for key, row in found.items()}
+    assert means == {("CE", "KD (τ = 1)"): -4, ("CE", "PLD"): -8, ("KD (τ = 1)", "PLD"): -4}
+    assert all(row["n"] == 3 and row["p"] == 0.25 for row in found.values())
+    # 80, 82, 84 against 85, 86, 87: no run of CE beats one of KD
+    assert found["CE", "KD (τ = 1)"]["probability"] == 0
+    assert list(comparison.printed_against(pairs, True))[:2] == ["Method", "Against"]
+
+
 def test_what_the_bank_spared_is_a_column(results):
     spared = frames.frame(*results).groupby("method", sort=False)["teacher_avoided_seconds"].sum()
     assert spared.to_dict() == {"CE": 0, "KD (τ = 1)": 0, "KD (τ = 4)": 0, "PLD": 6}
@@ -74,7 +140,7 @@ def test_how_teacher_logits_are_kept_sets_no_method_apart_that_has_no_teacher(ex
 
 
 def test_notes_are_told_once_below_the_table(results, capsys):
-    from pld_ray.cli import session
+    from pld_ray.api import session
 
     session.write_tables(*results, out=None)
     printed = capsys.readouterr().out
@@ -139,7 +205,7 @@ def test_figures_are_written_and_repeat_to_the_byte(results, tmp_path):
     assert len(curves) == 9 * 2
     first = methods.draw(frame, curves, tmp_path / "one")
     second = methods.draw(frame, curves, tmp_path / "two")
-    assert [p.name for p in first] == ["accuracy.png", "curves.png"]
+    assert [p.name for p in first] == ["accuracy.png", "gains.png", "curves.png"]
     for one, two in zip(first, second, strict=True):
         assert one.read_bytes() == two.read_bytes()
         assert one.with_suffix(".pdf").read_bytes() == two.with_suffix(".pdf").read_bytes()
@@ -155,6 +221,15 @@ def test_accuracy_bars_have_the_means_and_the_teachers_line(results):
     assert [
         line.get_ydata()[0] for line in figure.axes[0].lines if line.get_linestyle() == "--"
     ] == [97.5]
+
+
+def test_gains_are_drawn_at_their_means(results):
+    frame = frames.frame(*results)
+    compared = comparison.against(frame)
+    (axis,) = methods.gains(compared, style.method_colours(frame)).axes
+    marks = [line.get_xdata()[0] for line in axis.lines if line.get_marker() == "o"]
+    assert marks == [8, 4]
+    assert [label.get_text() for label in axis.get_yticklabels()] == ["CE", "KD (τ = 1)"]
 
 
 def test_no_two_methods_share_a_colour(results):

@@ -190,7 +190,7 @@ def test_a_winner_needs_runs_enough(finished):
     frame = frames.frame(*finished)
     found = paper_entries.of_table(paper_tables.TABLES[0], frame)
     assert not any(paper_entries.best(found, entry) for entry in found)
-    table = comparison.against(frame).set_index("method")
+    table = comparison.against(frame).set_index("against")
     assert list(table.index) == ["KD", "DIST"]
     assert table.loc["DIST", "n"] == 6 and table.loc["DIST", "mean"] == 1
     assert table.loc["KD", "n"] == 4 and table.loc["KD", "p"] == pytest.approx(2 / 2**4)

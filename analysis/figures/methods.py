@@ -1,4 +1,4 @@
-"""Figures of an experiment: accuracy by method, and learning curves."""
+"""Figures of an experiment: accuracy by method, gains of the reference, and learning curves."""
 
 from __future__ import annotations
 
@@ -6,21 +6,19 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter, MaxNLocator
 
-from analysis.figures.style import PAGE, STYLE, method_colours, save
-
-matplotlib.use("Agg")
+from analysis.figures.style import PAGE, STYLE, Picture, method_colours, save
+from analysis.tables import comparison
 
 
 def draw(records: pd.DataFrame, curves: pd.DataFrame, folder: Path) -> list[Path]:
-    """Write the figures "accuracy" and "curves", each as PNG and PDF.
+    """Write the figures "accuracy", "gains" and "curves", each as PNG and PDF.
 
-    If no trial has finished, nothing is written.
+    If no trial has finished, nothing is written. "gains" needs a method to compare with.
 
     Args:
         records: Records as returned by `records.frames.frame`.
@@ -35,8 +33,10 @@ def draw(records: pd.DataFrame, curves: pd.DataFrame, folder: Path) -> list[Path
         return []
     folder.mkdir(parents=True, exist_ok=True)
     colours = method_colours(records)
-    with plt.rc_context(STYLE):
+    with matplotlib.rc_context(STYLE):
         paths = [save(accuracy(finished, colours), folder / "accuracy")]
+        if len(compared := comparison.against(records)):
+            paths.append(save(gains(compared, colours), folder / "gains"))
         paths.append(save(learning_curves(curves, colours), folder / "curves"))
     return paths
 
@@ -58,9 +58,8 @@ def accuracy(records: pd.DataFrame, colours: dict[str, str]) -> Figure:
     width = 0.6 + max(max(0.75, 0.1 * longest) * methods, 0.075 * widest)  # of a section, in inches
     columns = min(len(sections), max(1, int(PAGE // width)))
     rows = -(-len(sections) // columns)
-    figure, axes = plt.subplots(
-        rows, columns, figsize=(0.8 + width * columns, 3.2 * rows), squeeze=False
-    )
+    figure = Picture(figsize=(0.8 + width * columns, 3.2 * rows))
+    axes = figure.subplots(rows, columns, squeeze=False)
     for axis in axes.flat[len(sections) :]:
         axis.remove()
     for axis, title, (_, section) in zip(axes.flat, titles, sections, strict=False):
@@ -96,6 +95,34 @@ def accuracy(records: pd.DataFrame, colours: dict[str, str]) -> Figure:
     return figure
 
 
+def gains(compared: pd.DataFrame, colours: dict[str, str]) -> Figure:
+    """Draw the gain of the reference over each method, with its 95 % interval.
+
+    A filled mark is a decided gain (see `statistics.paired`).
+
+    Args:
+        compared: The table of `tables.comparison.against`; not empty.
+        colours: The colour of each method.
+    """
+    reference = str(compared["method"].iloc[0])
+    longest = max(map(len, compared["against"]))
+    size = (4.6 + 0.07 * longest, 0.9 + 0.32 * len(compared))
+    figure = Picture(figsize=size)
+    axis = figure.subplots()
+    for y, row in enumerate(compared.to_dict("records")):
+        colour = colours[row["against"]]
+        axis.plot([row["low"], row["high"]], [y, y], color=colour, lw=1.6)  # NaN draws nothing
+        face = colour if row["decided"] else "white"
+        axis.plot(row["mean"], y, "o", ms=6, mfc=face, mec=colour, mew=1.4)
+    axis.axvline(0, color="#333333", lw=1, ls="--")
+    axis.set_yticks(range(len(compared)), compared["against"])
+    axis.set_ylim(len(compared) - 0.5, -0.5)
+    axis.grid(axis="y", visible=False)
+    axis.set_xlabel(f"top-1 of {reference} minus that of the method (points)\nfilled: decided")
+    figure.tight_layout()
+    return figure
+
+
 def learning_curves(curves: pd.DataFrame, colours: dict[str, str]) -> Figure:
     """Draw top-1 and training loss by epoch, as the mean over seeds.
 
@@ -106,9 +133,8 @@ def learning_curves(curves: pd.DataFrame, colours: dict[str, str]) -> Figure:
         colours: The colour of each method.
     """
     sections = list(curves.groupby(["student", "teacher", "setting"], sort=False))
-    figure, axes = plt.subplots(
-        len(sections), 2, figsize=(7.6, 0.4 + 2.7 * len(sections)), squeeze=False
-    )
+    figure = Picture(figsize=(7.6, 0.4 + 2.7 * len(sections)))
+    axes = figure.subplots(len(sections), 2, squeeze=False)
     for row, (key, section) in zip(axes, sections, strict=True):
         for axis, metric in zip(row, ("top1", "train_loss"), strict=True):
             for method, lines in section.groupby("method", sort=False):

@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-import matplotlib.pyplot as plt
+import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from analysis.figures.style import COLOURS, STYLE, save
+from analysis.figures.style import COLOURS, STYLE, Picture, save
 from analysis.tables import paper_entries, paper_tables
 from analysis.tables.paper_entries import Entry
 from analysis.tables.reported import network
@@ -66,14 +66,15 @@ def draw_paper(records: pd.DataFrame, experiment: str, miniature: bool, folder: 
         if not points:
             continue
         folder.mkdir(parents=True, exist_ok=True)
-        with plt.rc_context(STYLE):
+        with matplotlib.rc_context(STYLE):
             paths.append(save(make(points), folder / name))
     return paths
 
 
 def ce_weight(points: list[Entry]) -> Figure:
     """Draw Figure 1a: top-1 by weight of cross-entropy in KD and DIST; PLD is a horizontal line."""
-    figure, axis = plt.subplots(figsize=(4.6, 3.2))
+    figure = Picture(figsize=(4.6, 3.2))
+    axis = figure.subplots()
     for loss in ("kd", "dist"):
         line = [e for e in points if e.loss == loss and _weights_sum_to_one(e)]
         line.sort(key=_ce_weight)
@@ -88,7 +89,8 @@ def ce_weight(points: list[Entry]) -> Figure:
 
 def longer_training(points: list[Entry]) -> Figure:
     """Draw Figure 1b: bars of KD, DIST and PLD by number of epochs."""
-    figure, axis = plt.subplots(figsize=(4.6, 3.2))
+    figure = Picture(figsize=(4.6, 3.2))
+    axis = figure.subplots()
     shown = [e for e in points if e.loss in METHODS]
     places = list(dict.fromkeys(e.place for e in shown))
     both = any(e.scores for e in shown) and any(not np.isnan(e.reported) for e in shown)
@@ -119,7 +121,8 @@ def sizes(points: list[Entry], of_teacher: bool) -> Figure:
         points: The cells of the table.
         of_teacher: Whether the x-axis is the size of the teacher (2b) or of the student (2a).
     """
-    figure, axis = plt.subplots(figsize=(5.2, 3.4))
+    figure = Picture(figsize=(5.2, 3.4))
+    axis = figure.subplots()
     named: dict[float, str] = {}
     for loss in METHODS:
         line = [e for e in points if e.loss == loss and _network(e, of_teacher) in MILLIONS]

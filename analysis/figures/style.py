@@ -1,11 +1,15 @@
-"""The common style of all figures: fonts, colours, and the function that saves a figure."""
+"""The common style of all figures: fonts, colours, and how a figure is saved and shown.
+
+Figures are made without pyplot, whose backend belongs to the user's own plots.
+"""
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
+import matplotlib
 import pandas as pd
 from matplotlib.figure import Figure
 
@@ -32,14 +36,23 @@ PALETTE += ["#332288", "#882255", "#999933", "#44AA99", "#AA4499"]  # from Tol's
 COLOURS = {"pld": "#D55E00", "ce": "#7f7f7f", "kd": "#0072B2", "dist": "#009E73", "dkd": "#CC79A7"}
 
 
+class Picture(Figure):
+    """A figure that a notebook shows by itself."""
+
+    def _repr_png_(self) -> bytes:
+        content = io.BytesIO()
+        with matplotlib.rc_context(STYLE):
+            self.savefig(content, format="png")
+        return content.getvalue()
+
+
 def save(figure: Figure, path: Path) -> Path:
-    """Write PATH.png and PATH.pdf, close the figure, and return the path of the PNG file."""
+    """Write PATH.png and PATH.pdf, and return the path of the PNG file."""
     for kind in ("pdf", "png"):
         # Without a creation date, the same numbers give the same bytes.
         figure.savefig(
             path.with_suffix(f".{kind}"), metadata={"CreationDate": None} if kind == "pdf" else None
         )
-    plt.close(figure)
     return path.with_suffix(".png")
 
 

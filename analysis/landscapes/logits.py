@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-import matplotlib.pyplot as plt
+import matplotlib
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor, nn
 
-from analysis.figures.style import STYLE, save
+from analysis.figures.style import STYLE, Picture, save
 from pld_ray.losses import DISTLoss, KDLoss, PLDLoss
 
 Grid = npt.NDArray[np.float64]
@@ -100,14 +100,14 @@ def draw(folder: Path, classes: int = 10, seed: int = 0) -> list[Path]:
         "landscape_methods": methods,
         "landscape_temperatures": temperatures,
     }
-    with plt.rc_context(STYLE):
+    with matplotlib.rc_context(STYLE):
         return [save(_figure(make(), classes, seed), folder / name) for name, make in both.items()]
 
 
 def _figure(losses: dict[str, nn.Module], classes: int, seed: int) -> Figure:
     """Draw surfaces above contours; mark the teacher's logits and the minimum of each loss."""
     t, d1, d2 = plane(classes, seed)
-    figure = plt.figure(figsize=(2.7 * len(losses), 5.4))
+    figure = Picture(figsize=(2.7 * len(losses), 5.4))
     for i, (name, loss) in enumerate(losses.items()):
         axis, values = surface(loss, t, d1, d2)
         a, b = np.meshgrid(axis, axis)

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import matplotlib.pyplot as plt
+import matplotlib
 import numpy as np
 import pandas as pd
 import torch
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from analysis.figures.style import STYLE, save
+from analysis.figures.style import STYLE, Picture, save
 from analysis.tables import rendering
 from pld_ray.config.planning import Plan
 from pld_ray.config.trial import Trial
@@ -314,7 +314,7 @@ def draw(trials: dict[str, Trial], store: Store, folder: Path) -> list[Path]:
     if not kept:
         return []
     folder.mkdir(parents=True, exist_ok=True)
-    with plt.rc_context(STYLE):
+    with matplotlib.rc_context(STYLE):
         paths = [save(figure(kept), folder / "weights")]
     table = numbers(trials, kept, store)
     cells = printed(table)
@@ -398,9 +398,8 @@ def figure(kept: dict[str, Any]) -> Figure:
     """
     both = any("own" in one["losses"] for one in kept.values())
     shape = (2 if both else 1), len(kept)
-    drawn, axes = plt.subplots(
-        *shape, figsize=(0.8 + 2.6 * shape[1], 0.6 + 2.7 * shape[0]), squeeze=False
-    )
+    drawn = Picture(figsize=(0.8 + 2.6 * shape[1], 0.6 + 2.7 * shape[0]))
+    axes = drawn.subplots(*shape, squeeze=False)
     shared = np.concatenate([np.ravel(one["losses"]["ce"]["values"]) for one in kept.values()])
     levels = _levels(shared)
     for column, (name, one) in enumerate(kept.items()):

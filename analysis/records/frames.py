@@ -8,6 +8,7 @@ import pandas as pd
 
 from pld_ray.config.planning import Plan
 from pld_ray.config.trial import Trial
+from pld_ray.errors import InputError, nearest
 from pld_ray.store.store import Store
 
 GROUP = ["student", "teacher", "setting", "method"]  # seeds are averaged within these columns
@@ -28,12 +29,14 @@ def frame(plan: Plan, store: Store) -> pd.DataFrame:
         A DataFrame with these columns:
 
         - id, seed, loss, epochs, optimizer: from the trial.
+        - own_metrics: the names of its metrics from plug-ins.
         - student, teacher: names of the networks. The teacher is the one that the experiment names,
           also for losses that do not use it.
         - setting: what else the grid varies.
         - method: label of the loss, with the parameters that vary.
         - original, original_teacher: in a miniature, the trial of the paper that this trial
           replaces, and its teacher.
+        - reference: whether the other methods are compared with this one (bool).
         - finished: whether the trial has finished (bool).
         - notes: messages of the trial to the user.
         - every metric of the record, NaN where there is none.
@@ -45,7 +48,10 @@ def frame(plan: Plan, store: Store) -> pd.DataFrame:
     records = store.records([*(cell.trial.id for cell in plan.cells), *plan.teacher_ids])
     rows: list[dict[Any, Any]] = []
     named: list[dict[Any, Any]] = places(plan).to_dict("records")
-    for cell, original, place in zip(plan.cells, plan.originals, named, strict=True):
+    references = _references(plan, named)
+    for cell, original, place, reference in zip(
+        plan.cells, plan.originals, named, references, strict=True
+    ):
         record = records.get(cell.trial.id)
         row: dict[Any, Any] = {
             "id": cell.trial.id,
@@ -53,8 +59,10 @@ def frame(plan: Plan, store: Store) -> pd.DataFrame:
             "loss": cell.trial.loss.name,
             "epochs": cell.trial.epochs,
             "optimizer": cell.trial.optimizer.name,
+            "own_metrics": cell.trial.metrics,
             "original": original.trial,
             "original_teacher": original.teacher or "",
+            "reference": reference,
             "finished": record is not None,
             "notes": [] if record is None else record.get("notes", []),
             "top1": float("nan"),
@@ -67,8 +75,10 @@ def frame(plan: Plan, store: Store) -> pd.DataFrame:
         if isinstance(cell.trial.teacher, Trial) and cell.trial.teacher.id in records:
             row["teacher_top1"] = records[cell.trial.teacher.id]["metrics"]["top1"]
         rows.append(row)
-    empty = ["id", *GROUP, "seed", "loss", "finished", "notes", "top1"] if not rows else None
-    frame = pd.DataFrame(rows, columns=empty).astype({"finished": bool})
+    empty = ["id", *GROUP, "seed", "loss", "own_metrics"]
+    empty += ["reference", "finished", "notes", "top1"]
+    frame = pd.DataFrame(rows, columns=None if rows else empty)
+    frame = frame.astype({"finished": bool, "reference": bool})
     return frame.drop_duplicates(["id", *GROUP], ignore_index=True)
 
 
@@ -80,6 +90,45 @@ def places(plan: Plan) -> pd.DataFrame:
         for cell, method, setting in zip(plan.cells, _methods(plan), _settings(plan), strict=True)
     ]
     return pd.DataFrame(rows)
+
+
+def check_reference(plan: Plan) -> None:
+    """Check that the plan has the method that its experiment names as the reference.
+
+    Raises:
+        InputError: None of the methods and losses of the plan has this name.
+    """
+    wanted = plan.experiment.reference
+    if wanted and plan.cells and not any(_references(plan, places(plan).to_dict("records"))):
+        losses = [cell.trial.loss for cell in plan.cells]
+        known = {name for loss in losses for name in (loss.name, loss.label)} | {*_methods(plan)}
+        raise InputError(
+            f"{plan.experiment.name}: reference is {wanted!r}: expected a loss or a method of the "
+            f"experiment; {nearest(wanted, known)}"
+        )
+
+
+def _references(plan: Plan, named: list[dict[Any, Any]]) -> list[bool]:
+    """Return for each cell whether it belongs to the reference of its student and setting.
+
+    Args:
+        plan: The plan of an experiment.
+        named: The rows of `places`.
+    """
+    losses = [cell.trial.loss for cell in plan.cells]
+    wanted = plan.experiment.reference
+    if not wanted and named:
+        wanted = "pld" if any(loss.name == "pld" for loss in losses) else named[0]["method"]
+    exact = any(place["method"] == wanted for place in named)
+    chosen: dict[Any, str] = {}
+    sections = [tuple(place[name] for name in GROUP[:-1]) for place in named]
+    for section, place, loss in zip(sections, named, losses, strict=True):
+        if wanted in ([place["method"]] if exact else [loss.name, loss.label]):
+            chosen.setdefault(section, place["method"])
+    return [
+        chosen.get(section) == place["method"]
+        for section, place in zip(sections, named, strict=True)
+    ]
 
 
 def curves(plan: Plan, store: Store) -> pd.DataFrame:
@@ -111,10 +160,16 @@ def summary(records: pd.DataFrame, metrics: list[str]) -> pd.DataFrame:
 
     Returns:
         One row per group, in the order of the records, with the columns of GROUP, planned (number
-        of cells), n (number of finished cells), loss, and METRIC and METRIC_std for each metric.
+        of cells), n (number of finished cells), loss, reference, and METRIC and METRIC_std for each
+        metric.
     """
     groups = records.groupby(GROUP, sort=False)
-    table = groups.agg(planned=("seed", "size"), n=("finished", "sum"), loss=("loss", "first"))
+    table = groups.agg(
+        planned=("seed", "size"),
+        n=("finished", "sum"),
+        loss=("loss", "first"),
+        reference=("reference", "first"),
+    )
     for metric in metrics:
         values = (
             records[metric] if metric in records else pd.Series(index=records.index, dtype=float)

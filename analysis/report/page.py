@@ -169,13 +169,14 @@ def _section(
 
 def _ours(plan: Plan, store: Store, frame: pd.DataFrame, folder: Path) -> list[Block]:
     """Return the comparison of an experiment's trials, and its figures and landscapes."""
-    cells = comparison.printed(comparison.comparison(frame))
-    blocks = [
-        Block("All metrics", cells, comparison.labels(cells), caption=" ".join(comparison.LEGEND))
-    ]
+    table = comparison.comparison(frame)
+    cells, legend = comparison.printed(table), " ".join(comparison.legend(table))
+    blocks = [Block("All metrics", cells, comparison.labels(cells), caption=legend)]
     against = comparison.printed_against(comparison.against(frame))
     if len(against):
-        blocks.append(Block("PLD against the other methods", against, caption=comparison.AGAINST))
+        name = comparison.reference_name(table)
+        caption = comparison.explained(name)
+        blocks.append(Block(f"{name} against the other methods", against, caption=caption))
     drawn = methods.draw(frame, frames.curves(plan, store), folder)
     blocks += [Block(image=path) for path in drawn]
     trials = weights.students(plan, store)

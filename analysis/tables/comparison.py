@@ -1,11 +1,13 @@
-"""Tables of one experiment's trials: all methods and metrics, and PLD against each other method.
+"""Tables of one experiment's trials: all methods and metrics, and paired comparisons of methods.
 
-`comparison` and `against` compute the numbers. `text` and `write` format them as Markdown, CSV and
-LaTeX (booktabs).
+`comparison`, `against` and `all_pairs` compute the numbers. `text` and `write` format them as
+Markdown, CSV and LaTeX (booktabs). The reference is the method with which the others are compared
+(`Experiment.reference`).
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from pathlib import Path
 from typing import Any
@@ -20,10 +22,6 @@ from pld_ray.config.experiment import Experiment
 from pld_ray.losses import REGISTRY
 
 METRICS = ["top1", "top5", "kl_teacher_student", "agreement", "ece", "seconds"]
-LEGEND = (
-    "Last epoch: mean ± standard deviation over n seeds. PLD gain: top-1 of PLD minus top-1 of the",
-    "method, paired by seed. Seconds: time for training, validation and the teacher on one worker.",
-)
 
 
 def comparison(records: pd.DataFrame) -> pd.DataFrame:
@@ -33,73 +31,114 @@ def comparison(records: pd.DataFrame) -> pd.DataFrame:
         records: Records as returned by `records.frames.frame`.
 
     Returns:
-        The columns of `records.frames.summary`, and `gain`: the mean over seeds of PLD's top-1
-        minus the method's, paired by seed (the paper's tables print it as a difference of means).
-        Values are NaN where no trial has finished; gains are also NaN unless there is exactly one
-        PLD row to compare with.
+        The columns of `records.frames.summary`, and `gain`: the mean over seeds of the reference's
+        top-1 minus the method's, paired by seed (the paper's tables print it as a difference of
+        means). Values are NaN where no trial has finished. `attrs["own_metrics"]` holds the names
+        of metrics from plug-ins.
     """
-    metrics = [*METRICS, "teacher_top1"]
-    table = summary(records, metrics)
+    table = summary(records, [*METRICS, *own_metrics(records), "teacher_top1"])
     rows: list[dict[Any, Any]] = []
     for _, section in table.groupby(["student", "teacher", "setting"], sort=False):
         first = section.iloc[0]
         if first["teacher"] and any(REGISTRY[loss].needs_teacher for loss in section["loss"]):
             teacher = {name: first[name] for name in ("student", "teacher", "setting")}
             top1 = section["teacher_top1"].mean()
-            rows.append(teacher | {"method": "Teacher", "loss": "teacher", "top1": top1})
-        pld = section[section["loss"] == "pld"]
+            named = {"method": "Teacher", "loss": "teacher", "reference": False}
+            rows.append(teacher | named | {"top1": top1})
         for _, row in section.iterrows():
-            gain = _gain(records, pld.iloc[0], row) if len(pld) == 1 else math.nan
+            gain = math.nan
+            for _, reference in section[section["reference"]].iterrows():
+                gain = _gain(records, reference, row)
             rows.append({**row.to_dict(), "gain": gain})
-    return pd.DataFrame(rows).drop(columns=["teacher_top1", "teacher_top1_std"])
+    found = pd.DataFrame(rows).drop(columns=["teacher_top1", "teacher_top1_std"])
+    found.attrs["own_metrics"] = own_metrics(records)
+    return found
 
 
-def _gain(records: pd.DataFrame, pld: pd.Series, row: pd.Series) -> float:
-    """Return the mean top-1 of PLD minus the method's, over the seeds that both have."""
-    if row["method"] == pld["method"]:
+def own_metrics(records: pd.DataFrame) -> list[str]:
+    """Return the names of the metrics that plug-ins define, in the order of the experiment."""
+    return list(dict.fromkeys(name for names in records["own_metrics"] for name in names))
+
+
+def _gain(records: pd.DataFrame, reference: pd.Series, row: pd.Series) -> float:
+    """Return the mean top-1 of the reference minus the method's, over the seeds that both have."""
+    if row["method"] == reference["method"]:
         return math.nan
 
     def by_seed(group: pd.Series) -> pd.Series:
         keys = ["student", "teacher", "setting", "method"]
         return records[(records[keys] == group[keys]).all(axis=1)].set_index("seed")["top1"]
 
-    return float((by_seed(pld) - by_seed(row)).mean())
+    return float((by_seed(reference) - by_seed(row)).mean())
+
+
+def reference_name(table: pd.DataFrame) -> str:
+    """Return the name of the reference: of its method, or of its loss if its settings differ.
+
+    Args:
+        table: Records of `records.frames.frame`, or the table of `comparison`.
+
+    Returns:
+        The name, or "" if there is nothing to compare with it.
+    """
+    own = table["reference"].astype(bool)
+    if own.all() or not own.any() or (table.loc[~own, "loss"] == "teacher").all():
+        return ""
+    methods = table.loc[own, "method"].unique()
+    return str(methods[0]) if len(methods) == 1 else REGISTRY[table.loc[own, "loss"].iloc[0]].label
 
 
 def against(records: pd.DataFrame) -> pd.DataFrame:
-    """Compare PLD with every other method, over all seeds and pairs where both have finished.
+    """Compare the reference with every other method, over all seeds and pairs where both finished.
 
     Args:
         records: Records as returned by `records.frames.frame`.
 
     Returns:
-        One row per method with the columns method, those of `paired.Comparison`, corrected (the
-        p-value corrected over all rows) and decided. The table is empty unless the records have
-        exactly one PLD method.
+        One row per method with the columns method (the reference), against (the method), those of
+        `paired.Comparison`, corrected (the p-value corrected over all rows) and decided.
     """
-    places = ["teacher", "student", "setting"]
     done = records[records["finished"]]
-    methods = list(dict.fromkeys(done.loc[done["loss"] == "pld", "method"]))
+    own, others = done[done["reference"]], done[~done["reference"]]
+    name = reference_name(records)
+    return _compared(
+        [(name, own, method, rows) for method, rows in others.groupby("method", sort=False)]
+    )
+
+
+def all_pairs(records: pd.DataFrame) -> pd.DataFrame:
+    """Compare every two methods, as `against` does, with p-values corrected over all of them."""
+    done = records[records["finished"]]
+    methods = list(done.groupby("method", sort=False))
+    return _compared([(*one, *other) for one, other in itertools.combinations(methods, 2)])
+
+
+def _compared(pairs: list[tuple[Any, pd.DataFrame, Any, pd.DataFrame]]) -> pd.DataFrame:
+    """Compare the finished trials of two methods, for each of several pairs of methods."""
     rows = []
-    for method in dict.fromkeys(done["method"]) if len(methods) == 1 else ():
-        if method == methods[0]:
-            continue
-        ours, theirs = {}, {}
-        for key, cells in done.groupby(places, sort=False):
-            pld, other = (
-                cells[cells["method"] == name].set_index("seed")["top1"]
-                for name in (methods[0], method)
-            )
-            seeds = [seed for seed in pld.index if seed in other.index]
-            ours[key], theirs[key] = pld[seeds].to_numpy(), other[seeds].to_numpy()
-        found = paired.compare(ours, theirs)
+    for first, one, second, other in pairs:
+        ours, theirs = _top1(one), _top1(other)
+        for key in ours.keys() & theirs.keys():
+            seeds = [seed for seed in ours[key].index if seed in theirs[key].index]
+            ours[key], theirs[key] = ours[key][seeds], theirs[key][seeds]
+        found = paired.compare(
+            {key: scores.to_numpy() for key, scores in ours.items()},
+            {key: scores.to_numpy() for key, scores in theirs.items()},
+        )
         if found is not None:
-            rows.append({"method": method, **found._asdict(), "decided": found.decided})
+            row = {"method": first, "against": second, **found._asdict()}
+            rows.append(row | {"decided": found.decided})
     table = pd.DataFrame(rows)
     if rows:
         table["corrected"] = paired.corrected(table["p"].tolist())
         table["decided"] &= table["corrected"] < 0.05
     return table
+
+
+def _top1(trials: pd.DataFrame) -> dict[Any, pd.Series]:
+    """Return the top-1 by seed of one method's trials, by (student, teacher, setting)."""
+    sections = trials.groupby(["student", "teacher", "setting"], sort=False)
+    return {key: rows.set_index("seed")["top1"] for key, rows in sections}
 
 
 def printed(table: pd.DataFrame) -> pd.DataFrame:
@@ -113,6 +152,7 @@ def printed(table: pd.DataFrame) -> pd.DataFrame:
         return f"{scale * mean:.{digits}f}{spread}"
 
     rows = []
+    reference = reference_name(table)
     several = len(table[["student", "teacher", "setting"]].drop_duplicates()) > 1
     for _, row in table.iterrows():
         teacher = row["loss"] == "teacher"
@@ -123,11 +163,14 @@ def printed(table: pd.DataFrame) -> pd.DataFrame:
                 cells["Setting"] = row["setting"]
         cells["Method"] = row["method"]
         cells["Top-1 %"] = pair(row, "top1", 2)
-        gain = row.get("gain")
-        cells["PLD gain"] = "" if gain is None or pd.isna(gain) else signed(gain)
+        if reference:
+            gain = row.get("gain")
+            cells[f"{reference} gain"] = "" if gain is None or pd.isna(gain) else signed(gain)
         cells["KL(T‖S)"] = "" if teacher else pair(row, "kl_teacher_student", 2)
         cells["Agreement %"] = "" if teacher else pair(row, "agreement", 1)
         cells["ECE %"] = "" if teacher else pair(row, "ece", 1, scale=100)
+        for name in table.attrs.get("own_metrics", ()):
+            cells[name] = "" if teacher else pair(row, name, 3)
         cells["Seconds"] = "" if teacher else pair(row, "seconds", 1)
         done, planned = row.get("n"), row.get("planned")
         whole = "" if teacher else f"{done:.0f}"
@@ -141,16 +184,17 @@ def _pair(row: pd.Series) -> str:
     return f"{row['teacher']} → {row['student']}" if row["teacher"] else str(row["student"])
 
 
-def printed_against(table: pd.DataFrame) -> pd.DataFrame:
-    """Format the table of `against` as strings. Decided gains are bold."""
+def printed_against(table: pd.DataFrame, pairs: bool = False) -> pd.DataFrame:
+    """Format the table of `against`, or of `all_pairs`, as strings. Decided gains are bold."""
     lines = []
     for row in table.to_dict("records"):
         gain = signed(row["mean"])
         if not math.isnan(row["low"]):
             gain += f" [{signed(row['low'])}, {signed(row['high'])}]"
+        names = {"Method": row["method"], "Against": row["against"]}
         lines.append(
-            {
-                "PLD against": row["method"],
+            (names if pairs else {f"{row['method']} against": row["against"]})
+            | {
                 "Gain [95 %]": f"**{gain}**" if row["decided"] else gain,
                 "Effect d": signed(row["effect"]),
                 "p": MISSING if math.isnan(row["corrected"]) else f"{row['corrected']:.3f}",
@@ -161,29 +205,40 @@ def printed_against(table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(lines)
 
 
-AGAINST = (
-    "Gain: top-1 of PLD minus top-1 of the method, paired by seed; mean over pairs and seeds, with "
-    "the 95 % bootstrap interval. Effect: Cohen's d of the differences. p: sign-flip permutation "
-    "test with Benjamini-Hochberg correction. P(better): the probability that a run of PLD beats a "
-    "run of the method. Bold: the interval excludes 0, p is below 0.05 and n is at least "
-    f"{paired.ENOUGH}."
-)
+def explained(reference: str = "the method") -> str:
+    """Return the text under a table of `printed_against`."""
+    return (
+        f"Gain: top-1 of {reference} minus top-1 of the other, paired by seed; mean over pairs and "
+        "seeds, with the 95 % bootstrap interval. Effect: Cohen's d of the differences. p: "
+        "sign-flip permutation test with Benjamini-Hochberg correction over the table. P(better): "
+        f"the probability that a run of {reference} beats a run of the other. Bold: the interval "
+        f"excludes 0, p is below 0.05 and n is at least {paired.ENOUGH}."
+    )
 
 
-def text(table: pd.DataFrame, others: pd.DataFrame, experiment: Experiment) -> str:
-    """Format both tables as Markdown whose columns also line up as plain text.
+def text(
+    table: pd.DataFrame,
+    others: pd.DataFrame,
+    experiment: Experiment,
+    pairs: pd.DataFrame | None = None,
+) -> str:
+    """Format the tables as Markdown whose columns also line up as plain text.
 
     Args:
         table: The table of `comparison`.
         others: The table of `against`; it may be empty.
         experiment: The experiment, for its title and note.
+        pairs: The table of `all_pairs`, if it is wanted.
     """
     cells = printed(table)
     title, only = experiment.title or experiment.name, table.iloc[0]
     head = [title if "Pair" in cells else f"{title}: {_pair(only)}", ""]
     tail = ["", *_legend(table, experiment)]
     if len(others):
-        tail += ["", rendering.markdown(printed_against(others), 1), "", AGAINST]
+        tail += ["", rendering.markdown(printed_against(others), 1)]
+        tail += ["", explained(reference_name(table))]
+    if pairs is not None and len(pairs):
+        tail += ["", rendering.markdown(printed_against(pairs, True), 2), "", explained()]
     return "\n".join([*head, rendering.markdown(cells, labels(cells)), *tail])
 
 
@@ -192,9 +247,21 @@ def labels(cells: pd.DataFrame) -> int:
     return list(cells.columns).index("Top-1 %")
 
 
+def legend(table: pd.DataFrame) -> tuple[str, str]:
+    """Return two lines that explain the columns of `printed`."""
+    end = "Seconds: time for training, validation and the teacher on one worker."
+    start = "Last epoch: mean ± standard deviation over n seeds."
+    if not (name := reference_name(table)):
+        return start, end
+    return (
+        f"{start} {name} gain: top-1 of {name} minus top-1 of",
+        f"the method, paired by seed. {end}",
+    )
+
+
 def _legend(table: pd.DataFrame, experiment: Experiment) -> list[str]:
     """Return the lines of text below the table."""
-    lines = list(LEGEND)
+    lines = [*legend(table)]
     done = table[table["loss"] != "teacher"]
     if done["n"].sum() < done["planned"].sum():
         lines.append(f"{MISSING} and 'n of m' mark trials that have not finished.")
@@ -202,26 +269,34 @@ def _legend(table: pd.DataFrame, experiment: Experiment) -> list[str]:
 
 
 def write(
-    table: pd.DataFrame, others: pd.DataFrame, folder: Path, experiment: Experiment
+    table: pd.DataFrame,
+    others: pd.DataFrame,
+    folder: Path,
+    experiment: Experiment,
+    pairs: pd.DataFrame | None = None,
 ) -> list[Path]:
-    """Write table.md, table.csv (full precision), table.tex and, if not empty, against.csv.
+    """Write table.md, table.csv (full precision), table.tex and, unless empty, the comparisons.
+
+    The comparisons are against.csv and pairs.csv.
 
     Args:
         table: The table of `comparison`.
         others: The table of `against`; it may be empty.
         folder: Where to write; it is created if needed.
         experiment: The experiment, for its title and note.
+        pairs: The table of `all_pairs`, if it is wanted.
 
     Returns:
         The paths of the written files.
     """
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"table.{kind}" for kind in ("md", "csv", "tex")]
-    paths[0].write_text(text(table, others, experiment) + "\n", encoding="utf-8")
+    paths[0].write_text(text(table, others, experiment, pairs) + "\n", encoding="utf-8")
     table.to_csv(paths[1], index=False)
     cells = printed(table)
     paths[2].write_text(rendering.latex(cells, labels(cells)), encoding="utf-8")
-    if len(others):
-        paths.append(folder / "against.csv")
-        others.to_csv(paths[-1], index=False)
+    for name, compared in (("against", others), ("pairs", pairs)):
+        if compared is not None and len(compared):
+            paths.append(folder / f"{name}.csv")
+            compared.to_csv(paths[-1], index=False)
     return paths

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from pld_ray.cli import session
+from pld_ray.api import session
 from pld_ray.cli.options import Address, ExperimentName, Overrides, Plugins, Smoke, Storage
 from pld_ray.errors import InputError, nearest
 
@@ -19,7 +19,7 @@ bank_app = typer.Typer(
 @bank_app.command("ls")
 def bank_ls(storage: Storage = "results") -> None:
     """List the banks with their teacher, dataset, split, seed, number of views and size."""
-    from pld_ray.cli import plan_table
+    from pld_ray.api import plan_table
     from pld_ray.store.store import Store
 
     plan_table.show_banks(Store(storage))
@@ -79,7 +79,7 @@ def bank_build(
         teachers, untrained, store, address
     ):
         raise typer.Exit(1)
-    from pld_ray.cli import plan_table
+    from pld_ray.api import plan_table
     from pld_ray.sweep import checks, runner
     from pld_ray.sweep.progress import redirect_prints
 

@@ -19,6 +19,8 @@ class Kind(StrEnum):
     networks = "networks"
     datasets = "datasets"
     optimizers = "optimizers"
+    schedules = "schedules"
+    metrics = "metrics"
     experiments = "experiments"
 
 
@@ -94,8 +96,44 @@ def _datasets() -> Iterator[tuple[str, tuple[str, ...]]]:
 def _optimizers() -> Iterator[tuple[str, tuple[str, ...]]]:
     from timm.optim import list_optimizers
 
+    from pld_ray.config.registry import OPTIMIZERS
+
+    yield from _own(OPTIMIZERS)
     for name, description in list_optimizers(with_description=True):
         yield name, (description,)
+
+
+def _schedules() -> Iterator[tuple[str, tuple[str, ...]]]:
+    from pld_ray.config.registry import BUILT_IN_SCHEDULES, SCHEDULES
+
+    yield from _own(SCHEDULES)
+    for name in BUILT_IN_SCHEDULES:
+        yield name, ("a schedule of timm" if name != "constant" else "no decay",)
+
+
+def _metrics() -> Iterator[tuple[str, tuple[str, ...]]]:
+    from pld_ray.config.registry import METRICS
+
+    yield from _own(METRICS)
+    for name, said in OF_EPOCHS.items():
+        yield name, (f"{said}; always there",)
+
+
+def _own(registry: dict[str, Any]) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """What plug-ins have registered, with its parameters."""
+    for name, own in sorted(registry.items()):
+        fields = own.parameters.model_json_schema().get("properties", {})
+        yield name, (_summary(own.function), *(_parameter(key, fields[key]) for key in fields))
+
+
+OF_EPOCHS = {
+    "top1": "percentage of images whose best class is right",
+    "top5": "percentage of images with the right class among the best five",
+    "val_loss": "cross-entropy in nats",
+    "ece": "calibration error in [0, 1] (Guo et al. 2017)",
+    "kl_teacher_student": "KL divergence of the student from the teacher, in nats",
+    "agreement": "percentage of images for which teacher and student predict the same class",
+}
 
 
 def _experiments() -> Iterator[tuple[str, tuple[str, ...]]]:
@@ -116,5 +154,7 @@ _FIND = {
     Kind.networks: _networks,
     Kind.datasets: _datasets,
     Kind.optimizers: _optimizers,
+    Kind.schedules: _schedules,
+    Kind.metrics: _metrics,
     Kind.experiments: _experiments,
 }

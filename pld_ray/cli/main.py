@@ -9,7 +9,14 @@ from typing import Annotated, Any
 import typer
 
 from pld_ray import __version__
-from pld_ray.cli import listing, plan, results, run  # noqa: F401 - the imports register the commands
+from pld_ray.cli import (  # noqa: F401 - the imports register the commands
+    listing,
+    plan,
+    results,
+    run,
+    starting,
+    trials,
+)
 from pld_ray.cli.bank import bank_app
 from pld_ray.cli.data import data_app
 from pld_ray.cli.options import app

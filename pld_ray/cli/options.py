@@ -11,7 +11,6 @@ app = typer.Typer(
     help="Run knowledge-distillation experiments on Ray, and write tables, figures and reports.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    add_completion=False,
 )
 
 ExperimentName = Annotated[

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from pld_ray.cli import session
+from pld_ray.api import session
 from pld_ray.cli.options import ExperimentName, Experiments, Overrides, Plugins, Smoke, Storage, app
 from pld_ray.errors import InputError
 
@@ -26,7 +26,7 @@ def plan(
     Teachers come first. With several experiments, show how many trials
     each one has and how many trials they share.
     """
-    from pld_ray.cli import plan_table
+    from pld_ray.api import plan_table
     from pld_ray.data import datasets
     from pld_ray.distill import bank_plan
     from pld_ray.store.store import Store

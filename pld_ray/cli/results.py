@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from pld_ray.cli import session
+from pld_ray.api import session
 from pld_ray.cli.options import (
     Address,
     ExperimentName,
@@ -36,15 +36,19 @@ def tables(
     smoke: Smoke = False,
     storage: Storage = "results",
     out: Out = None,
+    all_pairs: Annotated[
+        bool, typer.Option("--all-pairs", help="Also compare every two methods.")
+    ] = False,
 ) -> None:
     """Print tables and write them as Markdown, CSV and LaTeX.
 
     Tables of the paper show the reported numbers beside the measured ones.
+    Gains are those of the experiment's reference: --set reference=kd sets it.
     """
     from analysis.tables import paper_tables
 
     for name in experiments or dict.fromkeys(table.experiment for table in paper_tables.TABLES):
-        session.write_tables(*session.opened(name, overrides, smoke, storage), out)
+        session.write_tables(*session.opened(name, overrides, smoke, storage), out, all_pairs)
 
 
 @app.command()

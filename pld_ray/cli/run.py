@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from enum import StrEnum
 from typing import Annotated
 
 import typer
 
-from pld_ray.cli import session
+from pld_ray.api import session
 from pld_ray.cli.options import Address, Experiments, Out, Overrides, Plugins, Smoke, Storage, app
 
 
@@ -42,15 +41,8 @@ def run(
     failed = False
     opened = [session.opened(name, overrides, smoke, storage, True) for name in experiments]
     for plan, store in opened:
-        if plan.experiment.search is not None:
-            failed |= session.run_search(plan.experiment, store, address, log or ())
-            plan = session.planned(plan.experiment, store)
-        needed = replace(plan, searched=())
-        if pending := session.pending_trials(needed, store):
-            session.planned_banks(pending, store)
-            failed |= bool(session.train(needed, pending, store, address, log=log or ()))
-        else:
-            typer.echo(f"{plan.experiment.name}: all {len(plan.trials)} trials are done")
+        plan, failures = session.execute(plan, store, address, log or ())
+        failed |= bool(failures)
         folder = session.write_tables(plan, store, out)
         if plan.cells:
             session.say("figures", session.draw_figures(plan, store, folder))

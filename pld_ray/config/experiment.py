@@ -1,22 +1,23 @@
-"""Experiments: reads a YAML file, its recipe and the `--set` overrides into an `Experiment`.
+"""Experiments: from a YAML file or from Python, with its recipe and the overrides.
 
 recipe < base < grid < --set  ->  Trial (validated)  ->  Plan (unique, teachers first)
 """
 
 from __future__ import annotations
 
+import os
 import re
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, PrivateAttr, field_validator, model_validator
+from pydantic import BaseModel, Field, PrivateAttr, field_validator, model_validator
 
 from pld_ray import plugins
 from pld_ray.config.grid import axis
 from pld_ray.config.merge import merge, named, nest
-from pld_ray.config.paths import absolute_paths
+from pld_ray.config.paths import absolute_paths, absolute_plugin
 from pld_ray.config.search_space import Search
 from pld_ray.config.trial import Data, Model, Resources
 from pld_ray.config.validation import Part, validated
@@ -46,7 +47,10 @@ class Smoke(Part):
 
 
 class Experiment(Part):
-    """One YAML file: a question, the settings that all trials share, and those that vary.
+    """A question, the settings that all trials share, and those that vary: one YAML file.
+
+    In Python, settings are plain values and mappings, as in YAML, or typed parts, such as
+    `pld_ray.config.trial.Data`.
 
     Attributes:
         name: The name of the experiment; by default that of its file, with letters, digits and
@@ -58,6 +62,9 @@ class Experiment(Part):
         grid: The fields that vary, and their values (see `planning.plan`).
         plugins: Python files, or names of installed packages, with losses, networks and datasets of
             your own (see `pld_ray.plugins`).
+        reference: The method with which tables, statistics and figures compare the others: the
+            name of a loss, or a method as tables name it. Of several settings of a loss, the first
+            is the reference. The default is PLD if the experiment has it, else the first method.
         seeds: The seeds for which each cell of the grid runs. With a search, these are the seeds
             on which the best settings are compared; the default is then an empty list.
         resources: The resources that trials request from the cluster.
@@ -74,6 +81,7 @@ class Experiment(Part):
     plugins: list[str] = []
     base: dict[str, Any] = {}
     grid: dict[str, list[Any]] = {}
+    reference: str = ""
     seeds: list[int] = [0]
     resources: Resources = Resources()
     search: Search | None = None
@@ -109,10 +117,16 @@ class Experiment(Part):
             return {"seeds": []} | raw
         return raw
 
+    @field_validator("base", "grid", "overrides", mode="before")
+    @classmethod
+    def _settings(cls, settings: Any) -> Any:
+        return _plain(settings)
+
     @field_validator("plugins")
     @classmethod
     def _load_plugins(cls, sources: list[str]) -> list[str]:
         plugins.load_installed()
+        sources = [absolute_plugin(source) for source in sources]
         for source in sources:
             plugins.load(source)
         return sources
@@ -129,6 +143,17 @@ class Experiment(Part):
         return self
 
 
+def _plain(value: Any) -> Any:
+    """Return settings in which typed parts are mappings, tuples are lists and paths are strings."""
+    if isinstance(value, BaseModel):
+        value = value.model_dump(by_alias=True, exclude_unset=True)
+    if isinstance(value, dict):
+        return {key: _plain(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(part) for part in value]
+    return str(value) if isinstance(value, os.PathLike) else value
+
+
 def experiments_folder() -> Path:
     """Return the folder of the shipped experiments.
 
@@ -139,16 +164,21 @@ def experiments_folder() -> Path:
     return inside if inside.is_dir() else package.parent / "experiments"
 
 
+Overrides = Iterable[str] | Mapping[str, Any]
+
+
 def load_experiment(
-    source: str | Path, overrides: tuple[str, ...] = (), smoke: bool = False
+    source: str | os.PathLike[str] | Experiment, overrides: Overrides = (), smoke: bool = False
 ) -> Experiment:
-    """Load an experiment and apply `--set` overrides.
+    """Load an experiment, with its recipe and overrides.
 
     Args:
-        source: The path of a YAML file, or the name of a shipped experiment.
-        overrides: Texts of the form "field=value"; the value is parsed as YAML. A field of a
-            trial overrides `base` and `grid`. A field of the experiment itself (`seeds`,
-            `grid.FIELD`, `resources.FIELD`) is set in the experiment.
+        source: The path of a YAML file, the name of a shipped experiment, or an experiment. If
+            that was made in Python, its relative paths are relative to the working folder.
+        overrides: A mapping of fields to values, or texts of the form "field=value" whose value is
+            parsed as YAML. A field of a trial, such as "loss.temperature", overrides `base` and
+            `grid`. A field of the experiment itself ("seeds", "grid.FIELD", "resources.FIELD") is
+            set in the experiment.
         smoke: Whether to return the miniature of the experiment.
 
     Returns:
@@ -157,35 +187,29 @@ def load_experiment(
     Raises:
         InputError: The file does not exist or is not valid, or an override is not valid.
     """
-    path = Path(source)
-    if not path.is_file() and path.suffix not in (".yaml", ".yml"):
-        path = experiments_folder() / f"{source}.yaml"
-    if not path.is_file():
-        names = [file.stem for file in experiments_folder().glob("*.yaml")]
-        hint = nearest(str(source), names)
-        raise InputError(f"{str(source)!r} is not a file and not a shipped experiment: {hint}")
-    folder = path.absolute().parent
-    raw = {"name": name_of(path), **absolute_paths(read_mapping(path), folder)}
-    experiment = validated(Experiment, raw, str(path))
-    base, shrunk = experiment.base, raw.get("smoke", {})
-    if experiment.recipe is not None:
-        file = _find_recipe(experiment.recipe, path)
-        recipe = absolute_paths(read_mapping(file), file.absolute().parent)
-        shrunk = merge(recipe.pop("smoke", {}), shrunk)
-        base = merge(recipe, base)
+    if isinstance(source, Experiment):
+        experiment, file = source, source.file
+        where, folder = source.name, file.parent if file else Path.cwd()
+        if smoke and source.miniature_of is not None:
+            raise InputError(f"{where} is a miniature already")
+    else:
+        file = _find_experiment(source).absolute()
+        where, folder = str(source), file.parent
+        raw = {"name": name_of(file), **absolute_paths(read_mapping(file), folder)}
+        experiment = validated(Experiment, raw, where)
     changed = experiment.model_dump(by_alias=True, exclude_unset=True)
-    changed |= {"base": base, "smoke": shrunk}
+    if file is None:
+        changed = absolute_paths(changed, folder)
+    if experiment.recipe is not None:
+        recipe_file = _find_recipe(experiment.recipe, folder, where)
+        recipe = absolute_paths(read_mapping(recipe_file), recipe_file.absolute().parent)
+        changed["smoke"] = merge(recipe.pop("smoke", {}), changed.get("smoke", {}))
+        changed["base"] = merge(recipe, experiment.base)
     everywhere = dict(experiment.overrides)
-    for item in overrides:
-        field, equals, text = item.partition("=")
-        field = field.strip()
-        if not equals or not field:
-            raise InputError(f"--set {item}: expected FIELD=VALUE, such as loss.temperature=2")
-        value = parse_yaml(text, f"--set {item}")
-        value = absolute_paths({field: value}, Path.cwd())[field]
+    for field, value in _overrides(overrides):
         first, _, rest = field.partition(".")
         if first == "grid" and rest:
-            changed["grid"] = changed["grid"] | {rest: value}
+            changed["grid"] = changed.get("grid", {}) | {rest: value}
         elif first in Experiment.model_fields:
             changed = merge(changed, nest(field, value))
         else:
@@ -193,9 +217,37 @@ def load_experiment(
     if set(everywhere) & {"seed"}:
         raise InputError("--set seed: set seeds instead, which is a list, such as seeds=[0,1,2]")
     changed["overrides"] = everywhere
-    found = validated(Experiment, changed, str(path))
-    found._file = path.absolute()
+    found = validated(Experiment, changed, where)
+    found._file = file
     return miniature(found) if smoke else found
+
+
+def _overrides(given: Overrides) -> Iterator[tuple[str, Any]]:
+    """Yield the fields and values of overrides, with absolute paths."""
+    if isinstance(given, str):
+        raise InputError(f"overrides is {given!r}: expected a list of texts, or a mapping")
+    if isinstance(given, Mapping):
+        for field, value in given.items():
+            yield field, absolute_paths({field: _plain(value)}, Path.cwd())[field]
+        return
+    for item in given:
+        field, equals, text = item.partition("=")
+        field = field.strip()
+        if not equals or not field:
+            raise InputError(f"--set {item}: expected FIELD=VALUE, such as loss.temperature=2")
+        yield field, absolute_paths({field: parse_yaml(text, f"--set {item}")}, Path.cwd())[field]
+
+
+def _find_experiment(source: str | os.PathLike[str]) -> Path:
+    """Return the file of an experiment by its path, or by its name among the shipped ones."""
+    path = Path(source)
+    if not path.is_file() and path.suffix not in (".yaml", ".yml"):
+        path = experiments_folder() / f"{source}.yaml"
+    if not path.is_file():
+        names = [file.stem for file in experiments_folder().glob("*.yaml")]
+        hint = nearest(str(source), names)
+        raise InputError(f"{str(source)!r} is not a file and not a shipped experiment: {hint}")
+    return path
 
 
 def name_of(path: Path) -> str:
@@ -267,11 +319,11 @@ def _smaller(field: str, value: Any, models: dict[str, Model]) -> Any:
     return kept
 
 
-def _find_recipe(name: str, experiment: Path) -> Path:
+def _find_recipe(name: str, folder: Path, where: str) -> Path:
     """Return the path of a recipe: beside the experiment, else among the shipped ones."""
-    folders = [experiment.parent / "recipes", experiments_folder() / "recipes"]
+    folders = [folder / "recipes", experiments_folder() / "recipes"]
     for folder in folders:
         if (folder / f"{name}.yaml").is_file():
             return folder / f"{name}.yaml"
     names = [file.stem for folder in folders for file in folder.glob("*.yaml")]
-    raise InputError(f"{experiment}: recipe {name!r} does not exist; {nearest(name, names)}")
+    raise InputError(f"{where}: recipe {name!r} does not exist; {nearest(name, names)}")

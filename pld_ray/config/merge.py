@@ -15,7 +15,7 @@ def merge(low: dict[str, Any], high: Mapping[str, Any]) -> dict[str, Any]:
 
     If the name of a loss, network or dataset differs, the entry of `high` replaces the whole entry
     of `low`. If the name of an optimizer or schedule differs, the parameters that `high` does not
-    set (for example the learning rate) are kept from `low`.
+    set (for example the learning rate) are kept from `low`, but not `args`.
 
     Args:
         low: The settings with lower priority.
@@ -29,7 +29,11 @@ def merge(low: dict[str, Any], high: Mapping[str, Any]) -> dict[str, Any]:
         value, below = named(key, value), named(key, low.get(key))
         if isinstance(value, dict) and isinstance(below, dict):
             other = "name" in below and value.get("name", below["name"]) != below["name"]
-            merged[key] = value if key in _REPLACED and other else merge(below, value)
+            if other and key in _REPLACED:
+                below = {}
+            elif other:
+                below = {field: part for field, part in below.items() if field != "args"}
+            merged[key] = merge(below, value)
         else:
             merged[key] = value
     return merged

@@ -21,6 +21,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from pld_ray.config.registry import BUILT_IN_SCHEDULES, SCHEDULES
 from pld_ray.config.validation import Part, sentence
 from pld_ray.errors import nearest
 from pld_ray.losses import REGISTRY, LossParams
@@ -157,10 +158,10 @@ class Data(Part):
 
 
 class Optimizer(Part):
-    """The arguments of timm's optimizer factory.
+    """The arguments of timm's optimizer factory, or of an optimizer of the user.
 
     Attributes:
-        name: The name of an optimizer in timm.
+        name: The name of an optimizer in timm or in a plug-in.
         lr: The learning rate.
         weight_decay: The weight decay.
         momentum: The momentum.
@@ -180,25 +181,35 @@ class Schedule(Part):
     """The arguments of timm's scheduler factory; the scheduler steps after every update.
 
     Attributes:
-        name: The name of a schedule in timm, or "constant".
+        name: The name of a schedule in timm or in a plug-in, or "constant".
         warmup_epochs: The length of the warm-up, in epochs.
         warmup_lr: The learning rate at the start of the warm-up.
         min_lr: The lower bound of the learning rate.
         decay_rate: The factor of each decay ("multistep", "step"), or the power ("poly").
         milestones: The epochs of the decays ("multistep").
         decay_epochs: The number of epochs between decays ("step").
+        args: Arguments of a schedule in a plug-in.
     """
 
-    name: Literal["cosine", "multistep", "step", "poly", "constant"] = "cosine"
+    name: str = "cosine"
     warmup_epochs: float = Field(0, ge=0)
     warmup_lr: float = Field(0.0, ge=0)
     min_lr: float = Field(0.0, ge=0)
     decay_rate: float = Field(0.1, gt=0, le=1)
     milestones: tuple[int, ...] = ()
     decay_epochs: float = Field(30, gt=0)
+    args: dict[str, Any] = {}
 
     @model_validator(mode="after")
     def _consistent(self) -> Schedule:
+        if self.name in SCHEDULES:
+            SCHEDULES[self.name].arguments(self.args, "schedule.args")
+            return self
+        if self.name not in BUILT_IN_SCHEDULES:
+            hint = nearest(self.name, [*BUILT_IN_SCHEDULES, *SCHEDULES])
+            raise ValueError(f"name is {self.name!r}; {hint}")
+        if self.args:
+            raise ValueError(f"args: only for a schedule in a plug-in, and {self.name} is timm's")
         if self.name == "multistep" and not self.milestones:
             raise ValueError("multistep needs milestones, the epochs of its decays")
         return self
@@ -304,8 +315,9 @@ class Trial(Part):
         channels_last: Whether images use the channels-last memory format.
         compile: Whether to compile the student with `torch.compile`.
         workers: The number of workers that train the student together.
-        plugins: The digest of the source of each plug-in that provides its loss, its networks or
-            its dataset, by the name of the plug-in. A plan fills it in.
+        metrics: Further metrics of every epoch, from plug-ins, by name.
+        plugins: The digest of the source of each plug-in that provides its loss, its networks, its
+            dataset or another part, by the name of the plug-in. A plan fills it in.
         seed: The random seed.
     """
 
@@ -326,6 +338,7 @@ class Trial(Part):
     channels_last: bool = True
     compile: bool = False
     workers: int = Field(1, ge=1)
+    metrics: tuple[str, ...] = ()
     plugins: dict[str, str] = {}
     seed: int = Field(0, ge=0, lt=2**31)
 
@@ -367,11 +380,13 @@ class Trial(Part):
 
     @property
     def provided(self) -> set[tuple[str, str]]:
-        """The names that can come from a plug-in: of the loss, the networks and the dataset.
+        """The kinds and names that can come from a plug-in, such as that of the loss.
 
         A teacher that has to be trained is another trial, with names of its own.
         """
         found = {("loss", self.loss.name), ("network", self.student.name)}
+        found |= {("optimizer", self.optimizer.name), ("schedule", self.schedule.name)}
+        found |= {("metric", name) for name in self.metrics}
         if isinstance(self.teacher, Weights):
             found.add(("network", self.teacher.name.partition(".")[0]))
         return found | {("dataset", self.data.name.partition(":")[0])}

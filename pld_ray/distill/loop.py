@@ -315,12 +315,24 @@ def evaluate_student(run: Run) -> dict[str, float]:
             logits = validation_logits(run, student)
         total = sum_over_workers(validation_sums(run, logits, run.teacher_val))
         scores = metrics.averages(total, run.teacher is not None)
+        scores |= own_metrics(run, logits)
     if not math.isfinite(scores["val_loss"]):
         raise TrainingError(
             f"the validation loss is {scores['val_loss']:g} after epoch {len(run.history) + 1}: a "
             "lower optimizer.lr or clip_grad may help"
         )
     return scores
+
+
+def own_metrics(run: Run, logits: list[Tensor]) -> dict[str, float]:
+    """The trial's own metrics on the validation images of all workers."""
+    names, labels = run.trial.metrics, validation_labels(run)
+    if not names:
+        return {}
+    others: Sequence[Tensor | None] = run.teacher_val or [None] * len(logits)
+    parts = [metrics.own_sums(names, *batch) for batch in zip(logits, labels, others, strict=True)]
+    means = sum_over_workers(torch.stack(parts).sum(0)) / len(run.images.val)
+    return dict(zip(names, means.tolist(), strict=True))
 
 
 def keep_and_report(run: Run, report: Report) -> None:
@@ -367,10 +379,15 @@ def validation_logits(run: Run, network: Callable[[Tensor], Tensor]) -> list[Ten
     return [network(x).float() for x in run.stream.val(shares)]
 
 
+def validation_labels(run: Run) -> Sequence[Tensor]:
+    """The labels [B] of each validation batch of this worker."""
+    index = torch.from_numpy(run.val_index).to(run.device)
+    return run.stream.labels["val"][index].split(VAL_BATCH)
+
+
 def validation_sums(run: Run, logits: list[Tensor], teacher: list[Tensor] | None) -> Tensor:
     """The sums of `metrics.sums` over this worker's validation samples."""
-    index = torch.from_numpy(run.val_index).to(run.device)
-    labels = run.stream.labels["val"][index].split(VAL_BATCH)
+    labels = validation_labels(run)
     others: Sequence[Tensor | None] = teacher or [None] * len(logits)
     parts = [metrics.sums(*batch) for batch in zip(logits, labels, others, strict=True)]
     return torch.stack(parts).sum(0)

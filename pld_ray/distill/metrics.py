@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from pld_ray import plugins
+from pld_ray.config.registry import metric
+from pld_ray.errors import InputError
 
 BINS = 15  # of confidence, for the calibration error (Guo et al. 2017)
 
@@ -42,6 +48,55 @@ def sums(logits: Tensor, labels: Tensor, teacher_logits: Tensor | None) -> Tenso
     for row, value in enumerate((torch.ones_like(right), confidence, right)):
         table[row].index_add_(0, bins, value)
     return torch.cat([torch.stack(scalars), table.flatten()])
+
+
+def own_sums(
+    names: Sequence[str], logits: Tensor, labels: Tensor, teacher_logits: Tensor | None
+) -> Tensor:
+    """Compute the sums of a batch of metrics of the user.
+
+    Args:
+        names: Names of the metrics.
+        logits: Logits of the student [B, C].
+        labels: Class indices, int64 [B].
+        teacher_logits: Logits of the teacher [B, C], or None.
+
+    Returns:
+        float64 [len(names)].
+
+    Raises:
+        InputError: A metric does not return one number for each sample.
+    """
+    found = logits.new_zeros(len(names), dtype=torch.float64)
+    for i, name in enumerate(names):
+        values = metric(name).function(logits, labels, teacher_logits)
+        if not isinstance(values, Tensor) or values.shape != labels.shape:
+            shape = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
+            raise InputError(
+                f"metric {name} returns {shape}: expected a tensor with one number for each of "
+                f"the {len(labels)} samples"
+            )
+        found[i] = values.double().sum()
+    return found
+
+
+def check(names: Sequence[str], classes: int, has_teacher: bool) -> None:
+    """Compute metrics of the user once, on random logits.
+
+    Raises:
+        InputError: A metric is not registered, raises an error, or returns wrong values.
+    """
+    drawn = torch.randn(2, 4, classes, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(4) % classes
+    for name in names:
+        metric(name)
+        try:
+            own_sums([name], drawn[0], labels, drawn[1] if has_teacher else None)
+        except InputError:
+            raise
+        except Exception as error:
+            where, reason = plugins.location(error), str(error).strip().partition("\n")[0]
+            raise InputError(f"metric {name}: {where}{type(error).__name__}: {reason}") from error
 
 
 def averages(total: Tensor, has_teacher: bool) -> dict[str, float]:

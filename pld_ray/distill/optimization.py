@@ -5,22 +5,40 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from timm.optim import create_optimizer_v2
+from timm.optim import create_optimizer_v2, param_groups_weight_decay
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
+from pld_ray.config.registry import OPTIMIZERS, SCHEDULES
 from pld_ray.config.trial import Optimizer, Schedule
 from pld_ray.distill.distiller import Distiller
+from pld_ray.errors import InputError
 
 
 def create_optimizer(settings: Optimizer, distiller: Distiller) -> torch.optim.Optimizer:
-    """Create timm's optimizer for the student and for what the loss learns.
+    """Create an optimizer for the student and for what the loss learns.
 
     Args:
         settings: Name, learning rate, weight decay and further arguments.
         distiller: Must be connected if its loss learns parts of its own.
+
+    Raises:
+        InputError: An optimizer of the user does not accept the arguments.
     """
+    learnt = distiller.learnt_by_loss()
+    if (own := OPTIMIZERS.get(settings.name)) is not None:
+        groups = param_groups_weight_decay(distiller.student, settings.weight_decay)
+        if learnt:
+            groups.append({"params": learnt, "weight_decay": settings.weight_decay})
+        arguments = own.arguments(settings.args, "optimizer.args")
+        made = own.function(groups, settings.lr, settings.weight_decay, **arguments)
+        if not isinstance(made, torch.optim.Optimizer):
+            raise InputError(
+                f"optimizer {settings.name} returns a {type(made).__name__}: expected a "
+                "torch.optim.Optimizer"
+            )
+        return made
     betas = {} if settings.betas is None else {"betas": settings.betas}
     optimizer = create_optimizer_v2(
         distiller.student,
@@ -31,7 +49,6 @@ def create_optimizer(settings: Optimizer, distiller: Distiller) -> torch.optim.O
         **betas,
         **settings.args,
     )
-    learnt = distiller.learnt_by_loss()
     if learnt:
         optimizer.add_param_group({"params": learnt, "weight_decay": settings.weight_decay})
     return optimizer
@@ -40,7 +57,7 @@ def create_optimizer(settings: Optimizer, distiller: Distiller) -> torch.optim.O
 def create_schedule(
     settings: Schedule, optimizer: torch.optim.Optimizer, epochs: int, steps: int
 ) -> Any:
-    """Create timm's schedule of the learning rate, stepped with `step_update(update)`.
+    """Create a schedule of the learning rate, stepped with `step_update(update)`.
 
     Args:
         settings: Name, warm-up and decay. "constant" never decays.
@@ -48,6 +65,8 @@ def create_schedule(
         epochs: Epochs of the whole training.
         steps: Updates in an epoch.
     """
+    if settings.name in SCHEDULES:
+        return OwnSchedule(settings, optimizer, epochs, steps)
     scheduler, _ = create_scheduler_v2(
         optimizer,
         sched="step" if settings.name == "constant" else settings.name,
@@ -62,6 +81,33 @@ def create_schedule(
         updates_per_epoch=steps,
     )
     return scheduler
+
+
+class OwnSchedule:
+    """A schedule of the user: the factor of the learning rate by the progress of the training.
+
+    The arguments are those of `create_schedule`.
+    """
+
+    def __init__(
+        self, settings: Schedule, optimizer: torch.optim.Optimizer, epochs: int, steps: int
+    ) -> None:
+        self.settings, self.optimizer = settings, optimizer
+        self.highest = [group["lr"] for group in optimizer.param_groups]
+        self.own = SCHEDULES[settings.name]
+        self.arguments = self.own.arguments(settings.args, "schedule.args")
+        self.updates, self.warmup = epochs * steps, settings.warmup_epochs * steps
+        self.step_update(0)
+
+    def step_update(self, update: int) -> None:
+        """Set the learning rates for an update (from 0)."""
+        low = self.settings.warmup_lr
+        for group, highest in zip(self.optimizer.param_groups, self.highest, strict=True):
+            if update < self.warmup:
+                group["lr"] = low + (highest - low) * update / self.warmup
+            else:
+                factor = float(self.own.function(update / self.updates, **self.arguments))
+                group["lr"] = max(self.settings.min_lr, highest * factor)
 
 
 def update(

@@ -73,6 +73,26 @@ def save(
     return _write(path, {"model.safetensors": to_safetensors(state), "config.json": _json(config)})
 
 
+def load_student(trial: Trial, store: Store) -> nn.Module:
+    """Return the student of a finished trial with its weights, in evaluation mode.
+
+    It takes images [B, channels, H, W], normalised by the mean and std of the trial's record, to
+    logits [B, C].
+
+    Raises:
+        InputError: The trial has not finished.
+    """
+    weights = store.weights(trial)
+    record = store.record(trial.id)
+    assert record is not None  # else it has no weights
+    data = record["data"]
+    network = create_model(
+        trial.student, len(data["class_names"]), data["channels"], data["image_size"]
+    )
+    network.load_state_dict(load(weights))
+    return network.eval()
+
+
 def export_student(trial: Trial, store: Store, folder: Path, onnx: bool = False) -> list[Path]:
     """Write the student of a finished trial: the folder that timm loads, or ONNX.
 
@@ -91,16 +111,15 @@ def export_student(trial: Trial, store: Store, folder: Path, onnx: bool = False)
     Raises:
         InputError: The trial has not finished, or a package for ONNX is missing.
     """
-    weights = store.weights(trial)
+    network = load_student(trial, store)
     record = store.record(trial.id)
     assert record is not None  # else it has no weights
     data = record["data"]
     classes, channels, size = len(data["class_names"]), data["channels"], data["image_size"]
-    network = create_model(trial.student, classes, channels, size)
-    network.load_state_dict(load(weights))
-    files = {"model.safetensors": weights}
     if onnx:
-        files = {"model.onnx": _onnx(network.eval(), channels, size)}
+        files = {"model.onnx": _onnx(network, channels, size)}
+    else:
+        files = {"model.safetensors": store.weights(trial)}
     args = {"in_chans": channels, **trial.student.args}
     known: Any = network.pretrained_cfg
     if known.get("fixed_input_size"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
 import time
@@ -46,7 +47,7 @@ class ProgressView:
         self.epochs_seen = 0
         self.teacher = {"spent": 0.0, "avoided": 0.0}  # seconds
         self.started = time.monotonic()
-        self.live = _live(self, console) if console.is_terminal else None
+        self.live = _live(self, console) if can_redraw(console) else None
 
     def __enter__(self) -> ProgressView:
         if self.live:
@@ -147,6 +148,12 @@ class ProgressView:
         return Group(table, line, *([self._teacher()] if self._teacher() else []))
 
 
+def can_redraw(console: Console) -> bool:
+    """Return whether a console can show a table that changes: a terminal, or a notebook."""
+    widgets = console.is_jupyter and importlib.util.find_spec("ipywidgets") is not None
+    return console.is_terminal or widgets
+
+
 def _live(view: ProgressView, console: Console) -> Live:
     """Create the live table."""
     # with its own redirection, rich would show the output of other code on the screen
@@ -166,7 +173,7 @@ def redirect_prints(log: Path) -> Iterator[Console]:
         log: File to append the output to. Its folder is created.
 
     Yields:
-        A console that prints to the original standard output.
+        A console that prints to the original standard output, or to the notebook.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     sys.stdout.flush()
@@ -176,7 +183,7 @@ def redirect_prints(log: Path) -> Iterator[Console]:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
         try:
-            yield Console(file=out)
+            yield Console() if Console().is_jupyter else Console(file=out)
         finally:
             sys.stdout.flush()
             sys.stderr.flush()

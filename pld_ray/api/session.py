@@ -1,23 +1,58 @@
-"""Functions that several commands share: open an experiment, train it, and print its results.
+"""Open an experiment, run what is left of it, and print and write its results.
 
 Heavy modules are imported inside the functions that need them.
 """
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import typer
-
 if TYPE_CHECKING:
-    from pld_ray.config.experiment import Experiment
+    from pld_ray.config.experiment import Experiment, Overrides
     from pld_ray.config.planning import Plan
     from pld_ray.config.trial import Trial
     from pld_ray.distill.bank_plan import PlannedBank
     from pld_ray.store.store import Store
     from pld_ray.sweep.search import SearchProgress
+
+
+def tell(text: str) -> None:
+    """Print a message that is not part of the results, to standard error."""
+    print(text, file=sys.stderr)
+
+
+def execute(
+    plan: Plan, store: Store, address: str | None = None, log: Sequence[str] = ()
+) -> tuple[Plan, dict[str, str]]:
+    """Run what is left of an experiment: its search, then its trials.
+
+    Args:
+        plan: The plan of the experiment.
+        store: The store for records, weights and banks.
+        address: Address of a Ray cluster, or None.
+        log: Names of the loggers that receive the metrics.
+
+    Returns:
+        The plan, which has the best settings after a search, and the reasons of the failed trials
+        by id.
+    """
+    failures: dict[str, str] = {}
+    if plan.experiment.search is not None:
+        failures |= run_search(plan.experiment, store, address, log)
+        plan = planned(plan.experiment, store)
+    needed = replace(plan, searched=())
+    if pending := pending_trials(needed, store):
+        planned_banks(pending, store)
+        failures |= train(needed, pending, store, address, log=log)
+    else:
+        print(f"{plan.experiment.name}: all {len(plan.trials)} trials are done")
+    return plan, failures
 
 
 def pending_trials(plan: Plan, store: Store) -> dict[str, Trial]:
@@ -40,7 +75,7 @@ def pending_trials(plan: Plan, store: Store) -> dict[str, Trial]:
     taught_by = {t.teacher.id for t in pending.values() if isinstance(t.teacher, Trial)}
     damaged = {key for key in taught_by & finished if not store.intact(plan.trials[key])}
     if damaged:
-        typer.echo(f"{len(damaged)} teachers have damaged weights and are trained again", err=True)
+        tell(f"{len(damaged)} teachers have damaged weights and are trained again")
     return {key: trial for key, trial in plan.trials.items() if key in pending.keys() | damaged}
 
 
@@ -57,20 +92,20 @@ def planned_banks(trials: dict[str, Trial], store: Store) -> dict[str, PlannedBa
     Raises:
         InputError: If the banks do not fit on the disk.
     """
-    from pld_ray.cli import plan_table
+    from pld_ray.api import plan_table
     from pld_ray.data import datasets
     from pld_ray.distill import bank_plan
 
     banks = bank_plan.planned(trials.values(), datasets.size, store)
     bank_plan.check_disk_space(banks.values(), store)
     if banks:
-        typer.echo(plan_table.bank_line(banks.values()))
+        print(plan_table.bank_line(banks.values()))
     return banks
 
 
 def run_search(
     experiment: Experiment, store: Store, address: str | None, log: Sequence[str] = ()
-) -> bool:
+) -> dict[str, str]:
     """Run the remaining trials of a search.
 
     Args:
@@ -80,7 +115,7 @@ def run_search(
         log: Names of the loggers that receive the metrics.
 
     Returns:
-        Whether a trial failed that could succeed when it is run again.
+        The reasons of those failed trials that could succeed when they are run again, by id.
     """
     from pld_ray.config.planning import Plan
     from pld_ray.config.trial import Trial
@@ -88,8 +123,8 @@ def run_search(
 
     progress = search.look(experiment, store)
     if all(each.over for each in progress):
-        typer.echo(f"{experiment.name}: the search is finished")
-        return False
+        print(f"{experiment.name}: the search is finished")
+        return {}
     cells = [each.group.cell.trial for each in progress]
     teachers = [cell.teacher for cell in cells if isinstance(cell.teacher, Trial)]
     drawn = [drawn for each in progress for drawn in each.drawn]
@@ -98,7 +133,9 @@ def run_search(
     pending = {key: t for key, t in pending_trials(plan, store).items() if key not in ended}
     planned_banks({trial.id: trial for trial in [*cells, *pending.values()]}, store)
     failures = train(plan, pending, store, address, progress, log)
-    return any(not (store.failure(key) or {}).get("final") for key in failures)
+    return {
+        key: why for key, why in failures.items() if not (store.failure(key) or {}).get("final")
+    }
 
 
 def train(
@@ -126,9 +163,10 @@ def train(
 
     from pld_ray.data import datasets
     from pld_ray.imports import without_collection
-    from pld_ray.sweep.progress import ProgressView, redirect_prints
+    from pld_ray.sweep.progress import ProgressView, can_redraw, redirect_prints
 
-    with Console().status(f"{len(pending)} trials to run: checking them and starting Ray"):
+    said, screen = f"{len(pending)} trials to run: checking them and starting Ray", Console()
+    with screen.status(said) if can_redraw(screen) else nullcontext():
         with without_collection():
             from pld_ray.sweep import checks, identity, loggers, runner
 
@@ -141,7 +179,7 @@ def train(
                 store.keep_dataset(identity.dataset_entry(trial.data, images))
         keep_plugins((pending | cells).values(), store)
     for note in notes:
-        typer.echo(f"note: {note}", err=True)
+        tell(f"note: {note}")
     to_draw = sum({each.group.key: each.to_draw for each in progress}.values())
     with (
         redirect_prints(ray_log(store)) as console,
@@ -150,9 +188,9 @@ def train(
         failures = runner.run(plan, ready, store, view, address, progress, followed)
     for logger in followed:
         if logger.problem:
-            typer.echo(f"--log {logger.name} stopped early: {logger.problem}", err=True)
+            tell(f"--log {logger.name} stopped early: {logger.problem}")
     for key, reason in failures.items():
-        typer.echo(f"failed: {view.labels[key]}: {reason} ({store.folder(key)})", err=True)
+        tell(f"failed: {view.labels[key]}: {reason} ({store.folder(key)})")
     return failures
 
 
@@ -170,10 +208,10 @@ def ray_log(store: Store) -> Path:
 
 
 def opened(
-    experiment: str,
-    overrides: list[str] | None,
+    experiment: str | os.PathLike[str] | Experiment,
+    overrides: Overrides | None,
     smoke: bool,
-    storage: str,
+    storage: str | os.PathLike[str],
     download: bool = False,
 ) -> tuple[Plan, Store]:
     """Load an experiment, identify its data, and open the store of its results.
@@ -181,8 +219,8 @@ def opened(
     What the user should know about the data is printed.
 
     Args:
-        experiment: Path of a YAML file, or name of a shipped experiment.
-        overrides: Overrides of the form FIELD=VALUE.
+        experiment: Path of a YAML file, name of a shipped experiment, or an experiment.
+        overrides: Overrides, as for `load_experiment`.
         smoke: Whether to load the miniature of the experiment.
         storage: Folder or URI of the store.
         download: Whether a dataset of a hub may be downloaded.
@@ -194,12 +232,12 @@ def opened(
     from pld_ray.store.store import Store
     from pld_ray.sweep.identity import DataIdentity, changed_plugins
 
-    store = Store(storage)
+    store = Store(os.fspath(storage))
     identity = DataIdentity(store, download)
-    loaded = load_experiment(experiment, tuple(overrides or ()), smoke).identified(identity)
+    loaded = load_experiment(experiment, overrides or (), smoke).identified(identity)
     plan = planned(loaded, store)
     for note in [*identity.notes, *changed_plugins(store)]:
-        typer.echo(f"note: {note}", err=True)
+        tell(f"note: {note}")
     return plan, store
 
 
@@ -208,7 +246,12 @@ def planned(experiment: Experiment, store: Store) -> Plan:
     from pld_ray.config.planning import plan
     from pld_ray.sweep import search
 
-    return plan(experiment) if experiment.search is None else search.plan(experiment, store)
+    found = plan(experiment) if experiment.search is None else search.plan(experiment, store)
+    if experiment.reference:
+        from analysis.records import frames
+
+        frames.check_reference(found)
+    return found
 
 
 def reports(plan: Plan, store: Store, out: Path | None) -> Path:
@@ -224,22 +267,22 @@ def tell_other_file(experiment: Experiment, folder: Path) -> None:
     if experiment.file is None or before == str(experiment.file):
         return
     if before:
-        typer.echo(
+        tell(
             f"note: {folder} held the reports of {before}, which has the same name, "
-            f"{experiment.name!r}: they are replaced; set name: in one of the files to keep both",
-            err=True,
+            f"{experiment.name!r}: they are replaced; set name: in one of the files to keep both"
         )
     folder.mkdir(parents=True, exist_ok=True)
     marker.write_text(f"{experiment.file}\n", encoding="utf-8")
 
 
-def write_tables(plan: Plan, store: Store, out: Path | None) -> Path:
+def write_tables(plan: Plan, store: Store, out: Path | None, all_pairs: bool = False) -> Path:
     """Print and write the tables of an experiment.
 
     Args:
         plan: The plan of the experiment.
         store: The store with the records.
         out: Folder to write to, or None for the default.
+        all_pairs: Whether to compare every two methods as well.
 
     Returns:
         The folder that holds the tables.
@@ -252,22 +295,23 @@ def write_tables(plan: Plan, store: Store, out: Path | None) -> Path:
     tell_other_file(plan.experiment, folder)
     if (sought := plan.experiment.search) is not None:
         rows = best.of_search(search.look(plan.experiment, store), sought.metric)
-        typer.echo("\nBest settings of each cell\n\n" + best.text(rows, sought.metric))
+        print("\nBest settings of each cell\n\n" + best.text(rows, sought.metric))
         if not plan.cells:
             return folder
     frame = frames.frame(plan, store)
     paths = []
     if frame["finished"].any() or not paper_tables.of_experiment(plan.experiment.name):
         own = comparison.comparison(frame), comparison.against(frame)
-        paths += comparison.write(*own, folder, plan.experiment)
-        typer.echo("\n" + comparison.text(*own, plan.experiment) + "\n")
+        pairs = comparison.all_pairs(frame) if all_pairs else None
+        paths += comparison.write(*own, folder, plan.experiment, pairs)
+        print("\n" + comparison.text(*own, plan.experiment, pairs) + "\n")
     miniature = plan.experiment.miniature_of is not None
     for declared in paper_tables.of_experiment(plan.experiment.name):
         found = paper_entries.of_table(declared, frame)
         paths += paper_printing.write(declared, found, miniature, folder)
-        typer.echo(paper_printing.text(declared, found, miniature) + "\n")
+        print(paper_printing.text(declared, found, miniature) + "\n")
     for note in dict.fromkeys(note for notes in frame["notes"] for note in notes):
-        typer.echo(f"note: {note}\n")
+        print(f"note: {note}\n")
     say("tables", paths)
     return folder
 
@@ -295,4 +339,4 @@ def say(kind: str, paths: list[Path]) -> None:
         shown: Any = path
         if path.is_absolute() and path.is_relative_to(Path.cwd()):
             shown = path.relative_to(Path.cwd())
-        typer.echo(f"{kind}: {shown}")
+        print(f"{kind}: {shown}")

@@ -1,0 +1,317 @@
+"""Run experiments from Python and look at their results: `run`, `plan`, `status` and `results`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+from pld_ray.config.experiment import Experiment, Overrides
+from pld_ray.config.planning import Cell, Plan
+from pld_ray.config.trial import Trial
+from pld_ray.errors import InputError, nearest
+from pld_ray.store.store import Store
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+    from torch import nn
+
+Source = str | os.PathLike[str] | Experiment
+Place = str | os.PathLike[str]
+
+
+@dataclass(frozen=True)
+class Table:
+    """The tables that the command line prints, for one experiment.
+
+    `print(table)` prints them, and a notebook shows them.
+
+    Attributes:
+        numbers: One row per method, in full precision (see `analysis.tables.comparison`).
+        against: The reference against each other method; empty with one method.
+        pairs: Every two methods, if they were asked for; else empty.
+        cells: What is shown of `numbers`, as strings.
+        text: All tables as Markdown, with legends.
+    """
+
+    numbers: pd.DataFrame
+    against: pd.DataFrame
+    pairs: pd.DataFrame
+    cells: pd.DataFrame
+    text: str
+
+    def __str__(self) -> str:
+        return self.text
+
+    def to_markdown(self) -> str:
+        """Return all tables as Markdown."""
+        return self.text
+
+    def to_latex(self) -> str:
+        """Return the table of methods as LaTeX (booktabs)."""
+        from analysis.tables import comparison, rendering
+
+        return rendering.latex(self.cells, comparison.labels(self.cells))
+
+    def _repr_markdown_(self) -> str:
+        return self.text
+
+
+@dataclass(frozen=True)
+class Results:
+    """The results of an experiment, or of all trials of a storage.
+
+    It reads the storage each time, so that it also shows what others have finished meanwhile.
+
+    Attributes:
+        plan: The trials.
+        store: The storage that holds their records and weights.
+        failures: The reason of each trial that failed in this call of `run`, by trial id.
+    """
+
+    plan: Plan = field(repr=False)
+    store: Store = field(repr=False)
+    failures: dict[str, str] = field(default_factory=dict)
+
+    def frame(self) -> pd.DataFrame:
+        """Return one row per trial, teachers included, with the columns of `pld-ray export`.
+
+        These are id, label, state, epoch, trial.* (its settings), metrics.* and seconds.*.
+        """
+        from analysis.records import export
+
+        return export.frame(self.plan.trials, self.store)
+
+    def curves(self) -> pd.DataFrame:
+        """Return one row per epoch of each trial of the grid, also of unfinished trials.
+
+        The columns are student, teacher, setting, method, seed, id, epoch and the metrics.
+        """
+        from analysis.records import frames
+
+        return frames.curves(self.plan, self.store)
+
+    def table(self, all_pairs: bool = False) -> Table:
+        """Return the tables that the command line prints.
+
+        Args:
+            all_pairs: Whether to compare every two methods as well.
+
+        Raises:
+            InputError: There are no trials.
+        """
+        import pandas as pd
+
+        from analysis.records import frames
+        from analysis.tables import comparison, paper_entries, paper_printing, paper_tables
+
+        frame = frames.frame(self._with_cells(), self.store)
+        numbers, against = comparison.comparison(frame), comparison.against(frame)
+        pairs = comparison.all_pairs(frame) if all_pairs else pd.DataFrame()
+        experiment = self.plan.experiment
+        parts = [comparison.text(numbers, against, experiment, pairs)]
+        miniature = experiment.miniature_of is not None
+        for declared in paper_tables.of_experiment(experiment.name):
+            found = paper_entries.of_table(declared, frame)
+            parts.append(paper_printing.text(declared, found, miniature))
+        return Table(numbers, against, pairs, comparison.printed(numbers), "\n\n".join(parts))
+
+    def accuracy_figure(self) -> Figure:
+        """Return the figure of top-1 by method, with every seed as a dot.
+
+        Raises:
+            InputError: No trial has finished.
+        """
+        return self._drawn("accuracy")
+
+    def gains_figure(self) -> Figure:
+        """Return the figure of the gain of the reference over each other method.
+
+        Raises:
+            InputError: No trial of the reference and of another method has finished.
+        """
+        return self._drawn("gains")
+
+    def curves_figure(self) -> Figure:
+        """Return the figure of top-1 and training loss by epoch.
+
+        Raises:
+            InputError: No trial has finished.
+        """
+        return self._drawn("curves")
+
+    def student(self, trial_id: str) -> nn.Module:
+        """Return the trained student of a trial, in evaluation mode.
+
+        Its input is images [B, channels, H, W], normalised by the mean and standard deviation of
+        the data, which the record of the trial holds: `results.store.record(trial_id)["data"]`.
+
+        Args:
+            trial_id: The id of a finished trial, as in the column id of `frame`.
+
+        Raises:
+            InputError: There is no such trial, or it has not finished.
+        """
+        from pld_ray.models.export import load_student
+
+        trial = self.plan.trials.get(trial_id)
+        if trial is None:
+            known = self.plan.trials
+            hint = nearest(trial_id, known) if known else "it has no trials"
+            raise InputError(f"trial {trial_id!r} is not one of these results; {hint}")
+        self.store.load_plugins(trial.model_dump(mode="json"))
+        return load_student(trial, self.store)
+
+    def _drawn(self, name: Literal["accuracy", "gains", "curves"]) -> Figure:
+        """Return one of the figures, in the style of all figures."""
+        import matplotlib
+
+        from analysis.figures import methods, style
+        from analysis.records import frames
+        from analysis.tables import comparison
+
+        frame = frames.frame(self._with_cells(), self.store)
+        colours, done = style.method_colours(frame), frame[frame["finished"]]
+        compared = comparison.against(frame)
+        if done.empty or (name == "gains" and compared.empty):
+            raise InputError(
+                f"{self.plan.experiment.name}: nothing to draw yet: no trial has finished"
+                + (" of the reference and of another method" if name == "gains" else "")
+            )
+        with matplotlib.rc_context(style.STYLE):
+            if name == "accuracy":
+                return methods.accuracy(done, colours)
+            if name == "gains":
+                return methods.gains(compared, colours)
+            return methods.learning_curves(self.curves(), colours)
+
+    def _with_cells(self) -> Plan:
+        if not self.plan.cells:
+            raise InputError(f"{self.plan.experiment.name}: there are no trials to compare yet")
+        return self.plan
+
+
+def run(
+    experiment: Source,
+    *,
+    storage: Place = "results",
+    overrides: Overrides = (),
+    smoke: bool = False,
+    address: str | None = None,
+    log: Sequence[str] = (),
+) -> Results:
+    """Run the trials of an experiment that have no record yet, as `pld-ray run` does.
+
+    After an interruption (Ctrl-C raises KeyboardInterrupt), the same call resumes.
+
+    Args:
+        experiment: Path of a YAML file, name of a shipped experiment, or an `Experiment`.
+        storage: Folder or URI where results are stored.
+        overrides: A mapping of fields to values, such as `{"loss.temperature": 2}`, or texts as for
+            `--set`.
+        smoke: Whether to run the miniature of the experiment.
+        address: Address of a Ray cluster. By default, use this process's connection to Ray, the
+            cluster of this machine, or start one.
+        log: Names of loggers that also receive the metrics: tensorboard, mlflow, wandb.
+
+    Returns:
+        The results, with the reasons of failed trials in `failures`.
+
+    Raises:
+        InputError: The experiment or its data is not valid, or the cluster cannot be reached.
+    """
+    from pld_ray.api import session
+
+    plan, store = session.opened(experiment, overrides, smoke, storage, download=True)
+    try:
+        plan, failures = session.execute(plan, store, address, log)
+    except KeyboardInterrupt:
+        session.tell("stopped; run the same call again to resume")
+        raise
+    return Results(plan, store, failures)
+
+
+def plan(
+    experiment: Source,
+    *,
+    storage: Place = "results",
+    overrides: Overrides = (),
+    smoke: bool = False,
+) -> Plan:
+    """Return the plan of an experiment: its unique trials, without running them.
+
+    The arguments are those of `run`. After a search has begun, the plan has the trials that are
+    known so far.
+
+    Raises:
+        InputError: The experiment is not valid.
+    """
+    from pld_ray.api import session
+
+    return session.opened(experiment, overrides, smoke, storage)[0]
+
+
+def status(
+    experiment: Source,
+    *,
+    storage: Place = "results",
+    overrides: Overrides = (),
+    smoke: bool = False,
+) -> pd.DataFrame:
+    """Return one row per trial of an experiment: id, label, epochs, state and epoch reached.
+
+    The arguments are those of `run`. The state is done, failed, stopped, begun or not begun; `why`
+    says why a trial failed or was stopped.
+
+    Raises:
+        InputError: The experiment is not valid.
+    """
+    found = results(storage, experiment, overrides=overrides, smoke=smoke)
+    frame = found.frame()
+    frame["label"] = frame["id"].map(found.plan.labels)
+    frame["epochs"] = frame["trial.epochs"]
+    if "why" not in frame:
+        frame["why"] = None
+    return frame[["id", "label", "state", "epoch", "epochs", "why"]]
+
+
+def results(
+    storage: Place = "results",
+    experiment: Source | None = None,
+    *,
+    overrides: Overrides = (),
+    smoke: bool = False,
+) -> Results:
+    """Return the results that a storage holds, without running anything.
+
+    Args:
+        storage: Folder or URI where results are stored.
+        experiment: The experiment, as for `run`. By default, all trials of the storage, without
+            their YAML files.
+        overrides: As for `run`; only with an experiment.
+        smoke: As for `run`; only with an experiment.
+
+    Raises:
+        InputError: The storage holds no trials, or the experiment is not valid.
+    """
+    from pld_ray.api import session
+
+    if experiment is not None:
+        return Results(*session.opened(experiment, overrides, smoke, storage))
+    store = Store(os.fspath(storage))
+    trials = store.trials()
+    if not trials:
+        raise InputError(f"there are no trials in {store.uri}")
+    everything = Experiment(name="all-trials", title=f"All trials of {store.uri}")
+    return Results(Plan(everything, _cells(trials)), store)
+
+
+def _cells(trials: dict[str, Trial]) -> tuple[Cell, ...]:
+    """Return stored trials as cells of a plan, sorted by their networks and losses."""
+    ordered = sorted(
+        trials.values(),
+        key=lambda t: (t.teacher_name or "", t.student.name, t.loss.name, t.label, t.seed, t.id),
+    )
+    return tuple(Cell(trial, trial.teacher_name) for trial in ordered)
