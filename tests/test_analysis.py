@@ -88,7 +88,7 @@ def test_any_method_is_the_reference(results, wanted, name, gains, tmp_path):
     }
     assert f"{name} gain" in comparison.printed(table)
     assert f"{name} against" in comparison.printed_against(against)
-    said = comparison.text(table, against, chosen)
+    said = " ".join(comparison.text(table, against, chosen).split())
     assert f"{name} gain: top-1 of {name} minus top-1 of" in said and "PLD gain" not in said
     names = [path.stem for path in methods.draw(frame, frames.curves(made, store), tmp_path)]
     assert names == ["accuracy", "gains", "curves"]

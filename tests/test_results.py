@@ -2,10 +2,13 @@
 
 import importlib
 import json
+import shutil
+from pathlib import Path
 
 import jsonschema
 import pytest
 import torch
+import warm
 import yaml
 
 import pld_ray
@@ -164,6 +167,29 @@ def test_run_from_python(local_ray, tmp_path, capfd):
     again = pld_ray.run(Experiment(name="small", **SMALL), storage=tmp_path)
     assert "small: all 4 trials are done" in capfd.readouterr().out
     assert again.frame().equals(found.frame())
+
+
+@pytest.mark.slow
+def test_the_notebook_runs(tmp_path):
+    import nbclient
+    import nbformat
+
+    examples = Path(__file__).parents[1] / "examples"
+    shutil.copy(examples / "own_method.py", tmp_path)
+    notebook = nbformat.read(examples / "notebook.ipynb", 4)
+    first = f"import sys\nsys.executable = {warm.executable()!r}"  # for Ray's workers
+    notebook.cells.insert(0, nbformat.v4.new_code_cell(first))
+    client = nbclient.NotebookClient(notebook, timeout=600)
+    client.execute(cwd=str(tmp_path))
+    shown = [
+        output.get("data", {}) | {"stream": output.get("text", "")}
+        for cell in notebook.cells
+        for output in cell.get("outputs", [])
+    ]
+    assert not any("ray" in str(data.get("stream")) for data in shown)  # its messages
+    assert any("| Huber " in data.get("text/markdown", "") for data in shown)
+    assert any("image/png" in data for data in shown)
+    assert any("5 of 5 done" in data.get("text/plain", "") for data in shown)
 
 
 # ---------------------------------------------------------------- one trial

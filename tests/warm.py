@@ -108,6 +108,7 @@ def _serve(address: str) -> None:
             for file in files:
                 os.close(file)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    os.setpgrp()  # Ray kills the group of a worker that has ended
     for number, file in enumerate(files):
         os.dup2(file, number)
         os.close(file)

@@ -23,6 +23,7 @@ from analysis.landscapes import logits, weights
 from analysis.records import frames
 from analysis.tables import best, comparison, paper_entries, paper_printing, paper_tables, rendering
 from pld_ray import __version__
+from pld_ray.config.experiment import experiments_folder
 from pld_ray.config.planning import Plan
 from pld_ray.store.store import Store
 from pld_ray.sweep import search
@@ -89,11 +90,13 @@ def write(plans: list[Plan], store: Store, folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     shown: dict[str, dict[str, Any] | None] = {}  # records by trial id; None: not finished
     sections = [_section(plan, store, folder / plan.experiment.name, shown) for plan in plans]
-    sections.append(_logits(folder / "landscape"))
+    paper = any(paper_tables.of_experiment(plan.experiment.name) for plan in plans)
+    if paper:
+        sections.append(_logits(folder / "landscape"))
     done = {key: record for key, record in shown.items() if record is not None}
     spent = sum(record["seconds"]["seconds"] for record in done.values())
     page: dict[str, Any] = {
-        "title": TITLE,
+        "title": TITLE if paper else " · ".join(section.title for section in sections),
         "version": __version__,
         "date": time.strftime("%Y-%m-%d"),
         "summary": f"{len(done)} of {len(shown)} trials finished; {duration(spent)} of training.",
@@ -119,6 +122,8 @@ def _section(
     finished = sum(outcome.record is not None for outcome in found.values())
     stopped = sum(o.record is None and o.stopped is not None for o in found.values())
     name = experiment.name.removesuffix("-smoke") if miniature else experiment.name
+    if experiment.file is not None and experiment.file.parent != experiments_folder():
+        name = experiment.file.name
     section = Section(
         name=experiment.name,
         title=experiment.title or experiment.name,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -236,9 +237,10 @@ def text(
     tail = ["", *_legend(table, experiment)]
     if len(others):
         tail += ["", rendering.markdown(printed_against(others), 1)]
-        tail += ["", explained(reference_name(table))]
+        tail += ["", textwrap.fill(explained(reference_name(table)), 100)]
     if pairs is not None and len(pairs):
-        tail += ["", rendering.markdown(printed_against(pairs, True), 2), "", explained()]
+        tail += ["", rendering.markdown(printed_against(pairs, True), 2), ""]
+        tail.append(textwrap.fill(explained(), 100))
     return "\n".join([*head, rendering.markdown(cells, labels(cells)), *tail])
 
 
@@ -247,21 +249,21 @@ def labels(cells: pd.DataFrame) -> int:
     return list(cells.columns).index("Top-1 %")
 
 
-def legend(table: pd.DataFrame) -> tuple[str, str]:
-    """Return two lines that explain the columns of `printed`."""
-    end = "Seconds: time for training, validation and the teacher on one worker."
-    start = "Last epoch: mean ± standard deviation over n seeds."
-    if not (name := reference_name(table)):
-        return start, end
-    return (
-        f"{start} {name} gain: top-1 of {name} minus top-1 of",
-        f"the method, paired by seed. {end}",
+def legend(table: pd.DataFrame) -> list[str]:
+    """Return the lines that explain the columns of `printed`."""
+    name = reference_name(table)
+    gain = f"{name} gain: top-1 of {name} minus top-1 of the method, paired by seed. "
+    return textwrap.wrap(
+        "Last epoch: mean ± standard deviation over n seeds. "
+        + (gain if name else "")
+        + "Seconds: time for training, validation and the teacher on one worker.",
+        100,
     )
 
 
 def _legend(table: pd.DataFrame, experiment: Experiment) -> list[str]:
     """Return the lines of text below the table."""
-    lines = [*legend(table)]
+    lines = legend(table)
     done = table[table["loss"] != "teacher"]
     if done["n"].sum() < done["planned"].sum():
         lines.append(f"{MISSING} and 'n of m' mark trials that have not finished.")

@@ -22,11 +22,11 @@ Source = str | os.PathLike[str] | Experiment
 Place = str | os.PathLike[str]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Table:
     """The tables that the command line prints, for one experiment.
 
-    `print(table)` prints them, and a notebook shows them.
+    Python and a notebook show them as they are.
 
     Attributes:
         numbers: One row per method, in full precision (see `analysis.tables.comparison`).
@@ -42,7 +42,7 @@ class Table:
     cells: pd.DataFrame
     text: str
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         return self.text
 
     def to_markdown(self) -> str:
@@ -59,7 +59,7 @@ class Table:
         return self.text
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Results:
     """The results of an experiment, or of all trials of a storage.
 
@@ -71,9 +71,15 @@ class Results:
         failures: The reason of each trial that failed in this call of `run`, by trial id.
     """
 
-    plan: Plan = field(repr=False)
-    store: Store = field(repr=False)
+    plan: Plan
+    store: Store
     failures: dict[str, str] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        done = len(self.store.finished(self.plan.trials))
+        name, where = self.plan.experiment.name, self.store.uri
+        failed = f", {len(self.failures)} failed" if self.failures else ""
+        return f"<Results of {name}: {done} of {len(self.plan.trials)} done{failed}, in {where}>"
 
     def frame(self) -> pd.DataFrame:
         """Return one row per trial, teachers included, with the columns of `pld-ray export`.

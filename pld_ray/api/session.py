@@ -163,10 +163,10 @@ def train(
 
     from pld_ray.data import datasets
     from pld_ray.imports import without_collection
-    from pld_ray.sweep.progress import ProgressView, can_redraw, redirect_prints
+    from pld_ray.sweep.progress import ProgressView, redirect_prints
 
     said, screen = f"{len(pending)} trials to run: checking them and starting Ray", Console()
-    with screen.status(said) if can_redraw(screen) else nullcontext():
+    with screen.status(said) if screen.is_terminal else nullcontext():
         with without_collection():
             from pld_ray.sweep import checks, identity, loggers, runner
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 import sys
 import time
@@ -47,7 +48,7 @@ class ProgressView:
         self.epochs_seen = 0
         self.teacher = {"spent": 0.0, "avoided": 0.0}  # seconds
         self.started = time.monotonic()
-        self.live = _live(self, console) if can_redraw(console) else None
+        self.live = _live(self, console) if _can_redraw(console) else None
 
     def __enter__(self) -> ProgressView:
         if self.live:
@@ -148,7 +149,7 @@ class ProgressView:
         return Group(table, line, *([self._teacher()] if self._teacher() else []))
 
 
-def can_redraw(console: Console) -> bool:
+def _can_redraw(console: Console) -> bool:
     """Return whether a console can show a table that changes: a terminal, or a notebook."""
     widgets = console.is_jupyter and importlib.util.find_spec("ipywidgets") is not None
     return console.is_terminal or widgets
@@ -183,7 +184,11 @@ def redirect_prints(log: Path) -> Iterator[Console]:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
         try:
-            yield Console() if Console().is_jupyter else Console(file=out)
+            if Console().is_jupyter:
+                with _ray_logs_to(log):
+                    yield Console()
+            else:
+                yield Console(file=out)
         finally:
             sys.stdout.flush()
             sys.stderr.flush()
@@ -191,3 +196,15 @@ def redirect_prints(log: Path) -> Iterator[Console]:
             os.dup2(errors, 2)
             os.close(screen)
             os.close(errors)
+
+
+@contextmanager
+def _ray_logs_to(log: Path) -> Iterator[None]:
+    """Write the messages of Ray's loggers to a file: in a notebook they use no file descriptor."""
+    logger, file = logging.getLogger("ray"), logging.FileHandler(log)
+    before, logger.handlers = logger.handlers, [file]
+    try:
+        yield
+    finally:
+        logger.handlers = before
+        file.close()
