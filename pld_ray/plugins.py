@@ -24,7 +24,7 @@ import tempfile
 import traceback
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -208,6 +208,7 @@ def _load(plugin: Plugin, where: str) -> Plugin:
             # such as one that was imported from the folder of the driver
             sys.modules.pop(_module(path), None)
     importlib.invalidate_caches()
+    there = set(sys.modules)  # of the script that uses the plug-in, which may lie beside it
     LOADED[plugin.name], _places[plugin.name] = plugin, where
     _current.append(plugin)
     sys.path.insert(0, where)
@@ -218,7 +219,7 @@ def _load(plugin: Plugin, where: str) -> Plugin:
             before = _entrypoints()
             importlib.import_module(plugin.name)
         _owners.update((each, plugin.name) for each in modules - _owners.keys())
-        _check_followed(plugin, where)
+        _check_followed(plugin, where, sys.modules.keys() - there)
         for network, module in _entrypoints().items():
             if module in modules:
                 if before.get(network, module) not in modules:
@@ -254,7 +255,8 @@ def _forget(name: str) -> None:
         del _owners[module]
     place = _places.pop(name)
     if not _current:  # else its import has failed, and nothing was appended yet
-        sys.path.remove(place)
+        with suppress(ValueError):  # the user's code may have removed it
+            sys.path.remove(place)
 
 
 def _check_free(module: str, plugin: Plugin, where: str) -> None:
@@ -296,8 +298,14 @@ def _entrypoints() -> dict[str, str]:
     return {name: timm.model_entrypoint(name).__module__ for name in timm.list_models()}
 
 
-def _check_followed(plugin: Plugin, where: str) -> None:
-    """Raise InputError if a plug-in has imported a file of its folder that its digest lacks."""
+def _check_followed(plugin: Plugin, where: str, imported: Iterable[str]) -> None:
+    """Raise InputError if a plug-in has imported a file of its folder that its digest lacks.
+
+    Args:
+        plugin: The plug-in.
+        where: The folder or archive that it comes from.
+        imported: The modules that it has imported.
+    """
     known = {os.path.join(where, path) for path, _ in plugin.files}
     known |= {
         os.path.join(place, path)
@@ -307,8 +315,8 @@ def _check_followed(plugin: Plugin, where: str) -> None:
     }
     package = os.path.join(where, plugin.name.partition(".")[0])
     folder = package if os.path.isdir(package) else where
-    for module in list(sys.modules.values()):
-        file = getattr(module, "__file__", None) or ""
+    for name in imported:
+        file = getattr(sys.modules[name], "__file__", None) or ""
         if file.startswith(folder + os.sep) and file not in known and _followed(Path(file)):
             raise InputError(
                 f"{file} is imported, and no import statement names it: expected `import` or "

@@ -7,9 +7,10 @@ import torch
 from analysis.records import frames
 from analysis.tables import comparison
 from pld_ray.config.planning import plan
+from pld_ray.config.registry import register_metric
 from pld_ray.config.trial import Schedule
 from pld_ray.data.datasets import load
-from pld_ray.distill.loop import train
+from pld_ray.distill.loop import TrainingError, train
 from pld_ray.distill.optimization import create_schedule
 from pld_ray.errors import InputError
 from pld_ray.store.store import Store
@@ -46,7 +47,7 @@ plugins: [own_parts_here.py]
 base:
   data: {name: digits, limit: 60}
   student: resnet8
-  teacher: {name: resnet8, logits: float32, train: {epochs: 1, metrics: []}}
+  teacher: {name: resnet8, logits: float32, train: {epochs: 1}}
   optimizer: {name: half_sgd, lr: 0.1, args: {momentum: 0.5}}
   schedule: {name: triangle, args: {peak: 0.25}}
   metrics: [brier, distance]
@@ -138,7 +139,7 @@ def test_wrong_arguments_are_told_before_ray(parts, override, expected):
 def test_metrics_of_the_wrong_shape_are_told_before_ray(parts, experiment):
     file = experiment.folder / "own_parts_here.py"
     file.write_text(PARTS.replace(".square().sum(1)", ".square().sum()"))
-    with pytest.raises(InputError, match=r"metric brier returns \[\]: expected a tensor with one"):
+    with pytest.raises(InputError, match=r"brier returns \[\]: expected a tensor with one real"):
         check_trials(parts().trials)
     file.write_text(PARTS.replace("right =", "raise KeyError('x')  #"))
     with pytest.raises(
@@ -168,3 +169,95 @@ def test_list_shows_them(parts, experiment, cli):
     ):
         shown = cli("list", kind, name, "--plugin", plugin, cwd=experiment.folder).stdout
         assert shown.startswith(name) and said in shown
+
+
+# ---------------------------------------------------------------- what must not pass
+
+SGD, MIN = "return torch.optim.SGD(params", "return min("
+
+
+def run(made, store):
+    for trial in made.trials.values():
+        train(trial, load(trial.data), store, lambda metrics: None)
+
+
+def test_a_metric_that_is_not_finite_ends_the_trial(parts, experiment, tmp_path):
+    file, store = experiment.folder / "own_parts_here.py", Store(tmp_path / "results")
+    file.write_text(PARTS.replace("student.softmax(1) - right", "student.softmax(1) / (0 * right)"))
+    made = parts("grid.loss=[ce]")
+    with pytest.raises(TrainingError, match="the metric brier is inf after epoch 1"):
+        run(made, store)
+    assert store.record(made.cells[0].trial.id) is None
+
+
+def test_a_metric_cannot_change_the_logits_of_others(parts, experiment, tmp_path):
+    file, plain = experiment.folder / "own_parts_here.py", Store(tmp_path / "plain")
+    run(before := parts(), plain)
+    file.write_text(
+        PARTS.replace("return labels", "student.mul_(0); labels.mul_(0); return labels")
+    )
+    run(after := parts(), changed := Store(tmp_path / "changed"))
+    for one, other in zip(before.cells, after.cells, strict=True):
+        metrics = [s.record(c.trial.id)["metrics"] for s, c in ((plain, one), (changed, other))]
+        for name in ("top1", "val_loss", "brier"):
+            assert metrics[0][name] == metrics[1][name]
+
+
+@pytest.mark.parametrize(
+    "name", ["seed", "n", "id", "method", "my_seconds", "a_std", "A", "a|b", ""]
+)
+def test_names_of_metrics_that_tables_use_are_refused(name):
+    with pytest.raises(ValueError, match="metric"):
+        register_metric(name)(lambda student, labels, teacher: labels)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "expected"),
+    [
+        (SGD, "torch.optim.SGD(params", "half_sgd returns a NoneType"),
+        (SGD, f"raise KeyError('x')\n    {SGD}", "own_parts_here.py, line 10: KeyError: 'x'"),
+        (SGD, f"params = params[0]['params'][:1]\n    {SGD}", "half_sgd has other parameters"),
+        (SGD, f"return Lazy(params)\n    {SGD}", "half_sgd: its step: TypeError"),
+        ("half_sgd", "adamw", "timm has this name"),
+        (MIN, f"return float('nan')\n    {MIN}", "triangle returns nan at progress 0: expected"),
+        (MIN, f"return 'high'\n    {MIN}", "triangle returns 'high' at progress 0"),
+        (MIN, "return -min(", "triangle returns -0.04 at progress 0.01"),
+        (MIN, f"return {{}}[0]\n    {MIN}", "own_parts_here.py, line 15: KeyError: 0"),
+    ],
+)
+def test_optimizers_and_schedules_are_tried_before_ray(parts, experiment, old, new, expected):
+    lazy = "class Lazy(torch.optim.SGD):\n    def step(self, closure): pass\n"
+    (experiment.folder / "own_parts_here.py").write_text(PARTS.replace(old, new) + lazy)
+    override = ["optimizer.name=adamw"] if new == "adamw" else []
+    with pytest.raises(InputError) as refused:
+        check_trials(parts(*override).trials)
+    assert expected in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        (
+            "optimizer.momentum=0.5",
+            "momentum is 0.5: half_sgd is from a plug-in and does not get it",
+        ),
+        ("optimizer.betas=[0.9]", "betas is (0.9,): half_sgd is from a plug-in"),
+        ("schedule.decay_rate=0.5", "decay_rate is 0.5: triangle is from a plug-in"),
+        ("metrics=[brier, brier]", "expected each metric once"),
+    ],
+)
+def test_fields_that_would_do_nothing_are_refused(parts, override, expected):
+    with pytest.raises(InputError) as refused:
+        parts(override)
+    assert expected in str(refused.value)
+
+
+def test_what_does_not_matter_does_not_change_the_id(parts, experiment):
+    def ids(*overrides):
+        return list(parts(*overrides).trials)
+
+    without = plan(experiment(YAML.replace(", args: {momentum: 0.5}", "")))
+    assert list(without.trials) == ids("optimizer.args={momentum: 0.9}")
+    assert ids() == ids("optimizer.args={momentum: '0.5'}") == ids("metrics=[distance, brier]")
+    assert ids() != ids("optimizer.args={momentum: 0.6}")
+    assert kd_teacher(parts("metrics=[]")).id == kd_teacher(parts()).id  # the teacher has none

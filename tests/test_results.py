@@ -6,12 +6,15 @@ import shutil
 from pathlib import Path
 
 import jsonschema
+import numpy as np
 import pytest
 import torch
 import warm
 import yaml
 
 import pld_ray
+from analysis.records import frames
+from pld_ray import plugins
 from pld_ray.api import session
 from pld_ray.cli.trials import sparkline
 from pld_ray.config.experiment import Experiment, experiments_folder
@@ -126,7 +129,12 @@ def test_a_storage_without_its_yaml(done):
     folder, planned = done
     found = pld_ray.results(folder)
     assert set(found.frame()["id"]) == set(planned.trials)
-    assert "| CE " in str(found.table()) and "KD (τ = 1)" in str(found.table())
+    assert found.curves().groupby("id").size().tolist() == [2, 2, 1]
+    assert repr(found) == f"<Results of a storage: 3 of 4 done, in {folder}>"
+    with pytest.raises(InputError, match="a storage mixes the trials of several experiments"):
+        found.table()
+    with pytest.raises(InputError, match="overrides and smoke are for an experiment"):
+        pld_ray.results(folder, smoke=True)
     with pytest.raises(InputError, match="there are no trials in "):
         pld_ray.results(folder / "nowhere")
 
@@ -192,6 +200,111 @@ def test_the_notebook_runs(tmp_path):
     assert any("5 of 5 done" in data.get("text/plain", "") for data in shown)
 
 
+def test_values_of_python_are_those_of_yaml(tmp_path):
+    given = {
+        "data": {"name": "digits", "limit": np.int64(60)},
+        "student": {"name": "resnet8", "args": {"drop_rate": np.float64(0.5)}},
+        "loss": {"name": "kd", "temperature": np.array([1.0, 4.0])},
+        "teacher": {"name": "resnet8", "train": {"epochs": 1}},
+        "epochs": 1,
+    }
+    made = pld_ray.plan(Experiment(name="x", base=given), storage=tmp_path)
+    assert [cell.trial.loss.temperature for cell in made.cells] == [1, 4]
+    assert made.cells[0].trial.student.args == {"drop_rate": 0.5}
+    base = {"data": {"root": tmp_path / "x"}}
+    assert Experiment(name="x", smoke={"base": base}).smoke.base["data"]["root"] == f"{tmp_path}/x"
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"name": "x", "gird": {}}, "Experiment: gird: unknown field; did you mean 'grid'"),
+        ({"name": "x", "seeds": []}, "Experiment: seeds is \\[\\]: expected at least one seed"),
+        ({"name": "x y"}, "Experiment: name is 'x y'"),
+        ({"name": "x", "plugins": ["nope.py"]}, "nope.py"),
+    ],
+)
+def test_an_experiment_in_python_is_refused_in_one_sentence(fields, expected):
+    with pytest.raises(InputError, match=expected):
+        Experiment(**fields)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ({"overrides": {"epochs": 4}}, "--set overrides: expected the field of a trial"),
+        ({"recipe": "cifar10"}, "recipe 'cifar10' does not exist; did you mean"),
+        ({None: 3}, "overrides has None: expected the text of a field"),
+        (3, "overrides is 3: expected a list of texts, or a mapping"),
+        ({"seed": 3}, "seeds"),
+    ],
+)
+def test_overrides_that_would_do_nothing_are_refused(overrides, expected):
+    with pytest.raises(InputError, match=expected):
+        pld_ray.load_experiment(Experiment(name="small", **SMALL), overrides)
+
+
+def test_a_recipe_can_be_an_override():
+    shipped = pld_ray.load_experiment("cifar100_methods")
+    base = {k: v for k, v in shipped.base.items() if k in ("student", "teacher")}
+    made = pld_ray.load_experiment(Experiment(name="x", base=base), {"recipe": "cifar100"})
+    assert made.base["optimizer"] == shipped.base["optimizer"]
+
+
+def test_a_seed_in_base_and_a_loss_among_several_fields(tmp_path):
+    with pytest.raises(InputError, match="small: seed: set seeds beside base"):
+        pld_ray.plan(Experiment(name="small", base=SMALL["base"] | {"seed": 3}), storage=tmp_path)
+    both = Experiment(
+        name="x",
+        base=SMALL["base"] | {"loss": "ce"},
+        grid={"loss, epochs": [["kd", 1], ["pld", 2]]},
+    )
+    made = pld_ray.plan(both, storage=tmp_path)
+    assert [(c.trial.loss.name, c.trial.epochs) for c in made.cells] == [("kd", 1), ("pld", 2)]
+
+
+def test_a_plugin_beside_the_script(tmp_path, monkeypatch):
+    (tmp_path / "beside_script.py").write_text("X = 1\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    importlib.import_module("beside_script")  # as the script itself, or what it has imported
+    shutil.copy(experiments_folder() / "templates" / "my_method.py", tmp_path / "beside_loss.py")
+    monkeypatch.chdir(tmp_path)
+    made = Experiment(name="x", plugins=["beside_loss.py"])
+    assert made.plugins == [f"{tmp_path}/beside_loss.py"]
+
+
+def test_a_reference_holds_for_the_miniature_and_overrides(tmp_path):
+    smoke = {"grid": {"loss": ["ce", {"name": "kd", "temperature": [2, 3]}]}}
+    made = Experiment(name="x", **SMALL, reference="KD (τ = 4)", smoke=smoke)
+    small = pld_ray.plan(made, storage=tmp_path, smoke=True)
+    assert frames.frame(small, Store(tmp_path))["reference"].tolist() == [False, False, True]
+    one = pld_ray.plan(made, storage=tmp_path, overrides={"loss.temperature": 4})
+    assert frames.frame(one, Store(tmp_path))["reference"].tolist() == [False, True]
+    search = {"space": {"optimizer.lr": {"choice": [0.1, 0.2]}}, "algorithm": "grid"}
+    with pytest.raises(InputError, match="reference is 'zz'"):
+        pld_ray.plan(Experiment(name="x", **SMALL, reference="zz", search=search), storage=tmp_path)
+    with pytest.raises(InputError, match="x-smoke is a miniature already"):
+        mini = pld_ray.load_experiment(made, smoke=True)
+        pld_ray.load_experiment(mini, {"seeds": [0, 1]})
+
+
+def test_a_storage_brings_its_plugins(tmp_path):
+    shutil.copy(experiments_folder() / "templates" / "my_method.py", tmp_path / "of_storage.py")
+    text = (tmp_path / "of_storage.py").read_text().replace("my_method", "of_storage")
+    (tmp_path / "of_storage.py").write_text(text.replace("My method", "Of a storage"))
+    made = Experiment(
+        name="x",
+        plugins=[tmp_path / "of_storage.py"],
+        base=SMALL["base"] | {"loss": "of_storage"},
+    )
+    planned, store = pld_ray.plan(made, storage=tmp_path), Store(tmp_path)
+    trial = planned.cells[0].trial
+    store.start(trial)
+    store.keep_plugin(plugins.LOADED["of_storage"])
+    plugins._forget("of_storage")
+    assert trial.id in pld_ray.results(tmp_path).trials
+
+
 # ---------------------------------------------------------------- one trial
 
 
@@ -209,7 +322,7 @@ def test_show_and_logs(done, cli):
     epochs = cli("logs", kd.id, "--storage", folder, cwd=folder).stdout
     assert len(epochs.strip().splitlines()) == 2 + 3  # a title, a head, two epochs
     refused = cli("show", "nothing", "--storage", folder, cwd=folder)
-    assert refused.returncode == 2 and "trial nothing: no such trial in" in refused.stderr
+    assert refused.returncode == 2 and "trial 'nothing': no such trial in" in refused.stderr
 
 
 def test_sparkline_by_hand():
@@ -229,7 +342,7 @@ def test_init_writes_what_runs(cli, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {
         "squared.yaml",
         "squared.py",
-        "schema.json",
+        "squared.schema.json",
     }
     planned = pld_ray.plan(tmp_path / "squared.yaml", storage=tmp_path, overrides={"epochs": 1})
     assert len(planned.cells) == 10 and planned.experiment.reference == "squared"
@@ -241,11 +354,14 @@ def test_init_writes_what_runs(cli, tmp_path):
     ce = -student.double().log_softmax(1)[range(4), labels]
     expected = (ce + 10 * 16 * ((p - q) ** 2).sum(1)).mean()
     assert loss(student, teacher, labels).item() == pytest.approx(expected.item(), rel=1e-5)
-    schema = json.loads((tmp_path / "schema.json").read_text())
+    schema = json.loads((tmp_path / "squared.schema.json").read_text())
     jsonschema.validate(parse_yaml((tmp_path / "squared.yaml").read_text(), ""), schema)
     again = cli("init", "squared", cwd=tmp_path)
     assert again.returncode == 2 and "squared.yaml exists already" in again.stderr
-    for name, why in (("kd", "is taken"), ("My-Loss", "expected small letters"), ("if", "taken")):
+    for name, why in [
+        *(("kd", "is taken"), ("My-Loss", "expected small letters"), ("if", "taken")),
+        *(("json", "is taken"), ("on", "expected small letters"), ("_", "expected small letters")),
+    ]:
         refused = cli("init", name, cwd=tmp_path)
         assert refused.returncode == 2 and why in refused.stderr
         assert not (tmp_path / f"{name}.yaml").exists()
@@ -270,7 +386,7 @@ def test_every_shipped_yaml_names_the_schema_and_meets_it(path):
         schema |= {"$ref": part, "properties": {}, "additionalProperties": True}
     text = path.read_text()
     if path.parent.name == "templates":
-        assert text.startswith("# yaml-language-server: $schema=schema.json\n")
+        assert text.startswith("# yaml-language-server: $schema=my_method.schema.json\n")
         return  # its own loss is not registered here: see test_init_writes_what_runs
     assert text.startswith(f"# yaml-language-server: $schema={up}schema.json{part}\n")
     jsonschema.validate(parse_yaml(text, ""), schema)

@@ -116,14 +116,20 @@ def _references(plan: Plan, named: list[dict[Any, Any]]) -> list[bool]:
         named: The rows of `places`.
     """
     losses = [cell.trial.loss for cell in plan.cells]
+    original = plan.experiment.miniature_of
+    methods = [place["method"] for place in named]
     wanted = plan.experiment.reference
     if not wanted and named:
-        wanted = "pld" if any(loss.name == "pld" for loss in losses) else named[0]["method"]
-    exact = any(place["method"] == wanted for place in named)
+        wanted = "pld" if any(loss.name == "pld" for loss in losses) else methods[0]
+    if original is not None and wanted not in methods and original.search is None:
+        methods = _methods(Plan(original, plan.originals))  # the miniature has other parameters
+    if wanted not in methods and (found := wanted.partition(" (")[0]) in methods:
+        wanted = found  # --set has left one setting of the loss, which has no parameters then
+    exact = wanted in methods
     chosen: dict[Any, str] = {}
     sections = [tuple(place[name] for name in GROUP[:-1]) for place in named]
-    for section, place, loss in zip(sections, named, losses, strict=True):
-        if wanted in ([place["method"]] if exact else [loss.name, loss.label]):
+    for section, place, method, loss in zip(sections, named, methods, losses, strict=True):
+        if wanted in ([method] if exact else [loss.name, loss.label]):
             chosen.setdefault(section, place["method"])
     return [
         chosen.get(section) == place["method"]

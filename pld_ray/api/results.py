@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from pld_ray.config.experiment import Experiment, Overrides
-from pld_ray.config.planning import Cell, Plan
+from pld_ray.config.planning import Plan
 from pld_ray.config.trial import Trial
 from pld_ray.errors import InputError, nearest
 from pld_ray.store.store import Store
@@ -66,20 +66,24 @@ class Results:
     It reads the storage each time, so that it also shows what others have finished meanwhile.
 
     Attributes:
-        plan: The trials.
+        trials: The trials by id.
         store: The storage that holds their records and weights.
+        plan: The plan of the experiment, or None for all trials of a storage.
         failures: The reason of each trial that failed in this call of `run`, by trial id.
     """
 
-    plan: Plan
+    trials: dict[str, Trial]
     store: Store
+    plan: Plan | None = None
     failures: dict[str, str] = field(default_factory=dict)
 
     def __repr__(self) -> str:
-        done = len(self.store.finished(self.plan.trials))
-        name, where = self.plan.experiment.name, self.store.uri
+        done = len(self.store.finished(self.trials))
+        name = "a storage" if self.plan is None else self.plan.experiment.name
         failed = f", {len(self.failures)} failed" if self.failures else ""
-        return f"<Results of {name}: {done} of {len(self.plan.trials)} done{failed}, in {where}>"
+        return (
+            f"<Results of {name}: {done} of {len(self.trials)} done{failed}, in {self.store.uri}>"
+        )
 
     def frame(self) -> pd.DataFrame:
         """Return one row per trial, teachers included, with the columns of `pld-ray export`.
@@ -88,35 +92,47 @@ class Results:
         """
         from analysis.records import export
 
-        return export.frame(self.plan.trials, self.store)
+        return export.frame(self.trials, self.store)
 
     def curves(self) -> pd.DataFrame:
-        """Return one row per epoch of each trial of the grid, also of unfinished trials.
+        """Return one row per epoch of each trial, also of unfinished trials.
 
-        The columns are student, teacher, setting, method, seed, id, epoch and the metrics.
+        Of an experiment, these are the trials of its grid, with the columns student, teacher,
+        setting, method, seed, id, epoch and the metrics. Of a storage, these are all trials, with
+        the columns id, label, epoch and the metrics.
         """
-        from analysis.records import frames
+        if self.plan is not None:
+            from analysis.records import frames
 
-        return frames.curves(self.plan, self.store)
+            return frames.curves(self.plan, self.store)
+        import pandas as pd
+
+        found = self.store.outcomes(self.trials)
+        rows = [
+            {"id": key, "label": trial.label, **epoch}
+            for key, trial in self.trials.items()
+            for epoch in found[key].epochs
+        ]
+        return pd.DataFrame(rows, columns=None if rows else ["id", "label", "epoch"])
 
     def table(self, all_pairs: bool = False) -> Table:
-        """Return the tables that the command line prints.
+        """Return the tables that the command line prints, for an experiment.
 
         Args:
             all_pairs: Whether to compare every two methods as well.
 
         Raises:
-            InputError: There are no trials.
+            InputError: These are the results of a whole storage, or there are no trials yet.
         """
         import pandas as pd
 
         from analysis.records import frames
         from analysis.tables import comparison, paper_entries, paper_printing, paper_tables
 
-        frame = frames.frame(self._with_cells(), self.store)
+        plan = self._comparable()
+        frame, experiment = frames.frame(plan, self.store), plan.experiment
         numbers, against = comparison.comparison(frame), comparison.against(frame)
         pairs = comparison.all_pairs(frame) if all_pairs else pd.DataFrame()
-        experiment = self.plan.experiment
         parts = [comparison.text(numbers, against, experiment, pairs)]
         miniature = experiment.miniature_of is not None
         for declared in paper_tables.of_experiment(experiment.name):
@@ -162,10 +178,9 @@ class Results:
         """
         from pld_ray.models.export import load_student
 
-        trial = self.plan.trials.get(trial_id)
+        trial = self.trials.get(trial_id)
         if trial is None:
-            known = self.plan.trials
-            hint = nearest(trial_id, known) if known else "it has no trials"
+            hint = nearest(trial_id, self.trials) if self.trials else "there are no trials"
             raise InputError(f"trial {trial_id!r} is not one of these results; {hint}")
         self.store.load_plugins(trial.model_dump(mode="json"))
         return load_student(trial, self.store)
@@ -178,12 +193,13 @@ class Results:
         from analysis.records import frames
         from analysis.tables import comparison
 
-        frame = frames.frame(self._with_cells(), self.store)
+        plan = self._comparable()
+        frame = frames.frame(plan, self.store)
         colours, done = style.method_colours(frame), frame[frame["finished"]]
         compared = comparison.against(frame)
         if done.empty or (name == "gains" and compared.empty):
             raise InputError(
-                f"{self.plan.experiment.name}: nothing to draw yet: no trial has finished"
+                f"{plan.experiment.name}: nothing to draw yet: no trial has finished"
                 + (" of the reference and of another method" if name == "gains" else "")
             )
         with matplotlib.rc_context(style.STYLE):
@@ -193,7 +209,13 @@ class Results:
                 return methods.gains(compared, colours)
             return methods.learning_curves(self.curves(), colours)
 
-    def _with_cells(self) -> Plan:
+    def _comparable(self) -> Plan:
+        """Return the plan, or raise InputError without trials that can be compared."""
+        if self.plan is None:
+            raise InputError(
+                "a storage mixes the trials of several experiments: expected the results of one "
+                "for tables and figures, as in pld_ray.results(storage, 'pairs.yaml')"
+            )
         if not self.plan.cells:
             raise InputError(f"{self.plan.experiment.name}: there are no trials to compare yet")
         return self.plan
@@ -236,7 +258,7 @@ def run(
     except KeyboardInterrupt:
         session.tell("stopped; run the same call again to resume")
         raise
-    return Results(plan, store, failures)
+    return Results(plan.trials, store, plan, failures)
 
 
 def plan(
@@ -274,9 +296,9 @@ def status(
     Raises:
         InputError: The experiment is not valid.
     """
-    found = results(storage, experiment, overrides=overrides, smoke=smoke)
-    frame = found.frame()
-    frame["label"] = frame["id"].map(found.plan.labels)
+    planned = plan(experiment, storage=storage, overrides=overrides, smoke=smoke)
+    frame = Results(planned.trials, Store(os.fspath(storage)), planned).frame()
+    frame["label"] = frame["id"].map(planned.labels)
     frame["epochs"] = frame["trial.epochs"]
     if "why" not in frame:
         frame["why"] = None
@@ -295,7 +317,8 @@ def results(
     Args:
         storage: Folder or URI where results are stored.
         experiment: The experiment, as for `run`. By default, all trials of the storage, without
-            their YAML files.
+            their YAML files; tables and figures need an experiment. Plug-ins that trials use are
+            imported from the storage, so its content must be trusted.
         overrides: As for `run`; only with an experiment.
         smoke: As for `run`; only with an experiment.
 
@@ -305,19 +328,12 @@ def results(
     from pld_ray.api import session
 
     if experiment is not None:
-        return Results(*session.opened(experiment, overrides, smoke, storage))
+        planned, store = session.opened(experiment, overrides, smoke, storage)
+        return Results(planned.trials, store, planned)
+    if overrides or smoke:
+        raise InputError("results: overrides and smoke are for an experiment, and none is given")
     store = Store(os.fspath(storage))
-    trials = store.trials()
+    trials = store.trials(with_plugins=True)
     if not trials:
         raise InputError(f"there are no trials in {store.uri}")
-    everything = Experiment(name="all-trials", title=f"All trials of {store.uri}")
-    return Results(Plan(everything, _cells(trials)), store)
-
-
-def _cells(trials: dict[str, Trial]) -> tuple[Cell, ...]:
-    """Return stored trials as cells of a plan, sorted by their networks and losses."""
-    ordered = sorted(
-        trials.values(),
-        key=lambda t: (t.teacher_name or "", t.student.name, t.loss.name, t.label, t.seed, t.id),
-    )
-    return tuple(Cell(trial, trial.teacher_name) for trial in ordered)
+    return Results(trials, store)

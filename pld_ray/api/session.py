@@ -236,9 +236,22 @@ def opened(
     identity = DataIdentity(store, download)
     loaded = load_experiment(experiment, overrides or (), smoke).identified(identity)
     plan = planned(loaded, store)
+    if loaded.reference:
+        _check_reference(plan, store)
     for note in [*identity.notes, *changed_plugins(store)]:
         tell(f"note: {note}")
     return plan, store
+
+
+def _check_reference(plan: Plan, store: Store) -> None:
+    """Raise InputError if none of the methods has the name of the reference."""
+    from analysis.records import frames
+    from pld_ray.sweep import search
+
+    if plan.experiment.search is not None:  # before it ends, it has no cells
+        cells = tuple(each.group.cell for each in search.look(plan.experiment, store))
+        plan = replace(plan, cells=cells, points=None)
+    frames.check_reference(plan)
 
 
 def planned(experiment: Experiment, store: Store) -> Plan:
@@ -246,12 +259,7 @@ def planned(experiment: Experiment, store: Store) -> Plan:
     from pld_ray.config.planning import plan
     from pld_ray.sweep import search
 
-    found = plan(experiment) if experiment.search is None else search.plan(experiment, store)
-    if experiment.reference:
-        from analysis.records import frames
-
-        frames.check_reference(found)
-    return found
+    return plan(experiment) if experiment.search is None else search.plan(experiment, store)
 
 
 def reports(plan: Plan, store: Store, out: Path | None) -> Path:

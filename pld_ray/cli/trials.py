@@ -25,7 +25,8 @@ def find(trial_id: str, store: Store) -> Trial:
     Raises:
         InputError: No trial, or more than one, has this id.
     """
-    trials = sorted({path.split("/")[0] for path in store.files.listed("trials")})
+    parts = [path.split("/") for path in store.files.listed("trials")]
+    trials = sorted(part[0] for part in parts if part[1:] == ["trial.json"])
     found = [key for key in trials if key.startswith(trial_id)] if trial_id else []
     if trial_id in trials:
         found = [trial_id]
@@ -34,10 +35,12 @@ def find(trial_id: str, store: Store) -> Trial:
             f"trial {trial_id}: {len(found)} trials in {store.uri} begin with it, such as "
             f"{found[0]} and {found[1]}: expected more characters"
         )
-    trial = store.trial(found[0]) if found else None
-    if trial is None:
+    if not found:
         hint = nearest(trial_id, trials) if trials else "it holds no trials"
-        raise InputError(f"trial {trial_id}: no such trial in {store.uri}; {hint}")
+        raise InputError(f"trial {trial_id!r}: no such trial in {store.uri}; {hint}")
+    trial = store.trial(found[0])
+    if trial is None:
+        raise InputError(f"trial {found[0]}: trial.json in {store.folder(found[0])} is damaged")
     return trial
 
 
@@ -116,5 +119,7 @@ def _comparable(one: Trial, other: Trial) -> bool:
     """Return whether two trials differ only in the loss, or in that one has no teacher."""
     left_out = {"loss", "teacher", "teacher_logits", "plugins"}
     settings, others = (trial.model_dump(exclude=left_out) for trial in (one, other))
+    if one.loss == other.loss:  # of two versions of a plug-in
+        return False
     taught = one.teacher is None or other.teacher is None or one.teacher == other.teacher
     return one.id != other.id and settings == others and taught

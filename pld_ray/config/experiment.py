@@ -12,7 +12,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, Field, PrivateAttr, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    Field,
+    PrivateAttr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from pld_ray import plugins
 from pld_ray.config.grid import axis
@@ -20,7 +27,7 @@ from pld_ray.config.merge import merge, named, nest
 from pld_ray.config.paths import absolute_paths, absolute_plugin
 from pld_ray.config.search_space import Search
 from pld_ray.config.trial import Data, Model, Resources
-from pld_ray.config.validation import Part, validated
+from pld_ray.config.validation import Part, sentence, validated
 from pld_ray.config.yaml_files import parse_yaml, read_mapping
 from pld_ray.errors import InputError, nearest
 
@@ -46,7 +53,17 @@ class Smoke(Part):
     search: dict[str, Any] = {}
 
 
-class Experiment(Part):
+class _Sentences(type(Part)):  # type: ignore[misc]
+    """Makes `Experiment(...)` raise InputError with one sentence; reading a file names the file."""
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().__call__(*args, **kwargs)
+        except ValidationError as error:
+            raise InputError(f"Experiment: {sentence(error, Experiment)}") from None
+
+
+class Experiment(Part, metaclass=_Sentences):
     """A question, the settings that all trials share, and those that vary: one YAML file.
 
     In Python, settings are plain values and mappings, as in YAML, or typed parts, such as
@@ -112,15 +129,12 @@ class Experiment(Part):
 
     @model_validator(mode="before")
     @classmethod
-    def _fresh_seeds(cls, raw: Any) -> Any:
+    def _raw(cls, raw: Any) -> Any:
+        if isinstance(raw, dict):
+            raw = {key: raw[key] if key == "miniature_of" else _plain(raw[key]) for key in raw}
         if isinstance(raw, dict) and raw.get("search") is not None:
             return {"seeds": []} | raw
         return raw
-
-    @field_validator("base", "grid", "overrides", mode="before")
-    @classmethod
-    def _settings(cls, settings: Any) -> Any:
-        return _plain(settings)
 
     @field_validator("plugins")
     @classmethod
@@ -144,14 +158,16 @@ class Experiment(Part):
 
 
 def _plain(value: Any) -> Any:
-    """Return settings in which typed parts are mappings, tuples are lists and paths are strings."""
+    """Return plain settings: typed parts, tuples, paths and numbers of numpy are converted."""
     if isinstance(value, BaseModel):
         value = value.model_dump(by_alias=True, exclude_unset=True)
     if isinstance(value, dict):
         return {key: _plain(part) for key, part in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(part) for part in value]
-    return str(value) if isinstance(value, os.PathLike) else value
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    return _plain(value.tolist()) if hasattr(value, "tolist") else value  # of numpy
 
 
 def experiments_folder() -> Path:
@@ -190,8 +206,11 @@ def load_experiment(
     if isinstance(source, Experiment):
         experiment, file = source, source.file
         where, folder = source.name, file.parent if file else Path.cwd()
-        if smoke and source.miniature_of is not None:
-            raise InputError(f"{where} is a miniature already")
+        if source.miniature_of is not None and (smoke or overrides):
+            raise InputError(
+                f"{where} is a miniature already: give the experiment that it is made from, with "
+                "smoke and the overrides"
+            )
     else:
         file = _find_experiment(source).absolute()
         where, folder = str(source), file.parent
@@ -200,14 +219,19 @@ def load_experiment(
     changed = experiment.model_dump(by_alias=True, exclude_unset=True)
     if file is None:
         changed = absolute_paths(changed, folder)
-    if experiment.recipe is not None:
-        recipe_file = _find_recipe(experiment.recipe, folder, where)
+    found_overrides = list(_overrides(overrides))
+    named_recipes = [value for field, value in found_overrides if field == "recipe"]
+    recipe_name = (named_recipes or [experiment.recipe])[-1]
+    if recipe_name is not None:
+        recipe_file = _find_recipe(str(recipe_name), folder, where)
         recipe = absolute_paths(read_mapping(recipe_file), recipe_file.absolute().parent)
         changed["smoke"] = merge(recipe.pop("smoke", {}), changed.get("smoke", {}))
-        changed["base"] = merge(recipe, experiment.base)
-    everywhere = dict(experiment.overrides)
-    for field, value in _overrides(overrides):
+        changed["base"] = merge(recipe, changed.get("base", {}))
+    everywhere = dict(changed.get("overrides", {}))
+    for field, value in found_overrides:
         first, _, rest = field.partition(".")
+        if first in ("overrides", "miniature_of"):
+            raise InputError(f"--set {field}: expected the field of a trial or of an experiment")
         if first == "grid" and rest:
             changed["grid"] = changed.get("grid", {}) | {rest: value}
         elif first in Experiment.model_fields:
@@ -224,8 +248,11 @@ def load_experiment(
 
 def _overrides(given: Overrides) -> Iterator[tuple[str, Any]]:
     """Yield the fields and values of overrides, with absolute paths."""
-    if isinstance(given, str):
+    if isinstance(given, str) or not isinstance(given, Iterable):
         raise InputError(f"overrides is {given!r}: expected a list of texts, or a mapping")
+    for key in given:
+        if not isinstance(key, str):
+            raise InputError(f"overrides has {key!r}: expected the text of a field, such as epochs")
     if isinstance(given, Mapping):
         for field, value in given.items():
             yield field, absolute_paths({field: _plain(value)}, Path.cwd())[field]

@@ -165,7 +165,7 @@ def combinations(experiment: Experiment) -> list[Settings]:
     """
     where = experiment.name
     axes = [axis(key, values, where) for key, values in experiment.grid.items()]
-    if not any(fields == ("loss",) for fields, _ in axes):
+    if not any("loss" in fields for fields, _ in axes):
         axes.append((("loss",), [(loss,) for loss in each_loss(experiment.base.get("loss"))]))
     axes.sort(key=lambda axis: min(field.count(".") for field in axis[0]))
     found: list[Settings] = [
@@ -226,6 +226,8 @@ def build(
         InputError: A setting is not valid.
     """
     raw = merge(experiment.base, base)
+    if "seed" in raw or any(field == "seed" for field, _ in settings):
+        raise InputError(f"{experiment.name}: seed: set seeds beside base instead, a list")
     for field, value in [*settings, *experiment.overrides.items()]:
         first, _, parameter = field.partition(".")
         if first == "loss" and parameter and parameter != "name":
@@ -253,9 +255,11 @@ def _teacher(entry: Any, raw: dict[str, Any], experiment: Experiment) -> dict[st
         given = teacher.model_dump(include={"mean", "std"}, exclude_none=True)
         known = teacher_file(weights, f"{where}.weights") | given
         return {"teacher": Weights(name=teacher.name, args=teacher.args, **known), **taught}
-    base = {key: value for key, value in experiment.base.items() if key != "teacher"}
+    # a metric of the students does not make the teacher another trial
+    own = ("teacher", "metrics")
+    base = {key: value for key, value in experiment.base.items() if key not in own}
     for field, value in experiment.overrides.items():
-        if field.partition(".")[0] not in ("loss", "student", "teacher"):
+        if field.partition(".")[0] not in ("loss", "student", *own):
             base = merge(base, nest(field, value))
     settings = {"student": {"name": teacher.name, "args": teacher.args}, "loss": "ce", "seed": 0}
     base |= settings | {"data": raw.get("data")}

@@ -20,6 +20,7 @@ named in `metrics` and takes none. Nothing here imports torch.
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar, get_type_hints
@@ -32,9 +33,12 @@ from pld_ray.plugins import provide
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 BUILT_IN_SCHEDULES = ("cosine", "multistep", "step", "poly", "constant")  # of timm
-METRICS_OF_EPOCHS = (  # names in the history of a trial
+TAKEN = (  # names in the history of a trial, and columns of tables
     *("top1", "top5", "val_loss", "ece", "kl_teacher_student", "agreement", "train_loss"),
-    *("epoch", "epochs", "lr", "seconds", "parameters", "teacher_top1", "images_per_second"),
+    *("epoch", "epochs", "lr", "parameters", "teacher_top1", "images_per_second", "id", "label"),
+    *("student", "teacher", "setting", "method", "seed", "loss", "optimizer", "original", "gain"),
+    *("original_teacher", "own_metrics", "reference", "finished", "notes", "n", "planned", "state"),
+    *("teacher_images", "failed", "why"),
 )
 
 
@@ -61,6 +65,11 @@ class Own:
             InputError: An argument is unknown, is missing or has a wrong value.
         """
         return dict(validated(self.parameters, given, where))
+
+    def identity(self, given: dict[str, Any], where: str) -> dict[str, Any]:
+        """Return the arguments in the form that identifies a trial: without defaults."""
+        found = validated(self.parameters, given, where)
+        return found.model_dump(mode="json", exclude_defaults=True)
 
 
 OPTIMIZERS: dict[str, Own] = {}
@@ -100,9 +109,11 @@ def register_metric(name: str) -> Callable[[_Function], _Function]:
     teacher [N, C] (None for a loss that needs no teacher), and returns a tensor [N].
 
     Raises:
-        ValueError: Another metric has this name.
+        ValueError: The name is taken, or the function has further arguments.
     """
-    return _register("metric", name, METRICS, 3, METRICS_OF_EPOCHS)
+    if name.endswith(("seconds", "_std")):
+        raise ValueError(f"metric {name!r}: expected a name that ends neither in seconds nor _std")
+    return _register("metric", name, METRICS, 3, TAKEN)
 
 
 def metric(name: str) -> Own:
@@ -121,6 +132,8 @@ def _register(
     kind: str, name: str, registry: dict[str, Own], passed: int, taken: tuple[str, ...] = ()
 ) -> Callable[[_Function], _Function]:
     """Return a decorator. The first `passed` arguments of the function are no parameters."""
+    if not re.fullmatch("[a-z][a-z0-9_]*", name):
+        raise ValueError(f"{kind} {name!r}: expected small letters, digits and underscores")
 
     def register(function: _Function) -> _Function:
         if name in registry or name in taken:
@@ -132,7 +145,10 @@ def _register(
                 raise ValueError(f"{kind} {name!r}: argument {argument.name!r} has no annotation")
             default = ... if argument.default is argument.empty else argument.default
             fields[argument.name] = hints[argument.name], default
-        model = create_model(name, __config__=ConfigDict(extra="forbid"), **fields)
+        if fields and registry is METRICS:
+            raise ValueError(f"metric {name!r}: expected 3 arguments, without {', '.join(fields)}")
+        checked = ConfigDict(extra="forbid", allow_inf_nan=False)
+        model = create_model(name, __config__=checked, **fields)
         registry[name] = Own(function, model)
         provide(kind, name, function.__module__, lambda: registry.pop(name))
         return function

@@ -61,8 +61,9 @@ def experiment_schema() -> dict[str, Any]:
         "properties": {name: lists | {"items": field} for name, field in settings.items()},
         "additionalProperties": lists,
     }
-    for name in ("miniature_of", "overrides"):
-        experiment["properties"].pop(name)
+    experiment["properties"].pop("miniature_of")
+    teacher = settings["teacher"]
+    settings["teacher"] = {"anyOf": [teacher, {"type": "null"}]}
     recipe = {"smoke": {"$ref": "#/$defs/Smoke"}, **settings}
     parts["Recipe"] = parts["Settings"] | {"properties": recipe}
     named = {
@@ -127,6 +128,6 @@ def _loss(params: type[LossParams]) -> dict[str, Any]:
         "description": schema.get("description", ""),
         "type": "object",
         "properties": {"name": {"const": params.__name__}, **fields},
-        "required": ["name", *(name for name in schema.get("required", []) if name != "name")],
+        "required": [name for name in schema.get("required", []) if name != "name"],
         "additionalProperties": False,
     }

@@ -21,7 +21,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from pld_ray.config.registry import BUILT_IN_SCHEDULES, SCHEDULES
+from pld_ray.config.registry import BUILT_IN_SCHEDULES, OPTIMIZERS, SCHEDULES
 from pld_ray.config.validation import Part, sentence
 from pld_ray.errors import nearest
 from pld_ray.losses import REGISTRY, LossParams
@@ -157,6 +157,17 @@ class Data(Part):
         return self.mixup is not None or self.cutmix is not None
 
 
+def _check_unused(part: Part, *fields: str) -> None:
+    """Raise ValueError if fields are set that an optimizer or schedule of the user does not get."""
+    for field in fields:
+        if getattr(part, field) != type(part).model_fields[field].default:
+            name = getattr(part, "name", "")
+            raise ValueError(
+                f"{field} is {getattr(part, field)!r}: {name} is from a plug-in and does not get "
+                f"it: expected args: {{{field}: ...}} where the plug-in has this argument"
+            )
+
+
 class Optimizer(Part):
     """The arguments of timm's optimizer factory, or of an optimizer of the user.
 
@@ -175,6 +186,12 @@ class Optimizer(Part):
     momentum: float = Field(0.9, ge=0, lt=1)
     betas: tuple[float, ...] | None = None
     args: dict[str, Any] = {}
+
+    @model_validator(mode="after")
+    def _own(self) -> Optimizer:
+        if self.name in OPTIMIZERS:
+            _check_unused(self, "momentum", "betas")
+        return self
 
 
 class Schedule(Part):
@@ -204,6 +221,7 @@ class Schedule(Part):
     def _consistent(self) -> Schedule:
         if self.name in SCHEDULES:
             SCHEDULES[self.name].arguments(self.args, "schedule.args")
+            _check_unused(self, "decay_rate", "milestones", "decay_epochs")
             return self
         if self.name not in BUILT_IN_SCHEDULES:
             hint = nearest(self.name, [*BUILT_IN_SCHEDULES, *SCHEDULES])
@@ -342,6 +360,13 @@ class Trial(Part):
     plugins: dict[str, str] = {}
     seed: int = Field(0, ge=0, lt=2**31)
 
+    @field_validator("metrics")
+    @classmethod
+    def _metrics_once(cls, metrics: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(metrics)) < len(metrics):
+            raise ValueError(f"{list(metrics)}: expected each metric once")
+        return metrics
+
     @model_validator(mode="after")
     def _consistent(self) -> Trial:
         if self.batch_size % self.workers:
@@ -473,6 +498,13 @@ def canonical(trial: Trial) -> dict[str, Any]:
     dump = trial.model_dump(mode="json", exclude_defaults=True)
     each: Any = dump
     while each:
+        if "metrics" in each:
+            each["metrics"] = sorted(each["metrics"])
+        for field, registry in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES)):
+            own = registry.get(each.get(field, {}).get("name"))
+            if own is not None:
+                args = own.identity(each[field].pop("args", {}), f"{field}.args")
+                each[field] |= {"args": args} if args else {}
         if "fingerprint" in each.get("data", {}):
             for field in WHERE:
                 each["data"].pop(field, None)

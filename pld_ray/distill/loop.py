@@ -332,6 +332,10 @@ def own_metrics(run: Run, logits: list[Tensor]) -> dict[str, float]:
     others: Sequence[Tensor | None] = run.teacher_val or [None] * len(logits)
     parts = [metrics.own_sums(names, *batch) for batch in zip(logits, labels, others, strict=True)]
     means = sum_over_workers(torch.stack(parts).sum(0)) / len(run.images.val)
+    for name, mean in zip(names, means.tolist(), strict=True):
+        if not math.isfinite(mean):
+            epoch = len(run.history) + 1
+            raise TrainingError(f"the metric {name} is {mean:g} after epoch {epoch}")
     return dict(zip(names, means.tolist(), strict=True))
 
 

@@ -69,12 +69,13 @@ def own_sums(
     """
     found = logits.new_zeros(len(names), dtype=torch.float64)
     for i, name in enumerate(names):
-        values = metric(name).function(logits, labels, teacher_logits)
-        if not isinstance(values, Tensor) or values.shape != labels.shape:
+        teacher = None if teacher_logits is None else teacher_logits.clone()  # it may change them
+        values = metric(name).function(logits.clone(), labels.clone(), teacher)
+        if not isinstance(values, Tensor) or values.shape != labels.shape or values.is_complex():
             shape = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
             raise InputError(
-                f"metric {name} returns {shape}: expected a tensor with one number for each of "
-                f"the {len(labels)} samples"
+                f"metric {name} returns {shape}: expected a tensor with one real number for "
+                f"each of the {len(labels)} samples"
             )
         found[i] = values.double().sum()
     return found

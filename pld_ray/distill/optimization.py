@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
+from numbers import Real
 from typing import Any
 
 import torch
-from timm.optim import create_optimizer_v2, param_groups_weight_decay
+from timm.optim import create_optimizer_v2, list_optimizers, param_groups_weight_decay
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
+from pld_ray import plugins
 from pld_ray.config.registry import OPTIMIZERS, SCHEDULES
 from pld_ray.config.trial import Optimizer, Schedule
 from pld_ray.distill.distiller import Distiller
@@ -27,18 +30,11 @@ def create_optimizer(settings: Optimizer, distiller: Distiller) -> torch.optim.O
         InputError: An optimizer of the user does not accept the arguments.
     """
     learnt = distiller.learnt_by_loss()
-    if (own := OPTIMIZERS.get(settings.name)) is not None:
+    if settings.name in OPTIMIZERS:
         groups = param_groups_weight_decay(distiller.student, settings.weight_decay)
         if learnt:
             groups.append({"params": learnt, "weight_decay": settings.weight_decay})
-        arguments = own.arguments(settings.args, "optimizer.args")
-        made = own.function(groups, settings.lr, settings.weight_decay, **arguments)
-        if not isinstance(made, torch.optim.Optimizer):
-            raise InputError(
-                f"optimizer {settings.name} returns a {type(made).__name__}: expected a "
-                "torch.optim.Optimizer"
-            )
-        return made
+        return _own_optimizer(settings, groups)
     betas = {} if settings.betas is None else {"betas": settings.betas}
     optimizer = create_optimizer_v2(
         distiller.student,
@@ -83,6 +79,50 @@ def create_schedule(
     return scheduler
 
 
+def _own_optimizer(settings: Optimizer, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    """Create an optimizer of the user for parameter groups, and check what it is."""
+    name, own = settings.name, OPTIMIZERS[settings.name]
+    if name in list_optimizers():
+        raise InputError(f"optimizer {name!r} of a plug-in: timm has this name: expected another")
+    arguments = own.arguments(settings.args, "optimizer.args")
+    wanted = {id(parameter) for group in groups for parameter in group["params"]}
+    with plugins.errors_told(f"optimizer {name}"):
+        made = own.function(groups, settings.lr, settings.weight_decay, **arguments)
+    if not isinstance(made, torch.optim.Optimizer):
+        raise InputError(
+            f"optimizer {name} returns a {type(made).__name__}: expected a torch.optim.Optimizer"
+        )
+    if {id(each) for group in made.param_groups for each in group["params"]} != wanted:
+        raise InputError(f"optimizer {name} has other parameters than those that it was given")
+    return made
+
+
+def check_own(optimizer: Optimizer, schedule: Schedule) -> None:
+    """Use an optimizer and a schedule of the user once, on a small network.
+
+    Raises:
+        InputError: One of them raises an error, or returns what cannot be used.
+    """
+    if not {optimizer.name, schedule.name} & (OPTIMIZERS.keys() | SCHEDULES.keys()):
+        return
+    layer = nn.Linear(2, 2)
+    stepped: torch.optim.Optimizer = torch.optim.SGD(layer.parameters(), optimizer.lr)
+    if optimizer.name in OPTIMIZERS:
+        groups: list[dict[str, Any]] = param_groups_weight_decay(layer, optimizer.weight_decay)
+        stepped = _own_optimizer(optimizer, groups)
+        layer(torch.ones(1, 2)).sum().backward()
+        try:
+            stepped.step()
+        except Exception as error:
+            said = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+            where = plugins.location(error)
+            raise InputError(f"optimizer {optimizer.name}: {where}its step: {said}") from error
+    if schedule.name in SCHEDULES:
+        made = OwnSchedule(schedule, stepped, 1, 100)
+        for update in range(100):
+            made.step_update(update)
+
+
 class OwnSchedule:
     """A schedule of the user: the factor of the learning rate by the progress of the training.
 
@@ -106,8 +146,19 @@ class OwnSchedule:
             if update < self.warmup:
                 group["lr"] = low + (highest - low) * update / self.warmup
             else:
-                factor = float(self.own.function(update / self.updates, **self.arguments))
-                group["lr"] = max(self.settings.min_lr, highest * factor)
+                group["lr"] = max(self.settings.min_lr, highest * self._factor(update))
+
+    def _factor(self, update: int) -> float:
+        """Return the factor of the learning rate, or raise InputError if it is none."""
+        name, progress = self.settings.name, update / self.updates
+        with plugins.errors_told(f"schedule {name}"):
+            factor = self.own.function(progress, **self.arguments)
+        if not isinstance(factor, Real) or not math.isfinite(factor) or factor < 0:
+            raise InputError(
+                f"schedule {name} returns {factor!r} at progress {progress:g}: expected a finite "
+                "number of at least 0"
+            )
+        return float(factor)
 
 
 def update(

@@ -48,13 +48,18 @@ def register_loss(name: str, *, label: str, takes: Takes = "logits") -> Callable
     The constructor then checks its arguments by their annotations.
 
     Raises:
-        ValueError: Another loss has this name, or an argument has no annotation.
+        ValueError: Another loss has this name or label, or an argument has no annotation.
     """
 
     def register(cls: _Loss) -> _Loss:
         source = f"{cls.__module__}:{cls.__name__}"
         known = REGISTRY.get(name)
         if known is None:
+            labels = {params.label for params in REGISTRY.values()} | {"Teacher"}
+            if label in labels or name == "teacher":
+                raise ValueError(
+                    f"loss {name!r}: the tables have {label!r} already: expected another label"
+                )
             known = REGISTRY[name] = _describe(
                 name, label, takes, source, cls.__doc__, _fields(cls)
             )

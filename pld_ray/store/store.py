@@ -219,11 +219,7 @@ class Store:
 
     def trial(self, trial_id: str) -> Trial | None:
         """Return a trial that has started, after its plug-ins are imported; None without it."""
-        content = self.files.read(f"trials/{trial_id}/trial.json")
-        try:
-            settings = json.loads(content or b"null")
-        except ValueError:  # a damaged file
-            return None
+        settings = _parsed(self.files.read(f"trials/{trial_id}/trial.json") or b"")
         if not isinstance(settings, dict):
             return None
         self.load_plugins(settings)
@@ -231,16 +227,22 @@ class Store:
             return Trial.model_validate(settings)
         return None
 
-    def trials(self) -> dict[str, Trial]:
+    def trials(self, with_plugins: bool = False) -> dict[str, Trial]:
         """Return all trials that have started, by id, from all experiments.
 
-        Trials whose loss comes from a plug-in that is not imported are left out.
+        Trials whose settings are damaged are left out.
+
+        Args:
+            with_plugins: Whether to import the plug-ins that trials use. Without, trials whose loss
+                or schedule comes from a plug-in that is not imported are left out.
         """
         names = (path.split("/") for path in self.files.listed("trials"))
         paths = [f"trials/{parts[0]}/trial.json" for parts in names if parts[1:] == ["trial.json"]]
         found: dict[str, Trial] = {}
         for content in self.files.read_many(paths).values():
             with suppress(ValidationError):
+                if with_plugins and isinstance(settings := _parsed(content), dict):
+                    self.load_plugins(settings)
                 trial = Trial.model_validate_json(content)
                 found[trial.id] = trial
         return found
@@ -464,3 +466,11 @@ class Store:
     def _read_json(self, path: str) -> dict[str, Any] | None:
         content = self.files.read(path)
         return None if content is None else from_document(content)
+
+
+def _parsed(content: bytes) -> Any:
+    """Return a JSON document, or None if it is damaged."""
+    try:
+        return json.loads(content)
+    except ValueError:
+        return None

@@ -9,6 +9,7 @@ from pld_ray.config.trial import Model, Trial, Weights
 from pld_ray.data import datasets
 from pld_ray.data.images import Images
 from pld_ray.distill import metrics
+from pld_ray.distill.optimization import check_own
 from pld_ray.errors import InputError, nearest
 from pld_ray.models.checks import check_features, check_loss, check_model
 from pld_ray.sweep.cluster import reach
@@ -55,8 +56,7 @@ def check_trials(pending: dict[str, Trial], address: str | None = None) -> Check
         if trial.optimizer.name not in optimizers:
             hint = nearest(trial.optimizer.name, optimizers)
             raise InputError(f"optimizer.name is {trial.optimizer.name!r}: not in timm; {hint}")
-        if (own := OPTIMIZERS.get(trial.optimizer.name)) is not None:
-            own.arguments(trial.optimizer.args, "optimizer.args")
+        check_own(trial.optimizer, trial.schedule)
         metrics.check(trial.metrics, images[key].classes, trial.loss.needs_teacher)
         smallest = _smallest_batch(trial, images[key])
         wanted: list[tuple[Model | Weights, int]] = [(trial.student, smallest)]
