@@ -14,6 +14,7 @@ from pld_ray import plugins
 from pld_ray.config.experiment import Experiment
 from pld_ray.config.grid import axis, each_loss
 from pld_ray.config.merge import merge, named, nest
+from pld_ray.config.registry import OPTIMIZERS, SCHEDULES
 from pld_ray.config.teacher_files import teacher_file
 from pld_ray.config.trial import Trial, Weights
 from pld_ray.config.validation import Part, validated
@@ -287,6 +288,11 @@ def _cell(raw: dict[str, Any], taught: dict[str, Any], experiment: Experiment) -
     changed: dict[str, Any] = {}
     if fingerprint := experiment.fingerprint(trial.data):
         changed["data"] = trial.data.model_copy(update={"fingerprint": fingerprint})
+    for field, registry in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES)):
+        part = getattr(trial, field)
+        if part.args and part.name in registry:
+            args = registry[part.name].identity(part.args, f"{experiment.name}: {field}.args")
+            changed[field] = part.model_copy(update={"args": args})
     if own := plugins.used(trial.provided):
         changed["plugins"] = {name: plugin.digest for name, plugin in sorted(own.items())}
     if not trial.loss.needs_teacher:

@@ -500,11 +500,6 @@ def canonical(trial: Trial) -> dict[str, Any]:
     while each:
         if "metrics" in each:
             each["metrics"] = sorted(each["metrics"])
-        for field, registry in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES)):
-            own = registry.get(each.get(field, {}).get("name"))
-            if own is not None:
-                args = own.identity(each[field].pop("args", {}), f"{field}.args")
-                each[field] |= {"args": args} if args else {}
         if "fingerprint" in each.get("data", {}):
             for field in WHERE:
                 each["data"].pop(field, None)
