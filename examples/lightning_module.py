@@ -19,16 +19,19 @@ class Distillation(lightning.LightningModule):
         self.distiller, self.lr = distiller, lr
 
     def training_step(self, batch, index):
+        """Return the loss of a batch (images, labels)."""
         loss = self.distiller(*batch)
         self.log("train_loss", loss, prog_bar=True)
         return loss
 
     def validation_step(self, batch, index):
+        """Log the accuracy of a batch, in percent."""
         images, labels = batch
         right = self.distiller.student(images).argmax(1) == labels
         self.log("top1", 100 * right.float().mean(), prog_bar=True)
 
     def configure_optimizers(self):
+        """Return the optimizer of the student."""
         return torch.optim.AdamW(self.distiller.student.parameters(), lr=self.lr)
 
 
