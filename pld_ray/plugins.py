@@ -250,6 +250,9 @@ def _forget(name: str) -> None:
         return
     for undo in _undo.pop(name, []):
         undo()
+    for provided in [each for each, owner in PROVIDED.items() if owner.name == name]:
+        if provided[0] != "network":  # timm's registry keeps the network
+            del PROVIDED[provided]
     for module in [module for module, owner in _owners.items() if owner == name]:
         sys.modules.pop(module, None)
         del _owners[module]

@@ -6,6 +6,7 @@ import torch
 
 from analysis.records import frames
 from analysis.tables import comparison
+from pld_ray import plugins
 from pld_ray.config.planning import plan
 from pld_ray.config.registry import register_metric
 from pld_ray.config.trial import Schedule
@@ -250,6 +251,16 @@ def test_fields_that_would_do_nothing_are_refused(parts, override, expected):
     with pytest.raises(InputError) as refused:
         parts(override)
     assert expected in str(refused.value)
+
+
+def test_a_name_that_a_newer_version_gives_up_is_not_its_any_more(parts, experiment):
+    file = experiment.folder / "own_parts_here.py"
+    file.write_text(PARTS.replace("half_sgd", "adamw"))
+    parts("optimizer.name=adamw")
+    file.write_text(PARTS)
+    parts()
+    assert ("optimizer", "adamw") not in plugins.PROVIDED
+    assert ("optimizer", "half_sgd") in plugins.PROVIDED
 
 
 def test_what_does_not_matter_does_not_change_the_id(parts, experiment):
