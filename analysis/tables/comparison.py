@@ -210,7 +210,7 @@ def explained(reference: str = "the method") -> str:
     """Return the text under a table of `printed_against`."""
     return (
         f"Gain: top-1 of {reference} minus top-1 of the other, paired by seed; mean over pairs and "
-        "seeds, with the 95 % bootstrap interval. Effect: Cohen's d of the differences. p: "
+        "seeds, with the 95\u00a0% bootstrap interval. Effect: Cohen's d of the differences. p: "
         "sign-flip permutation test with Benjamini-Hochberg correction over the table. P(better): "
         f"the probability that a run of {reference} beats a run of the other. Bold: the interval "
         f"excludes 0, p is below 0.05 and n is at least {paired.ENOUGH}."
