@@ -136,3 +136,14 @@ def test_a_plan_imports_no_torch():
 @pytest.mark.parametrize("name", pld_ray.__all__)
 def test_public_names_resolve(name):
     assert getattr(pld_ray, name).__doc__
+
+
+def test_a_loss_is_created_by_its_name_or_by_its_settings():
+    by_name = create_loss("kd", temperature=2, reduction="sum")
+    by_settings = create_loss(REGISTRY["kd"](name="kd", temperature=2), reduction="sum")
+    logits = torch.randn(3, 5), torch.randn(3, 5), torch.arange(3)
+    assert by_name(*logits) == by_settings(*logits) != create_loss("kd")(*logits)
+    with pytest.raises(ValueError, match="unknown loss 'kdd'.*kd"):
+        create_loss("kdd")
+    with pytest.raises(ValueError, match=r"kd: temperature is 0"):
+        create_loss("kd", temperature=0)

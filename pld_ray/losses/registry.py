@@ -27,6 +27,7 @@ from typing import Any, TypeVar, get_type_hints
 
 from pydantic import ValidationError, create_model
 
+from pld_ray.errors import nearest
 from pld_ray.losses import parameters
 from pld_ray.losses.parameters import LossParams, Takes
 from pld_ray.plugins import provide
@@ -73,16 +74,24 @@ def register_loss(name: str, *, label: str, takes: Takes = "logits") -> Callable
     return register
 
 
-def create_loss(params: LossParams, **options: Any) -> Any:
-    """Return the torch module that computes the loss described by `params`.
+def create_loss(loss: str | LossParams, **arguments: Any) -> Any:
+    """Return the torch module that computes a loss.
 
     Args:
-        params: The settings of a loss, such as `REGISTRY["kd"](name="kd", temperature=2)`.
-        options: `ignore_index` and `reduction`, which all losses on logits take.
+        loss: The name of a loss, such as "kd", or its settings, such as `trial.loss`.
+        arguments: With a name: the arguments of the loss, such as `temperature=2`. All losses on
+            logits also take `ignore_index` and `reduction`.
+
+    Raises:
+        ValueError: There is no such loss, or an argument is not valid.
     """
-    if params.name not in CLASSES:
-        importlib.import_module(params.source.partition(":")[0])
-    return CLASSES[params.name](**params.model_dump(exclude={"name"}), **options)
+    name = loss if isinstance(loss, str) else loss.name
+    if name not in REGISTRY:
+        raise ValueError(f"unknown loss {name!r}; {nearest(name, REGISTRY)}")
+    if name not in CLASSES:
+        importlib.import_module(REGISTRY[name].source.partition(":")[0])
+    given = {} if isinstance(loss, str) else loss.model_dump(exclude={"name"})
+    return CLASSES[name](**given, **arguments)
 
 
 def _describe(
