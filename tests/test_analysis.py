@@ -88,7 +88,7 @@ def test_any_method_is_the_reference(results, wanted, name, gains, tmp_path):
     }
     assert f"{name} gain" in comparison.printed(table)
     assert f"{name} against" in comparison.printed_against(against)
-    said = " ".join(comparison.text(table, against, chosen).split())
+    said = " ".join(comparison.text(comparison.compared(frame), chosen).split())
     assert f"{name} gain: top-1 of {name} minus top-1 of" in said and "PLD gain" not in said
     names = [path.stem for path in methods.draw(frame, frames.curves(made, store), tmp_path)]
     assert names == ["accuracy", "gains", "curves"]
@@ -100,10 +100,11 @@ def test_without_pld_the_first_method_is_the_reference(experiment, tmp_path):
     assert comparison.reference_name(table) == "CE"
     assert "CE gain" in comparison.printed(table)
     made = plan(experiment(TEXT.replace("[ce, {name: kd, temperature: [1, 4]}, pld]", "[pld]")))
-    alone = comparison.comparison(frames.frame(made, Store(tmp_path / "none")))
+    frame = frames.frame(made, Store(tmp_path / "none"))
+    alone = comparison.comparison(frame)
     assert comparison.reference_name(alone) == ""
     assert not [column for column in comparison.printed(alone) if "gain" in column]
-    assert "gain" not in comparison.text(alone, alone[:0], made.experiment)
+    assert "gain" not in comparison.text(comparison.compared(frame), made.experiment)
 
 
 def test_a_reference_that_is_no_method_is_refused(experiment):
@@ -159,11 +160,8 @@ def test_gains_are_paired_by_seed(results):
 
 def test_tables_as_text_and_files(results, tmp_path):
     made, store = results
-    own = (
-        comparison.comparison(frames.frame(made, store)),
-        comparison.against(frames.frame(made, store)),
-    )
-    text = comparison.text(*own, made.experiment)
+    own = comparison.compared(frames.frame(made, store))
+    text = comparison.text(own, made.experiment)
     rows = [[c.strip() for c in line.split("|")[1:-1]] for line in text.splitlines() if "|" in line]
     assert ["CE", "82.00 ± 2.00", "+8.00", "–", "–", "10.0 ± 0.0", "3.0 ± 0.0", "3"] in rows
     assert ["KD (τ = 4)", "–", "", "–", "–", "–", "–", "0 of 3"] in rows
@@ -172,7 +170,7 @@ def test_tables_as_text_and_files(results, tmp_path):
     assert [len({len(line) for line in lines}) for lines in tables_] == [1, 1]
     # PLD against CE over three seeds: 8, 8, 8
     assert ["CE", "+8.00 [+8.00, +8.00]", "–", "0.250", "1.00", "3"] in rows
-    *written, against = comparison.write(*own, tmp_path / "out", made.experiment)
+    *written, against = comparison.write(own, tmp_path / "out", made.experiment)
     assert against.name == "against.csv"
     paths = {path.suffix: path for path in written}
     with open(paths[".csv"], newline="") as file:
@@ -196,7 +194,7 @@ def test_other_axes_become_settings_and_losses_without_teacher_stay_in_their_pai
     ce = frame[frame["loss"] == "ce"]
     assert set(ce["teacher"]) == {"resnet20", "wrn_16_2"}
     assert ce["id"].nunique() == 6  # 2 rates x 3 seeds: the teacher makes no other trial of it
-    text = comparison.text(comparison.comparison(frame), comparison.against(frame), made.experiment)
+    text = comparison.text(comparison.compared(frame), made.experiment)
     assert "wrn_16_2 → resnet8" in text and "optimizer.lr 0.2" in text
 
 

@@ -14,8 +14,15 @@ from matplotlib.ticker import LogFormatter, MaxNLocator
 from analysis.figures.style import PAGE, STYLE, Picture, method_colours, save
 from analysis.tables import comparison
 
+MOST_REPORTED = 6  # methods that only results from elsewhere have, in one section of a figure
 
-def draw(records: pd.DataFrame, curves: pd.DataFrame, folder: Path) -> list[Path]:
+
+def draw(
+    records: pd.DataFrame,
+    curves: pd.DataFrame,
+    folder: Path,
+    reported: pd.DataFrame | None = None,
+) -> list[Path]:
     """Write the figures "accuracy", "gains" and "curves", each as PNG and PDF.
 
     If no trial has finished, nothing is written. "gains" needs a method to compare with.
@@ -24,6 +31,7 @@ def draw(records: pd.DataFrame, curves: pd.DataFrame, folder: Path) -> list[Path
         records: Records as returned by `records.frames.frame`.
         curves: Epochs as returned by `records.frames.curves`.
         folder: Where to write; it is created if needed.
+        reported: Results from elsewhere, as returned by `records.imported.beside`.
 
     Returns:
         The paths of the PNG files.
@@ -34,25 +42,40 @@ def draw(records: pd.DataFrame, curves: pd.DataFrame, folder: Path) -> list[Path
     folder.mkdir(parents=True, exist_ok=True)
     colours = method_colours(records)
     with matplotlib.rc_context(STYLE):
-        paths = [save(accuracy(finished, colours), folder / "accuracy")]
+        paths = [save(accuracy(finished, colours, reported), folder / "accuracy")]
         if len(compared := comparison.against(records)):
             paths.append(save(gains(compared, colours), folder / "gains"))
         paths.append(save(learning_curves(curves, colours), folder / "curves"))
     return paths
 
 
-def accuracy(records: pd.DataFrame, colours: dict[str, str]) -> Figure:
+def accuracy(
+    records: pd.DataFrame, colours: dict[str, str], reported: pd.DataFrame | None = None
+) -> Figure:
     """Draw the mean top-1 of each method as a bar, with one standard deviation as the error bar.
 
-    Every seed is a dot, and the teacher is a dashed line.
+    Every seed is a dot, and the teacher is a dashed line. Results from elsewhere are hollow
+    diamonds beside the bar of their method, with their standard deviation. Methods without a bar
+    are drawn if a section has at most `MOST_REPORTED` of them.
 
     Args:
         records: Records of finished trials.
         colours: The colour of each method.
+        reported: Results from elsewhere, as returned by `records.imported.beside`.
     """
+    if reported is None or reported.empty:
+        reported = pd.DataFrame(columns=["student", "teacher", "setting", "method"])
+    reported = reported[reported["method"] != "Teacher"]
     sections = list(records.groupby(["student", "teacher", "setting"], sort=False))
-    methods = max(section["method"].nunique() for _, section in sections)
-    longest = max(len(line) for name in records["method"] for line in _wrap(name).split("\n"))
+    elsewhere = [_elsewhere(section, key, reported) for key, section in sections]
+    names = [
+        list(dict.fromkeys([*section["method"], *(found["method"] if len(found) else ())]))
+        for (_, section), found in zip(sections, elsewhere, strict=True)
+    ]
+    methods = max(len(shown) for shown in names)
+    longest = max(
+        len(line) for shown in names for name in shown for line in _wrap(name).split("\n")
+    )
     titles = [_title(key) for key, _ in sections]
     widest = max(len(line) for title in titles for line in title.split("\n"))
     width = 0.6 + max(max(0.75, 0.1 * longest) * methods, 0.075 * widest)  # of a section, in inches
@@ -62,7 +85,9 @@ def accuracy(records: pd.DataFrame, colours: dict[str, str]) -> Figure:
     axes = figure.subplots(rows, columns, squeeze=False)
     for axis in axes.flat[len(sections) :]:
         axis.remove()
-    for axis, title, (_, section) in zip(axes.flat, titles, sections, strict=False):
+    for axis, title, (_, section), shown, others in zip(
+        axes.flat, titles, sections, names, elsewhere, strict=False
+    ):
         groups = section.groupby("method", sort=False)["top1"]
         means, spreads = groups.mean(), groups.std()  # a single seed has no error bar (NaN)
         x = np.arange(len(means))
@@ -75,6 +100,13 @@ def accuracy(records: pd.DataFrame, colours: dict[str, str]) -> Figure:
             )
         low = float(min((means - spreads.fillna(0)).min(), section["top1"].min()))
         high = float(max((means + spreads.fillna(0)).max(), section["top1"].max()))
+        for row in others.to_dict("records"):
+            at, value, spread = shown.index(row["method"]) + 0.22, row["reported"], 0.0
+            if not np.isnan(row["reported_std"]):
+                spread = row["reported_std"]
+            mark = {"fmt": "D", "ms": 5, "mfc": "white", "color": "#333333", "capsize": 2}
+            axis.errorbar(at, value, spread or None, lw=1, **mark)
+            low, high = min(low, value - spread), max(high, value + spread)
         if "teacher_top1" in section and section["teacher_top1"].notna().any():
             level = float(section["teacher_top1"].mean())
             axis.axhline(level, color="#333333", lw=1, ls="--")
@@ -84,15 +116,24 @@ def accuracy(records: pd.DataFrame, colours: dict[str, str]) -> Figure:
             low, high = min(low, level), max(high, level)
         room = max(high - low, 0.5)
         axis.set_ylim(max(0, low - 0.35 * room), high + 0.18 * room)
-        axis.set_xticks(x, [_wrap(name) for name in means.index])
+        axis.set_xticks(range(len(shown)), [_wrap(name) for name in shown])
         axis.tick_params(axis="x", length=0)
         axis.grid(axis="x", visible=False)
         axis.set_title(title)
     for row in axes:
         cut = "\naxis does not start at 0" if any(axis.get_ylim()[0] > 0 for axis in row) else ""
-        row[0].set_ylabel(f"validation top-1 (%){cut}")
+        marks = "\ndiamonds: reported elsewhere" if any(map(len, elsewhere)) else ""
+        row[0].set_ylabel(f"validation top-1 (%){cut}{marks}")
     figure.tight_layout()
     return figure
+
+
+def _elsewhere(section: pd.DataFrame, key: Any, reported: pd.DataFrame) -> pd.DataFrame:
+    """Return the results from elsewhere that are drawn in a section."""
+    places = ["student", "teacher", "setting"]
+    found = reported[(reported[places] == list(key)).all(axis=1)]
+    own = found["method"].isin(section["method"])
+    return found if found.loc[~own, "method"].nunique() <= MOST_REPORTED else found[own]
 
 
 def gains(compared: pd.DataFrame, colours: dict[str, str]) -> Figure:

@@ -29,6 +29,7 @@ def frame(plan: Plan, store: Store) -> pd.DataFrame:
         A DataFrame with these columns:
 
         - id, seed, loss, epochs, optimizer: from the trial.
+        - dataset: its name in YAML; "" in a miniature, which has other data than it stands for.
         - own_metrics: the names of its metrics from plug-ins.
         - student, teacher: names of the networks. The teacher is the one that the experiment names,
           also for losses that do not use it.
@@ -59,6 +60,7 @@ def frame(plan: Plan, store: Store) -> pd.DataFrame:
             "loss": cell.trial.loss.name,
             "epochs": cell.trial.epochs,
             "optimizer": cell.trial.optimizer.name,
+            "dataset": "" if plan.experiment.miniature_of else cell.trial.data.name,
             "own_metrics": cell.trial.metrics,
             "original": original.trial,
             "original_teacher": original.teacher or "",
@@ -75,7 +77,7 @@ def frame(plan: Plan, store: Store) -> pd.DataFrame:
         if isinstance(cell.trial.teacher, Trial) and cell.trial.teacher.id in records:
             row["teacher_top1"] = records[cell.trial.teacher.id]["metrics"]["top1"]
         rows.append(row)
-    empty = ["id", *GROUP, "seed", "loss", "own_metrics"]
+    empty = ["id", *GROUP, "seed", "loss", "dataset", "own_metrics"]
     empty += ["reference", "finished", "notes", "top1"]
     frame = pd.DataFrame(rows, columns=None if rows else empty)
     frame = frame.astype({"finished": bool, "reference": bool})

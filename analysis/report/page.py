@@ -20,7 +20,7 @@ from PIL import Image
 
 from analysis.figures import methods, paper_figures
 from analysis.landscapes import logits, weights
-from analysis.records import frames
+from analysis.records import frames, imported
 from analysis.tables import best, comparison, paper_entries, paper_printing, paper_tables, rendering
 from pld_ray import __version__
 from pld_ray.config.experiment import experiments_folder
@@ -177,12 +177,17 @@ def _ours(plan: Plan, store: Store, frame: pd.DataFrame, folder: Path) -> list[B
     table = comparison.comparison(frame)
     cells, legend = comparison.printed(table), " ".join(comparison.legend(table))
     blocks = [Block("All metrics", cells, comparison.labels(cells), caption=legend)]
+    reported = imported.beside(frame, store)
+    if len(reported):
+        shown = comparison.printed_reported(reported)
+        columns = list(shown.columns).index("Reported top-1 %")
+        blocks.append(Block("Results from elsewhere", shown, columns, caption=comparison.REPORTED))
     against = comparison.printed_against(comparison.against(frame))
     if len(against):
         name = comparison.reference_name(table)
         caption = comparison.explained(name)
         blocks.append(Block(f"{name} against the other methods", against, caption=caption))
-    drawn = methods.draw(frame, frames.curves(plan, store), folder)
+    drawn = methods.draw(frame, frames.curves(plan, store), folder, reported)
     blocks += [Block(image=path) for path in drawn]
     trials = weights.students(plan, store)
     kept = {name: store.landscape(trial.id) for name, trial in trials.items()}

@@ -1,8 +1,8 @@
 """Tables of one experiment's trials: all methods and metrics, and paired comparisons of methods.
 
-`comparison`, `against` and `all_pairs` compute the numbers. `text` and `write` format them as
-Markdown, CSV and LaTeX (booktabs). The reference is the method with which the others are compared
-(`Experiment.reference`).
+`compared` computes the numbers, by `comparison`, `against` and `all_pairs`. `text` and `write`
+format them as Markdown, CSV and LaTeX (booktabs). The reference is the method with which the others
+are compared (`Experiment.reference`).
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 import textwrap
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,41 @@ from pld_ray.config.experiment import Experiment
 from pld_ray.losses import REGISTRY
 
 METRICS = ["top1", "top5", "kl_teacher_student", "agreement", "ece", "seconds"]
+
+
+@dataclass(frozen=True)
+class Compared:
+    """The numbers of all tables of an experiment.
+
+    Attributes:
+        numbers: The table of `comparison`.
+        against: The table of `against`; empty if there is nothing to compare.
+        pairs: The table of `all_pairs`; empty if it is not wanted.
+        reported: Results from elsewhere, as returned by `records.imported.beside`.
+    """
+
+    numbers: pd.DataFrame
+    against: pd.DataFrame
+    pairs: pd.DataFrame
+    reported: pd.DataFrame
+
+
+def compared(
+    records: pd.DataFrame, reported: pd.DataFrame | None = None, all_pairs_too: bool = False
+) -> Compared:
+    """Compare the methods of an experiment.
+
+    Args:
+        records: Records as returned by `records.frames.frame`.
+        reported: Results from elsewhere, as returned by `records.imported.beside`.
+        all_pairs_too: Whether to compare every two methods.
+    """
+    return Compared(
+        comparison(records),
+        against(records),
+        all_pairs(records) if all_pairs_too else pd.DataFrame(),
+        pd.DataFrame() if reported is None else reported,
+    )
 
 
 def comparison(records: pd.DataFrame) -> pd.DataFrame:
@@ -180,7 +216,7 @@ def printed(table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _pair(row: pd.Series) -> str:
+def _pair(row: Any) -> str:
     """Return "teacher → student", or the student alone for a row without a teacher."""
     return f"{row['teacher']} → {row['student']}" if row["teacher"] else str(row["student"])
 
@@ -217,29 +253,64 @@ def explained(reference: str = "the method") -> str:
     )
 
 
-def text(
-    table: pd.DataFrame,
-    others: pd.DataFrame,
-    experiment: Experiment,
-    pairs: pd.DataFrame | None = None,
-) -> str:
+def printed_reported(table: pd.DataFrame) -> pd.DataFrame:
+    """Format the results from elsewhere as strings, beside our own."""
+
+    def pair(mean: float, std: float) -> str:
+        if math.isnan(mean):
+            return MISSING
+        return f"{mean:.2f}" + ("" if math.isnan(std) else f" ± {std:.2f}")
+
+    lines = []
+    several = len(table[["student", "teacher", "setting"]].drop_duplicates()) > 1
+    for row in table.to_dict("records"):
+        place = {}
+        if several:
+            place["Pair"] = _pair(row)
+            if (table["setting"] != "").any():
+                place["Setting"] = row["setting"]
+        missing = math.isnan(row["difference"])
+        lines.append(
+            place
+            | {
+                "Method": row["method"],
+                "Source": row["source"] + (f" ({row['note']})" if row["note"] else ""),
+                "Reported top-1 %": pair(row["reported"], row["reported_std"]),
+                "Ours %": pair(row["top1"], row["top1_std"]),
+                "Difference": MISSING if missing else signed(row["difference"]),
+            }
+        )
+    return pd.DataFrame(lines)
+
+
+REPORTED = (
+    "Reported: results from elsewhere that were imported, with their standard deviation if it is "
+    "known. Difference: ours minus reported. Both may come from other recipes, and an average over "
+    "seeds here may stand beside a single run there."
+)
+
+
+def text(own: Compared, experiment: Experiment) -> str:
     """Format the tables as Markdown whose columns also line up as plain text.
 
     Args:
-        table: The table of `comparison`.
-        others: The table of `against`; it may be empty.
+        own: The numbers.
         experiment: The experiment, for its title and note.
-        pairs: The table of `all_pairs`, if it is wanted.
     """
+    table = own.numbers
     cells = printed(table)
     title, only = experiment.title or experiment.name, table.iloc[0]
     head = [title if "Pair" in cells else f"{title}: {_pair(only)}", ""]
     tail = ["", *_legend(table, experiment)]
-    if len(others):
-        tail += ["", rendering.markdown(printed_against(others), 1)]
+    if len(own.reported):
+        shown = printed_reported(own.reported)
+        columns = list(shown.columns).index("Reported top-1 %")
+        tail += ["", rendering.markdown(shown, columns), "", textwrap.fill(REPORTED, 100)]
+    if len(own.against):
+        tail += ["", rendering.markdown(printed_against(own.against), 1)]
         tail += ["", textwrap.fill(explained(reference_name(table)), 100)]
-    if pairs is not None and len(pairs):
-        tail += ["", rendering.markdown(printed_against(pairs, True), 2), ""]
+    if len(own.pairs):
+        tail += ["", rendering.markdown(printed_against(own.pairs, True), 2), ""]
         tail.append(textwrap.fill(explained(), 100))
     return "\n".join([*head, rendering.markdown(cells, labels(cells)), *tail])
 
@@ -270,35 +341,28 @@ def _legend(table: pd.DataFrame, experiment: Experiment) -> list[str]:
     return [*lines, *([experiment.note] if experiment.note else [])]
 
 
-def write(
-    table: pd.DataFrame,
-    others: pd.DataFrame,
-    folder: Path,
-    experiment: Experiment,
-    pairs: pd.DataFrame | None = None,
-) -> list[Path]:
-    """Write table.md, table.csv (full precision), table.tex and, unless empty, the comparisons.
+def write(own: Compared, folder: Path, experiment: Experiment) -> list[Path]:
+    """Write table.md, table.csv (full precision), table.tex and, unless they are empty, the others.
 
-    The comparisons are against.csv and pairs.csv.
+    These are reported.csv, against.csv and pairs.csv.
 
     Args:
-        table: The table of `comparison`.
-        others: The table of `against`; it may be empty.
+        own: The numbers.
         folder: Where to write; it is created if needed.
         experiment: The experiment, for its title and note.
-        pairs: The table of `all_pairs`, if it is wanted.
 
     Returns:
         The paths of the written files.
     """
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"table.{kind}" for kind in ("md", "csv", "tex")]
-    paths[0].write_text(text(table, others, experiment, pairs) + "\n", encoding="utf-8")
-    table.to_csv(paths[1], index=False)
-    cells = printed(table)
+    paths[0].write_text(text(own, experiment) + "\n", encoding="utf-8")
+    own.numbers.to_csv(paths[1], index=False)
+    cells = printed(own.numbers)
     paths[2].write_text(rendering.latex(cells, labels(cells)), encoding="utf-8")
-    for name, compared in (("against", others), ("pairs", pairs)):
-        if compared is not None and len(compared):
+    for name in ("reported", "against", "pairs"):
+        table = getattr(own, name)
+        if len(table):
             paths.append(folder / f"{name}.csv")
-            compared.to_csv(paths[-1], index=False)
+            table.to_csv(paths[-1], index=False)
     return paths

@@ -32,6 +32,7 @@ class Table:
         numbers: One row per method, in full precision (see `analysis.tables.comparison`).
         against: The reference against each other method; empty with one method.
         pairs: Every two methods, if they were asked for; else empty.
+        reported: Imported results beside our own (see `analysis.records.imported.beside`).
         cells: What is shown of `numbers`, as strings.
         text: All tables as Markdown, with legends.
     """
@@ -39,6 +40,7 @@ class Table:
     numbers: pd.DataFrame
     against: pd.DataFrame
     pairs: pd.DataFrame
+    reported: pd.DataFrame
     cells: pd.DataFrame
     text: str
 
@@ -124,21 +126,19 @@ class Results:
         Raises:
             InputError: These are the results of a whole storage, or there are no trials yet.
         """
-        import pandas as pd
-
-        from analysis.records import frames
+        from analysis.records import frames, imported
         from analysis.tables import comparison, paper_entries, paper_printing, paper_tables
 
         plan = self._comparable()
         frame, experiment = frames.frame(plan, self.store), plan.experiment
-        numbers, against = comparison.comparison(frame), comparison.against(frame)
-        pairs = comparison.all_pairs(frame) if all_pairs else pd.DataFrame()
-        parts = [comparison.text(numbers, against, experiment, pairs)]
+        own = comparison.compared(frame, imported.beside(frame, self.store), all_pairs)
+        parts = [comparison.text(own, experiment)]
         miniature = experiment.miniature_of is not None
         for declared in paper_tables.of_experiment(experiment.name):
             found = paper_entries.of_table(declared, frame)
             parts.append(paper_printing.text(declared, found, miniature))
-        return Table(numbers, against, pairs, comparison.printed(numbers), "\n\n".join(parts))
+        cells = comparison.printed(own.numbers)
+        return Table(own.numbers, own.against, own.pairs, own.reported, cells, "\n\n".join(parts))
 
     def accuracy_figure(self) -> Figure:
         """Return the figure of top-1 by method, with every seed as a dot.
@@ -190,7 +190,7 @@ class Results:
         import matplotlib
 
         from analysis.figures import methods, style
-        from analysis.records import frames
+        from analysis.records import frames, imported
         from analysis.tables import comparison
 
         plan = self._comparable()
@@ -204,7 +204,7 @@ class Results:
             )
         with matplotlib.rc_context(style.STYLE):
             if name == "accuracy":
-                return methods.accuracy(done, colours)
+                return methods.accuracy(done, colours, imported.beside(frame, self.store))
             if name == "gains":
                 return methods.gains(compared, colours)
             return methods.learning_curves(self.curves(), colours)

@@ -295,7 +295,7 @@ def write_tables(plan: Plan, store: Store, out: Path | None, all_pairs: bool = F
     Returns:
         The folder that holds the tables.
     """
-    from analysis.records import frames
+    from analysis.records import frames, imported
     from analysis.tables import best, comparison, paper_entries, paper_printing, paper_tables
     from pld_ray.sweep import search
 
@@ -309,10 +309,9 @@ def write_tables(plan: Plan, store: Store, out: Path | None, all_pairs: bool = F
     frame = frames.frame(plan, store)
     paths = []
     if frame["finished"].any() or not paper_tables.of_experiment(plan.experiment.name):
-        own = comparison.comparison(frame), comparison.against(frame)
-        pairs = comparison.all_pairs(frame) if all_pairs else None
-        paths += comparison.write(*own, folder, plan.experiment, pairs)
-        print("\n" + comparison.text(*own, plan.experiment, pairs) + "\n")
+        own = comparison.compared(frame, imported.beside(frame, store), all_pairs)
+        paths += comparison.write(own, folder, plan.experiment)
+        print("\n" + comparison.text(own, plan.experiment) + "\n")
     miniature = plan.experiment.miniature_of is not None
     for declared in paper_tables.of_experiment(plan.experiment.name):
         found = paper_entries.of_table(declared, frame)
@@ -327,10 +326,11 @@ def write_tables(plan: Plan, store: Store, out: Path | None, all_pairs: bool = F
 def draw_figures(plan: Plan, store: Store, folder: Path) -> list[Path]:
     """Draw the figures of an experiment into a folder and return their paths."""
     from analysis.figures import methods, paper_figures
-    from analysis.records import frames
+    from analysis.records import frames, imported
 
     frame, name = frames.frame(plan, store), plan.experiment.name
-    paths = methods.draw(frame, frames.curves(plan, store), folder)
+    reported = imported.beside(frame, store)
+    paths = methods.draw(frame, frames.curves(plan, store), folder, reported)
     return paths + paper_figures.draw_paper(
         frame, name, plan.experiment.miniature_of is not None, folder
     )

@@ -232,6 +232,41 @@ def export(
     session.say(f"{len(table)} trials", [to])
 
 
+@app.command("import")
+def import_(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A CSV file of results.")],
+    storage: Storage = "results",
+    remove: Annotated[
+        bool, typer.Option("--remove", help="Remove what was imported from a file of this name.")
+    ] = False,
+) -> None:
+    """Import results from elsewhere, which tables and figures show as "reported".
+
+    The file has the columns dataset, student, method and top1 (in percent).
+    It may have teacher, setting, source, note, std and n, or seed (one row
+    per seed). Datasets, networks and losses are named as in experiments. A
+    second import of a file of this name replaces the first one.
+    """
+    from analysis.records import imported
+    from pld_ray.store.store import Store
+
+    store = Store(storage)
+    if remove:
+        imported.remove(file.stem, store)
+        typer.echo(f"removed the results of {file.stem} from {store.uri}")
+        return
+    table, unused = imported.read(file)
+    if unused:
+        typer.echo(f"note: columns that are not used: {', '.join(unused)}", err=True)
+    replaced = imported.keep(table, file.stem, store)
+    sources = table["source"].nunique()
+    typer.echo(
+        f"{'replaced' if replaced else 'imported'} {file.stem}: {len(table)} results from "
+        f"{sources} {'source' if sources == 1 else 'sources'}; tables and figures of experiments "
+        "on the same dataset, student and teacher show them"
+    )
+
+
 @app.command()
 def student(
     trial: Annotated[str, typer.Argument(metavar="TRIAL", help="Id of a finished trial.")],
