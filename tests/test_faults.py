@@ -113,6 +113,12 @@ class Driver(subprocess.Popen):
             self.kill()
         super().__exit__(kind, *error)
 
+    def wait_for(self, condition):
+        """Wait for something that the command brings about."""
+        wait(lambda: condition() or self.poll() is not None)
+        if self.poll() is not None:
+            pytest.fail(f"the command has ended early: {self.communicate()[0]}")
+
 
 def wait(condition):
     deadline = time.monotonic() + LIMIT
@@ -149,7 +155,7 @@ def damage(path):
 def test_a_worker_that_is_killed(whole, store, finishes):
     def kill():
         wait(lambda: under_way(store, whole[1]))
-        training().kill()
+        wait(training).kill()
 
     finishes(meanwhile=kill)
 
@@ -157,7 +163,7 @@ def test_a_worker_that_is_killed(whole, store, finishes):
 def test_a_worker_that_hangs(whole, store, finishes):
     def suspend():
         wait(lambda: under_way(store, whole[1]))
-        hung = training()
+        hung = wait(training)
         hung.suspend()  # it can do nothing, not even end when it is asked to
         wait(lambda: not hung.is_running() or hung.status() == psutil.STATUS_ZOMBIE)
 
@@ -168,7 +174,7 @@ def test_a_worker_that_hangs(whole, store, finishes):
 def test_a_driver_that_is_told_to_stop(whole, store, finishes, number):
     path, made, *_ = whole
     with Driver(path, store.uri) as driver:
-        wait(lambda: under_way(store, made))
+        driver.wait_for(lambda: under_way(store, made))
         assert listening(driver) == {"127.0.0.1"}
         driver.send_signal(number)
         output, _ = driver.communicate(timeout=LIMIT)
@@ -193,7 +199,7 @@ def listening(driver):
 def test_a_driver_that_is_killed(whole, store, finishes):
     path, made, *_ = whole
     with Driver(path, store.uri) as driver:
-        wait(lambda: len(store.records(made.trials)) >= 2)
+        driver.wait_for(lambda: len(store.records(made.trials)) >= 2)
         driver.kill()
         driver.communicate()
     before = store.records(made.trials)
@@ -210,7 +216,7 @@ def test_a_driver_that_is_killed(whole, store, finishes):
 def test_two_drivers_share_the_work_and_a_killed_one_leaves_it_to_the_other(whole, store, finishes):
     path, made, *_ = whole
     with Driver(path, store.uri) as other:
-        wait(lambda: under_way(store, made))  # the other driver has one of the two trials
+        other.wait_for(lambda: under_way(store, made))  # the other driver has one of the two trials
 
         def kill():
             wait(lambda: len(list(Path(store.uri).rglob("claim-*"))) == 2)

@@ -133,3 +133,22 @@ def test_workers_that_a_node_has_room_for(cpus, gpus, node, workers):
     assert ResourceRequest(cpus, gpus, 1).workers_on(node) == workers
     assert ResourceRequest(cpus, gpus, workers + 1).fits([node]) is False
     assert ResourceRequest(cpus, gpus, max(workers, 1)).fits([node, node]) is (workers > 0)
+
+
+def test_a_ray_that_does_not_start_is_told_in_a_sentence(monkeypatch):
+    import ray
+
+    from pld_ray.errors import InputError
+    from pld_ray.sweep import cluster
+
+    def init(**options):
+        raise Exception(said)
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", init)
+    said = "The current node timed out during startup. This could happen because ..."
+    with pytest.raises(InputError, match="did not start on this machine"), cluster.connected():
+        pass
+    said = "another reason"
+    with pytest.raises(Exception, match="another reason"), cluster.connected():
+        pass

@@ -29,7 +29,8 @@ def connected(address: str | None = None) -> Iterator[None]:
             machine, or start a local one.
 
     Raises:
-        InputError: The cluster does not answer or refuses the connection.
+        InputError: The cluster does not answer or refuses the connection, or a local one does not
+            start.
     """
     owned = not ray.is_initialized()
     if owned:
@@ -47,6 +48,13 @@ def connected(address: str | None = None) -> Iterator[None]:
             if callable(before):
                 before(signal.SIGTERM, None)
             raise
+        except Exception as error:
+            if "timed out during startup" not in str(error):
+                raise
+            raise InputError(
+                "Ray did not start on this machine within 30 seconds; expected a machine with less "
+                "other work: give the same command again, or start Ray before (ray start --head)"
+            ) from error
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, before)  # Ray's handler exits at once
     try:
