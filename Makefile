@@ -5,7 +5,7 @@ INSTALL := $(BIN)/pip install --quiet --no-compile --disable-pip-version-check -
 # one process per core; the tests of a file share fixtures
 PARALLEL := -n auto --dist loadfile --no-loadscope-reorder --durations 25
 
-.PHONY: help demo test test-all check clean
+.PHONY: help demo test test-all check docs clean
 
 help:  ## this list
 	@awk -F ':.*##' '/^[a-z-]+:.*##/ {printf "make %-9s %s\n", $$1, $$2}' Makefile
@@ -24,6 +24,9 @@ check: .venv/dev  ## lint, format and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: .venv/dev  ## the documentation as a web site, in site/; fails on a broken link
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
 .venv/user: pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(INSTALL) .
@@ -35,4 +38,4 @@ check: .venv/dev  ## lint, format and types
 	touch .venv/user $@
 
 clean:  ## remove everything that make or a run made
-	rm -rf .venv results
+	rm -rf .venv results site

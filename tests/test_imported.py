@@ -104,7 +104,7 @@ def test_a_row_per_seed_is_averaged(tmp_path):
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ("dataset,student,top1\nd,s,1\n", "the column 'method' is missing; its columns are"),
+        ("dataset,student,top1\nd,s,1\n", "the column 'method' is missing: expected"),
         (HEADER, "expected at least one row"),
         (HEADER + "digits,resnet8,,kd,7x,,,,\n", "row 2: top1 is '7x': expected a percentage"),
         (HEADER + "digits,resnet8,,kd,,,,,\n", "row 2: top1 is '': expected a percentage"),

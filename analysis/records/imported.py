@@ -51,8 +51,8 @@ def read(path: Path) -> tuple[pd.DataFrame, list[str]]:
     for name in REQUIRED:
         if name not in rows:
             raise InputError(
-                f"{path}: the column {name!r} is missing; its columns are {', '.join(map(str, rows))}: "
-                f"expected {', '.join(REQUIRED)}, and if known {', '.join(_optional())}"
+                f"{path}: the column {name!r} is missing: expected {', '.join(REQUIRED)}, "
+                f"and if known {', '.join(_optional())}; it has {', '.join(map(str, rows))}"
             )
     if rows.empty:
         raise InputError(f"{path}: expected at least one row below the header")
