@@ -466,3 +466,29 @@ def test_a_dataset_whose_files_are_elsewhere_is_missing(own):
     data = own.plan().cells[0].trial.data
     with pytest.raises(MissingError, match="data 'stripes': /no/such/file is not there"):
         load(data)
+
+
+def test_a_loss_on_features_that_learns_is_trained_like_a_built_in_one(experiment, tmp_path):
+    """VID under another name ends with the bits of VID: what it learns is trained with it."""
+    source = Path(importlib.import_module("pld_ray.losses.features").__file__).read_text()
+    vid = source[source.index('@register_loss("vid"') :]
+    (tmp_path / "own_vid.py").write_text(
+        "import math\nfrom typing import Annotated\nimport torch\nimport torch.nn.functional as F\n"
+        "from pydantic import Field\nfrom torch import Tensor, nn\n"
+        "from pld_ray import Features, FeatureLoss, register_loss\n"
+        "Weight = Annotated[float, Field(ge=0)]\n"
+        + vid.replace('"vid", label="VID"', '"own_vid", label="Own VID"')
+    )
+    made = plan(
+        experiment(
+            "plugins: [own_vid.py]\n"
+            "base:\n  data: {name: digits, limit: 64}\n  student: resnet8\n  epochs: 2\n"
+            "  teacher: {name: resnet8, train: {epochs: 1}}\n  batch_size: 32\n"
+            "grid: {loss: [vid, {name: own_vid, weight: [1.0, 2.0]}]}\n"
+        )
+    )
+    store = Store(tmp_path / "results")
+    for trial in made.trials.values():
+        train(trial, load(trial.data), store, lambda metrics: None)
+    digests = [store.record(cell.trial.id)["weights_sha256"] for cell in made.cells]
+    assert digests[0] == digests[1] != digests[2]

@@ -158,10 +158,11 @@ def test_a_student_gives_the_logits_of_its_record(done):
 
 def test_figures_show_themselves_in_a_notebook(done):
     found = pld_ray.results(done[0], Experiment(name="small", **SMALL))
+    pyplot = importlib.import_module("matplotlib.pyplot")
+    before = pyplot.get_fignums()
     for figure in (found.accuracy_figure(), found.gains_figure(), found.curves_figure()):
         assert figure._repr_png_().startswith(b"\x89PNG")
-    pyplot = importlib.import_module("matplotlib.pyplot")
-    assert pyplot.get_fignums() == []  # they are not kept by pyplot
+    assert pyplot.get_fignums() == before  # they are not kept by pyplot
     empty = pld_ray.results(done[0], Experiment(name="s", **SMALL), overrides={"epochs": 9})
     with pytest.raises(InputError, match="nothing to draw yet: no trial has finished"):
         empty.accuracy_figure()

@@ -152,7 +152,7 @@ def test_each_loss_searches_what_it_has(experiment):
         (["search.space={pld.tau: {int: [1, 2]}}"], "no such parameter; accepted: .*temperature"),
         (["search.space={optimizer.lrr: {int: [1, 2]}}"], "optimizer.lrr: unknown field"),
         (["search.metric=agreement"], "ce has no teacher to compare with"),
-        (["search.metric=top2"], "search.metric is 'top2'"),
+        (["search.metric=top2"], "search: metric is 'top2'.*top1"),
         (["search.num_trials=null"], "num_trials: algorithm random needs a number of trials"),
         (["search.algorithm=grid"], "space.optimizer.lr: algorithm grid needs choice or int"),
         (["search.seed=2"], "search.seed is 2, which is also one of seeds"),
@@ -307,3 +307,39 @@ def test_optuna_goes_on_where_it_was(local_ray, tmp_path, capfd):
 def test_ranges_are_parts():
     assert Range.model_validate({"int": [1, 3]}).values() == [1, 2, 3]
     assert Range.model_validate({"uniform": [1, 3]}).values() is None
+
+
+def test_the_metric_says_whether_lower_is_better(experiment, tmp_path):
+    store = Store(tmp_path)
+    made = experiment(TEXT, "search.metric=val_loss", "grid.loss=[ce]")
+    (progress,) = search.look(made, store)
+    for number, drawn in enumerate(progress.drawn):
+        metrics = {"top1": 50.0, "val_loss": [0.7, 0.3, 0.5][number]}
+        store.finish(drawn.trial, {"metrics": metrics, "seconds": {"seconds": 1.0}}, {})
+    (progress,) = search.look(made, store)
+    assert progress.best.score == 0.3
+    same = experiment(TEXT, "search.metric=val_loss", "search.mode=min", "grid.loss=[ce]")
+    assert search.groups(same)[0].key == progress.group.key
+    assert searched({"x": {"int": [1, 2]}}, metric="top1").better == "max"
+
+
+def test_a_metric_of_a_plugin_is_searched(experiment, tmp_path):
+    (tmp_path / "hinge.py").write_text(
+        "import pld_ray\n@pld_ray.register_metric('hinge')\n"
+        "def hinge(student, labels, teacher):\n    return 1 - student[:, 0]\n"
+    )
+    text = TEXT.replace(
+        "base:\n  data", "plugins: [hinge.py]\nbase:\n  metrics: [hinge]\n  data", 1
+    )
+    made = experiment(text, "search.metric=hinge", "search.mode=min", "grid.loss=[ce]")
+    (progress,) = search.look(made, Store(tmp_path))
+    for number, drawn in enumerate(progress.drawn):
+        metrics = {"top1": 50.0, "hinge": [0.7, 0.3, 0.5][number]}
+        record = {"metrics": metrics, "seconds": {"seconds": 1.0}}
+        Store(tmp_path).finish(drawn.trial, record, {})
+    (progress,) = search.look(made, Store(tmp_path))
+    assert progress.best.score == 0.3 and progress.best.trial.metrics == ("hinge",)
+    with pytest.raises(InputError, match="search: metric is 'hinge': .*needs mode, max or min"):
+        experiment(text, "search.metric=hinge")
+    with pytest.raises(InputError, match="search.metric is 'hing'.*did you mean 'hinge'"):
+        search.groups(experiment(text, "search.metric=hing", "search.mode=min"))

@@ -14,12 +14,20 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from pld_ray.config.validation import Part
-from pld_ray.errors import InputError
+from pld_ray.errors import InputError, nearest
 
 DIGITS = 4  # significant digits of a drawn number: enough to tell trials apart, and readable
 
-# the names are those in the history of a trial
-Metric = Literal["top1", "top5", "val_loss", "ece", "kl_teacher_student", "agreement", "train_loss"]
+# Whether higher or lower values are better; the names are those in the history of a trial.
+METRICS: dict[str, Literal["max", "min"]] = {
+    "top1": "max",
+    "top5": "max",
+    "agreement": "max",
+    "val_loss": "min",
+    "ece": "min",
+    "kl_teacher_student": "min",
+    "train_loss": "min",
+}
 
 
 class Range(Part):
@@ -98,8 +106,11 @@ class Search(Part):
             "median" (the median stopping rule) or "none".
         grace_epochs: The number of epochs before which no trial is stopped.
         time_budget: The seconds of training per cell.
-        metric: The metric that is compared, taken from the last epoch.
-        mode: Whether a higher ("max") or lower ("min") value of the metric is better.
+        metric: The metric that is compared, taken from the last epoch: "top1", "top5", "val_loss",
+            "ece", "agreement", "kl_teacher_student", "train_loss", or one of the experiment's own
+            `metrics`.
+        mode: Whether a higher ("max") or lower ("min") value of the metric is better; by default
+            known. A metric of a plug-in needs it.
         seed: The seed of the drawn points, and of all trials of the search.
         base: Settings of the trials of the search only, such as `data.holdout`.
     """
@@ -110,8 +121,8 @@ class Search(Part):
     scheduler: Literal["none", "asha", "hyperband", "median"] = "none"
     grace_epochs: int = Field(1, ge=1)
     time_budget: float | None = Field(None, gt=0)
-    metric: Metric = "top1"
-    mode: Literal["max", "min"] = "max"
+    metric: str = "top1"
+    mode: Literal["max", "min"] | None = None
     seed: int = Field(0, ge=0, lt=2**31)
     base: dict[str, Any] = {}
 
@@ -123,7 +134,17 @@ class Search(Part):
                     raise ValueError(f"space.{field}: algorithm grid needs choice or int")
         elif self.num_trials is None:
             raise ValueError(f"num_trials: algorithm {self.algorithm} needs a number of trials")
+        if self.mode is None and self.metric not in METRICS:
+            raise ValueError(
+                f"metric is {self.metric!r}: {nearest(self.metric, METRICS)}; a metric of a "
+                "plug-in needs mode, max or min"
+            )
         return self
+
+    @property
+    def better(self) -> Literal["max", "min"]:
+        """Whether a higher ("max") or a lower ("min") value of the metric is better."""
+        return self.mode or METRICS[self.metric]
 
 
 Point = dict[str, Any]  # one value per field
@@ -206,7 +227,7 @@ def suggest(search: Search, space: dict[str, Range], cell: str, tried: list[Trie
     distributions = {field: distribution(values) for field, values in space.items()}
     seed = random.Random(f"{search.seed} {cell} {len(tried)}").getrandbits(32)
     study = optuna.create_study(
-        direction="maximize" if search.mode == "max" else "minimize",
+        direction="maximize" if search.better == "max" else "minimize",
         sampler=optuna.samplers.TPESampler(seed=seed, constant_liar=True),
     )
     for point, value, runs in tried:

@@ -11,11 +11,14 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import ray
 
 from pld_ray.errors import InputError
+
+START_ATTEMPTS = 4
 
 
 @contextmanager
@@ -39,7 +42,7 @@ def connected(address: str | None = None) -> Iterator[None]:
         code = {"py_modules": [_package("pld_ray"), _package("analysis")]} if address else None
         where = "local" if address is None and not _runs_here() else address
         try:
-            ray.init(address=where, runtime_env=code, log_to_driver=False)
+            _start(address=where, runtime_env=code, log_to_driver=False)
         except (ConnectionError, ray.exceptions.AuthenticationError) as error:
             raise InputError(
                 f"Ray cluster {address or 'on this machine'}: cannot connect: {_reason(error)}"
@@ -48,13 +51,6 @@ def connected(address: str | None = None) -> Iterator[None]:
             if callable(before):
                 before(signal.SIGTERM, None)
             raise
-        except Exception as error:
-            if "timed out during startup" not in str(error):
-                raise
-            raise InputError(
-                "Ray did not start on this machine within 30 seconds; expected a machine with less "
-                "other work: give the same command again, or start Ray before (ray start --head)"
-            ) from error
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, before)  # Ray's handler exits at once
     try:
@@ -62,6 +58,22 @@ def connected(address: str | None = None) -> Iterator[None]:
     finally:
         if owned:
             ray.shutdown()
+
+
+def _start(**options: Any) -> None:
+    """Call `ray.init`. On a busy machine a local Ray may not start within its fixed 30 seconds."""
+    for _ in range(START_ATTEMPTS):
+        try:
+            ray.init(**options)
+            return
+        except Exception as error:
+            if "timed out during startup" not in str(error):
+                raise
+    raise InputError(
+        f"Ray did not start on this machine in {START_ATTEMPTS} attempts of 30 seconds; expected a "
+        "machine with less other work: give the same command again, or start Ray before "
+        "(ray start --head)"
+    )
 
 
 def _runs_here() -> bool:

@@ -116,7 +116,7 @@ class EarlyStopping(FIFOScheduler):
 
 def _scheduler(search: Search, epochs: int) -> TrialScheduler:
     """Create the scheduler that a search asks for; `epochs` is the length of the longest trial."""
-    what: dict[str, Any] = {"time_attr": "epoch", "metric": search.metric, "mode": search.mode}
+    what: dict[str, Any] = {"time_attr": "epoch", "metric": search.metric, "mode": search.better}
     if search.scheduler == "none":
         return FIFOScheduler()
     grace = min(search.grace_epochs, epochs)

@@ -18,7 +18,7 @@ from typing import Any
 
 from pld_ray.config.experiment import Experiment
 from pld_ray.config.planning import Cell, Plan, Settings, build, combinations
-from pld_ray.config.search_space import Point, Range, Search, Tried, points, suggest
+from pld_ray.config.search_space import METRICS, Point, Range, Search, Tried, points, suggest
 from pld_ray.config.trial import ON_THE_FLY, Trial
 from pld_ray.errors import InputError, nearest
 from pld_ray.losses import REGISTRY
@@ -95,9 +95,8 @@ class SearchCell:
         It depends on the cell, the space and the algorithm, metric, mode and seed. If one of them
         changes, a new search begins.
         """
-        said = self.search.model_dump(
-            mode="json", by_alias=True, include={"algorithm", "metric", "mode", "seed"}
-        )
+        said = self.search.model_dump(mode="json", include={"algorithm", "metric", "seed"})
+        said["mode"] = self.search.better
         space = {k: v.model_dump(by_alias=True, exclude_unset=True) for k, v in self.space.items()}
         text = json.dumps([self.cell.trial.id, space, said], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -209,7 +208,7 @@ class SearchProgress:
         first, then those with better scores.
         """
         scored = [d for d in self.drawn if d.state != "failed" and d.score is not None]
-        sign = 1 if self.group.search.mode == "max" else -1
+        sign = 1 if self.group.search.better == "max" else -1
         if finished := [d for d in scored if d.state == "done"]:
             return max(finished, key=lambda d: sign * (d.score or 0.0))
         return max(scored, key=lambda d: (d.epoch, sign * (d.score or 0.0)), default=None)
@@ -221,8 +220,8 @@ def groups(experiment: Experiment) -> list[SearchCell]:
     Cells with the same `key` share one search.
 
     Raises:
-        InputError: A field of the space cannot be searched, or the metric needs a teacher and a
-            loss has none.
+        InputError: A field of the space cannot be searched, the trials do not have the metric, or
+            it needs a teacher and a loss has none.
     """
     search = experiment.search
     assert search is not None
@@ -230,7 +229,13 @@ def groups(experiment: Experiment) -> list[SearchCell]:
         _check_field(field, search, f"{experiment.name}: search.space.{field}")
     found: list[SearchCell] = []
     for settings in combinations(experiment):
-        loss = build(experiment, settings, [search.seed], search.base)[0].trial.loss
+        trial = build(experiment, settings, [search.seed], search.base)[0].trial
+        loss, metrics = trial.loss, [*METRICS, *trial.metrics]
+        if search.metric not in metrics:
+            raise InputError(
+                f"{experiment.name}: search.metric is {search.metric!r}: expected a metric of all "
+                f"trials, or of a plug-in that `metrics` names; {nearest(search.metric, metrics)}"
+            )
         if search.metric in ("kl_teacher_student", "agreement") and not loss.needs_teacher:
             raise InputError(
                 f"{experiment.name}: search.metric is {search.metric!r}: {loss.name} has no "
