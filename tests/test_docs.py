@@ -29,6 +29,20 @@ from pld_ray.config.planning import plan
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 BY_NAME = {page.name: page for page in PAGES}
+VERSION = "pld-ray --version"
+# Runs commands from an installed wheel, as `pld-ray` does, with workers that start fast.
+FOLLOW = """
+import shlex, sys
+sys.executable = {executable!r}
+from pld_ray.cli.main import main
+for line in {lines!r}:
+    print("$", line)
+    sys.argv = shlex.split(line)
+    try:
+        main()
+    except SystemExit as ended:
+        assert not ended.code, line
+"""
 SMALL = """
 base:
   data: {name: digits, limit: 100}
@@ -76,7 +90,7 @@ def test_commands_exist_with_their_options(page):
             assert arguments[0] in targets, line
         elif program == "python":
             assert (ROOT / arguments[0]).is_file(), line
-        elif arguments != ["--version"]:
+        elif line != VERSION:
             parse(arguments)
     for script in re.findall(r"`python ([\w./]+)", page.read_text()):
         assert (ROOT / script).is_file(), script
@@ -202,16 +216,7 @@ def test_python_runs(name, tmp_path, monkeypatch, local_ray):
 @pytest.mark.slow
 def test_the_tutorial_from_the_wheel_in_an_empty_folder(tmp_path):
     """Who has only the docs compares a loss of their own with others, as the tutorial says."""
-    build = [
-        sys.executable,
-        "-m",
-        "hatchling",
-        "build",
-        "-t",
-        "wheel",
-        "-d",
-        str(tmp_path / "dist"),
-    ]
+    build = [sys.executable, *shlex.split("-m hatchling build -t wheel -d"), str(tmp_path / "dist")]
     subprocess.run(build, cwd=ROOT, check=True, capture_output=True)
     (wheel,) = (tmp_path / "dist").glob("*.whl")
     site, folder = tmp_path / "site", tmp_path / "empty"
@@ -221,18 +226,22 @@ def test_the_tutorial_from_the_wheel_in_an_empty_folder(tmp_path):
     page = BY_NAME["tutorial.md"]
     for name, text in named(page, ("py", "yaml")).items():
         (folder / name).write_text(text)
-    lines = [line for line in commands(page) if "--address" not in line]
-    outputs = {}
-    for line in [line for line in lines if line != "pld-ray --version"]:
-        done = subprocess.run(
-            warm.command(*shlex.split(line)[1:]),
-            cwd=folder,
-            env=os.environ | {"PYTHONPATH": str(site)},
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, line + done.stdout + done.stderr
-        outputs[line] = done.stdout
+    lines = [line for line in commands(page) if "--address" not in line and line != VERSION]
+    code = [text for text in blocks(page, "python") if text.startswith("import pld_ray")]
+    check = "assert not student.training and len(results.frame()) == 26\n"
+    check += f"assert pld_ray.__file__.startswith({str(site)!r})"
+    script = FOLLOW.format(executable=warm.executable(), lines=lines)
+    done = subprocess.run(  # one process, because each imports torch
+        [sys.executable, "-c", "\n".join([script, *code, check])],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(site)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    parts = done.stdout.split("$ pld-ray ")[1:]
+    outputs = {f"pld-ray {part.partition(chr(10))[0]}": part for part in parts}
+    assert list(outputs) == lines
     table = outputs["pld-ray tables squared.yaml --all-pairs"]
     for method in ("KD", "DIST", "PLD", "Squared (τ = 1)", "Squared (τ = 2)", "Squared (τ = 4)"):
         assert f"| {method} " in table
@@ -246,14 +255,3 @@ def test_the_tutorial_from_the_wheel_in_an_empty_folder(tmp_path):
     for figure in ("accuracy.png", "gains.png", "curves.png"):
         assert (reports / "squared" / figure).stat().st_size > 10_000
     assert "Squared (τ = 1) against the other methods" in (reports / "report.html").read_text()
-    code = [text for text in blocks(page, "python") if text.startswith("import pld_ray")]
-    check = "\nassert not student.training and len(results.frame()) == 26"
-    python = [sys.executable, "-c", "\n".join(code) + check]
-    done = subprocess.run(
-        python,
-        cwd=folder,
-        env=os.environ | {"PYTHONPATH": str(site)},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0 and "| Squared (τ = 4) " in done.stdout, done.stderr

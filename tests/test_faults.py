@@ -1,131 +1,22 @@
-"""Faults while an experiment runs, done to the real command: one fault a test, nothing is lost.
-
-Most tests begin with a store in which the teacher has finished, so that a run is short. Where the
-fault is not done to the command itself, the command runs in the process of the tests, which has
-imported torch already and has a Ray that all tests share.
-"""
+"""Faults of workers and of files while an experiment runs: one fault a test, nothing is lost."""
 
 import json
 import os
-import re
 import shutil
-import signal
 import subprocess
-import time
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
 import psutil
 import pytest
 import warm
+from faults import LIMIT, command, finishes, results, store, under_way, wait, whole
 
-from pld_ray.config.experiment import load_experiment
-from pld_ray.config.planning import plan
 from pld_ray.data.datasets import load
 from pld_ray.distill.loop import train
 from pld_ray.store.store import Store
 
 pytestmark = pytest.mark.slow
-TEXT = """
-base:
-  data: {name: digits, pad: 1, limit: 200}
-  student: resnet8
-  teacher: {name: resnet8, train: {epochs: 2}}
-  epochs: 40
-  batch_size: 32
-grid: {loss: [ce, pld]}
-resources: {patience: 20, concurrent: 1}  # one process, which imports torch once
-"""
-LIMIT = 600  # seconds to wait for anything; a machine that is four times slower meets it
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """The experiment, its plan, what it comes to when nothing goes wrong, and that store."""
-    folder = tmp_path_factory.mktemp("whole")
-    (folder / "small.yaml").write_text(TEXT)
-    made, store = plan(load_experiment(folder / "small.yaml")), Store(folder / "results")
-    for trial in made.trials.values():
-        train(trial, load(trial.data), store, lambda metrics: None)
-    return folder / "small.yaml", made, results(made, store), store
-
-
-@pytest.fixture
-def store(whole, tmp_path):
-    """A store in which the teacher has finished and its bank is full; the students are to run."""
-    _, made, _, finished = whole
-    shutil.copytree(finished.uri, tmp_path / "results")
-    for key in made.trials.keys() - made.teacher_ids:
-        shutil.rmtree(tmp_path / "results" / "trials" / key)
-    return Store(tmp_path / "results")
-
-
-def results(made, store):
-    """The digest of the weights and the metrics of each finished trial."""
-    kept = ("train_loss", "top1", "val_loss", "ece", "kl_teacher_student")
-    found = {}
-    for key in made.trials:
-        record = store.record(key)
-        if record is not None:
-            metrics = {name: record["metrics"].get(name) for name in kept}
-            found[key] = record["weights_sha256"], metrics
-    return found
-
-
-@pytest.fixture
-def command(local_ray, cli, whole, tmp_path):
-    """Run the experiment in this process, beside something that happens to it meanwhile."""
-
-    def run(storage, *arguments, meanwhile=lambda: None):
-        with ThreadPoolExecutor(1) as other:
-            happened = other.submit(meanwhile)
-            done = cli("run", whole[0], "--storage", storage, *arguments, cwd=tmp_path)
-            happened.result(timeout=LIMIT)
-        return done.returncode, done.stdout + done.stderr
-
-    return run
-
-
-@pytest.fixture
-def finishes(command, whole, store):
-    """Run the experiment to its end; every trial then has the bits of the undisturbed run."""
-
-    def run(into=store, **kwargs):
-        code, output = command(into.uri, **kwargs)
-        assert code == 0, output
-        assert results(whole[1], into) == whole[2]
-        return output
-
-    return run
-
-
-class Driver(subprocess.Popen):
-    """The command as a process, with a Ray of its own."""
-
-    def __init__(self, path, storage):
-        command = warm.command("run", path, "--storage", storage)
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        super().__init__(command, **pipes)
-
-    def __exit__(self, kind, *error):
-        if kind is not None:
-            self.kill()
-        super().__exit__(kind, *error)
-
-    def wait_for(self, condition):
-        """Wait for something that the command brings about."""
-        wait(lambda: condition() or self.poll() is not None)
-        if self.poll() is not None:
-            pytest.fail(f"the command has ended early: {self.communicate()[0]}")
-
-
-def wait(condition):
-    deadline = time.monotonic() + LIMIT
-    while not (found := condition()):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    return found
 
 
 def training():
@@ -135,12 +26,6 @@ def training():
             if process.cmdline()[:1] == ["ray::ImplicitFunc.train"]:
                 return process
     return None
-
-
-def under_way(store, made):
-    """Whether a trial has a checkpoint to continue from."""
-    found = [key for key in made.trials if 5 < len(store.epochs(key)) < 40]
-    return any(Path(store.folder(key), "checkpoint.pt").exists() for key in found)
 
 
 def damage(path):
@@ -168,62 +53,6 @@ def test_a_worker_that_hangs(whole, store, finishes):
         wait(lambda: not hung.is_running() or hung.status() == psutil.STATUS_ZOMBIE)
 
     finishes(meanwhile=suspend)
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_driver_that_is_told_to_stop(whole, store, finishes, number):
-    path, made, *_ = whole
-    with Driver(path, store.uri) as driver:
-        driver.wait_for(lambda: under_way(store, made))
-        assert listening(driver) == {"127.0.0.1"}
-        driver.send_signal(number)
-        output, _ = driver.communicate(timeout=LIMIT)
-    assert driver.returncode == 128 + number
-    assert output.endswith("stopped; run the same command again to resume\n")
-    assert "Traceback" not in output
-    assert len(results(made, store)) < len(made.trials)  # it did not wait for them
-    finishes()
-
-
-def listening(driver):
-    """The addresses on which a driver and the processes it has started listen."""
-    here = psutil.Process(driver.pid)
-    found = set()
-    for process in (here, *here.children(recursive=True), *warm.workers()):
-        with suppress(psutil.Error):
-            sockets = process.net_connections("inet")
-            found |= {s.laddr.ip for s in sockets if s.status == psutil.CONN_LISTEN}
-    return {ip.removeprefix("::ffff:") for ip in found}
-
-
-def test_a_driver_that_is_killed(whole, store, finishes):
-    path, made, *_ = whole
-    with Driver(path, store.uri) as driver:
-        driver.wait_for(lambda: len(store.records(made.trials)) >= 2)
-        driver.kill()
-        driver.communicate()
-    before = store.records(made.trials)
-    output = finishes()
-    if len(before) < len(made.trials):
-        left = len(made.trials) - len(before)
-        assert f"{left} trials to run, {len(before)} done before" in output
-    assert re.search(r"^\| PLD +\| +\d\d\.\d\d ", output, re.MULTILINE)
-    assert before.items() <= store.records(made.trials).items()  # not run again
-    left = [*Path(store.uri).rglob("claim-*"), *Path(store.uri).rglob("drivers/*")]
-    assert not left
-
-
-def test_two_drivers_share_the_work_and_a_killed_one_leaves_it_to_the_other(whole, store, finishes):
-    path, made, *_ = whole
-    with Driver(path, store.uri) as other:
-        other.wait_for(lambda: under_way(store, made))  # the other driver has one of the two trials
-
-        def kill():
-            wait(lambda: len(list(Path(store.uri).rglob("claim-*"))) == 2)
-            other.kill()
-            other.communicate()
-
-        finishes(meanwhile=kill)
 
 
 # ---------------------------------------------------------------- files
