@@ -17,7 +17,7 @@ from mkdocs.structure.files import File
 
 import pld_ray
 from pld_ray.cli.main import app
-from pld_ray.config.schema import experiment_schema
+from pld_ray.config.schema import experiment_schema, loss_schema
 from pld_ray.losses.registry import REGISTRY, public_names
 
 ROOT = Path(__file__).parent.parent
@@ -145,14 +145,11 @@ def losses() -> str:
     ]
     takes = {"logits": "its logits", "order": "its logits and their order", "features": "features"}
     for name, params in sorted(REGISTRY.items()):
-        start, _, arguments = (params.__doc__ or "").partition("Args:\n")
-        schema = params.model_json_schema()
+        schema = loss_schema(params)
         schema["properties"].pop("name")
-        for argument, said in re.findall(r"^ {4}(\w+): (.*(?:\n {8}.*)*)", arguments, re.MULTILINE):
-            if argument in schema["properties"]:
-                schema["properties"][argument]["description"] = " ".join(said.split())
         taken = takes.get(params.takes, "nothing")
-        text += [f"## {name}", f"{params.label} in tables. From the teacher: {taken}.", start]
+        text += [f"## {name}", f"{params.label} in tables. From the teacher: {taken}."]
+        text.append(schema["description"])
         if schema["properties"]:
             text.append(_table(schema))
     return "\n\n".join(text) + "\n"

@@ -88,7 +88,7 @@ def test_any_method_is_the_reference(results, wanted, name, gains, tmp_path):
     }
     assert f"{name} gain" in comparison.printed(table)
     assert f"{name} against" in comparison.printed_against(against)
-    said = " ".join(comparison.text(comparison.compared(frame), chosen).split())
+    said = " ".join(comparison.text(comparison.tables(frame), chosen).split())
     assert f"{name} gain: top-1 of {name} minus top-1 of" in said and "PLD gain" not in said
     names = [path.stem for path in methods.draw(frame, frames.curves(made, store), tmp_path)]
     assert names == ["accuracy", "gains", "curves"]
@@ -104,7 +104,7 @@ def test_without_pld_the_first_method_is_the_reference(experiment, tmp_path):
     alone = comparison.comparison(frame)
     assert comparison.reference_name(alone) == ""
     assert not [column for column in comparison.printed(alone) if "gain" in column]
-    assert "gain" not in comparison.text(comparison.compared(frame), made.experiment)
+    assert "gain" not in comparison.text(comparison.tables(frame), made.experiment)
 
 
 def test_a_reference_that_is_no_method_is_refused(experiment):
@@ -160,7 +160,7 @@ def test_gains_are_paired_by_seed(results):
 
 def test_tables_as_text_and_files(results, tmp_path):
     made, store = results
-    own = comparison.compared(frames.frame(made, store))
+    own = comparison.tables(frames.frame(made, store))
     text = comparison.text(own, made.experiment)
     rows = [[c.strip() for c in line.split("|")[1:-1]] for line in text.splitlines() if "|" in line]
     assert ["CE", "82.00 ± 2.00", "+8.00", "–", "–", "10.0 ± 0.0", "3.0 ± 0.0", "3"] in rows
@@ -194,7 +194,7 @@ def test_other_axes_become_settings_and_losses_without_teacher_stay_in_their_pai
     ce = frame[frame["loss"] == "ce"]
     assert set(ce["teacher"]) == {"resnet20", "wrn_16_2"}
     assert ce["id"].nunique() == 6  # 2 rates x 3 seeds: the teacher makes no other trial of it
-    text = comparison.text(comparison.compared(frame), made.experiment)
+    text = comparison.text(comparison.tables(frame), made.experiment)
     assert "wrn_16_2 → resnet8" in text and "optimizer.lr 0.2" in text
 
 

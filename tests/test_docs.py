@@ -25,6 +25,7 @@ from pld_ray import plugins
 from pld_ray.cli.main import app
 from pld_ray.config.experiment import Experiment, load_experiment
 from pld_ray.config.planning import plan
+from pld_ray.sweep import search
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
@@ -120,7 +121,8 @@ def test_yaml_is_valid(page, tmp_path, monkeypatch):
                 base["base"][name] = value
         path = tmp_path / f"shown-{number}.yaml"
         path.write_text(yaml.safe_dump(base))
-        assert plan(load_experiment(path)).trials or base.get("search"), text
+        made = load_experiment(path)
+        assert plan(made).trials or search.groups(made), text
 
 
 def named(page, endings):

@@ -152,7 +152,7 @@ def test_a_ray_that_does_not_start_is_told_in_a_sentence(monkeypatch):
     monkeypatch.setattr(ray, "init", init)
     monkeypatch.setattr(ray, "shutdown", lambda: None)
     said, failures = "The current node timed out during startup. This could happen because ...", 9
-    with pytest.raises(InputError, match="did not start on this machine in 4"), cluster.connected():
+    with pytest.raises(InputError, match="did not start on this machine in 3"), cluster.connected():
         pass
     started, failures = [], 2
     with cluster.connected():

@@ -14,7 +14,7 @@ from matplotlib.ticker import LogFormatter, MaxNLocator
 from analysis.figures.style import PAGE, STYLE, Picture, method_colours, save
 from analysis.tables import comparison
 
-MOST_REPORTED = 6  # methods that only results from elsewhere have, in one section of a figure
+MOST_REPORTED = 6  # methods without a bar in one section of a figure
 
 
 def draw(
@@ -63,13 +63,13 @@ def accuracy(
         colours: The colour of each method.
         reported: Results from elsewhere, as returned by `records.imported.beside`.
     """
-    if reported is None or reported.empty:
+    if reported is None:
         reported = pd.DataFrame(columns=["student", "teacher", "setting", "method"])
     reported = reported[reported["method"] != "Teacher"]
     sections = list(records.groupby(["student", "teacher", "setting"], sort=False))
     elsewhere = [_elsewhere(section, key, reported) for key, section in sections]
     names = [
-        list(dict.fromkeys([*section["method"], *(found["method"] if len(found) else ())]))
+        list(dict.fromkeys([*section["method"], *found["method"]]))
         for (_, section), found in zip(sections, elsewhere, strict=True)
     ]
     methods = max(len(shown) for shown in names)
@@ -216,5 +216,6 @@ def _title(key: Any) -> str:
 
 
 def _wrap(label: str) -> str:
-    """Break a label into lines at its parameters."""
+    """Break a label into lines at its parameters; a dollar sign begins no formula."""
+    label = label.replace("$", r"\$")
     return label.replace(" (", "\n(").replace(", ", ",\n")

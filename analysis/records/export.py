@@ -24,10 +24,10 @@ def frame(trials: dict[str, Trial], store: Store) -> pd.DataFrame:
         store: The store that holds their records.
 
     Returns:
-        The columns id, label, state (done, failed, stopped, begun, not begun), why and epoch, then
+        The columns id, label, epoch, state (done, failed, stopped, begun, not begun) and why, then
         trial.* (the spec of the trial), metrics.*, seconds.* and environment.* as in the record.
         For a trial that is not done, the metrics are those of its last epoch. Lists are written as
-        JSON.
+        JSON. docs/results.md names all columns.
     """
     rows = [_row(key, trials[key], outcome) for key, outcome in store.outcomes(trials).items()]
     table = pd.json_normalize(rows)
@@ -46,16 +46,19 @@ def _row(key: str, trial: Trial, outcome: Outcome) -> dict[str, Any]:
     """Return the row of one trial as a nested dictionary."""
     spec = trial.model_dump(mode="json")
     record, history = outcome.record, outcome.epochs
-    row: dict[str, Any] = {"id": key, "label": trial.label, "epoch": len(history), "trial": spec}
+    row: dict[str, Any] = {"id": key, "label": trial.label, "epoch": len(history)}
+    row |= {"state": "begun" if history else "not begun", "why": None, "trial": spec}
     if record is not None:
         kept = ("metrics", "seconds", "environment", "weights_sha256", "finished", "parameters")
         return row | {"state": "done", **{name: record.get(name) for name in kept}}
-    row |= {"state": "begun" if history else "not begun"}
     if outcome.stopped is not None:
         row |= {"state": "stopped", "why": outcome.stopped["by"]}
     if outcome.failure is not None:
         row |= {"state": "failed", "why": outcome.failure["reason"]}
-    return row | ({"metrics": history[-1]} if history else {})
+    spent = {"epoch", "teacher_images"}  # of one epoch; a record has the sums under seconds.*
+    last = history[-1] if history else {}
+    metrics = {k: v for k, v in last.items() if k not in spent and not k.endswith("seconds")}
+    return row | ({"metrics": metrics} if metrics else {})
 
 
 def check(path: Path) -> None:

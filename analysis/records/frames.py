@@ -29,7 +29,8 @@ def frame(plan: Plan, store: Store) -> pd.DataFrame:
         A DataFrame with these columns:
 
         - id, seed, loss, epochs, optimizer: from the trial.
-        - dataset: its name in YAML; "" in a miniature, which has other data than it stands for.
+        - dataset: its name in YAML; "" if the trial has only a part of it (`holdout`, `limit`), and
+          in a miniature, which has other data than it stands for.
         - own_metrics: the names of its metrics from plug-ins.
         - student, teacher: names of the networks. The teacher is the one that the experiment names,
           also for losses that do not use it.
@@ -54,13 +55,14 @@ def frame(plan: Plan, store: Store) -> pd.DataFrame:
         plan.cells, plan.originals, named, references, strict=True
     ):
         record = records.get(cell.trial.id)
+        whole = not (cell.trial.data.holdout or cell.trial.data.limit)
         row: dict[Any, Any] = {
             "id": cell.trial.id,
             **place,
             "loss": cell.trial.loss.name,
             "epochs": cell.trial.epochs,
             "optimizer": cell.trial.optimizer.name,
-            "dataset": "" if plan.experiment.miniature_of else cell.trial.data.name,
+            "dataset": cell.trial.data.name if whole and not plan.experiment.miniature_of else "",
             "own_metrics": cell.trial.metrics,
             "original": original.trial,
             "original_teacher": original.teacher or "",

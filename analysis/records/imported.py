@@ -7,8 +7,10 @@ experiments on the same dataset and pair of networks.
 
 from __future__ import annotations
 
+import csv
 import io
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +21,11 @@ from pld_ray.losses import REGISTRY
 from pld_ray.store.store import Store
 
 FOLDER = "imported"
-PLACE = ["dataset", "student", "teacher", "setting", "method", "source", "note"]
+PLACE = ["dataset", "student", "teacher", "setting", "method", "source"]
 REQUIRED = ["dataset", "student", "method", "top1"]
-COLUMNS = [*PLACE, "top1", "std", "n"]
-KNOWN = [*COLUMNS, "seed"]
+OPTIONAL = ["teacher", "setting", "source", "note", "std", "n", "seed"]
+NUMBERS = ["top1", "std", "n"]
+COLUMNS = [*PLACE, "note", *NUMBERS]
 
 
 def read(path: Path) -> tuple[pd.DataFrame, list[str]]:
@@ -34,71 +37,136 @@ def read(path: Path) -> tuple[pd.DataFrame, list[str]]:
             with one row per seed: then mean, standard deviation (n - 1) and n are computed.
 
     Returns:
-        A table with the columns `COLUMNS`, and the names of the columns that are not used. Methods
-        that are named like a loss have its label. std and n are NaN where they are not known.
+        A table with the columns `COLUMNS`, and the names of the columns that are not used. std and
+        n are NaN where they are not known.
 
     Raises:
         InputError: The file cannot be read, or a row is not valid.
     """
+    header, lines = _cells(path)
+    for name in REQUIRED:
+        if name not in header:
+            raise InputError(
+                f"{path}: the column {name!r} is missing: expected {', '.join(REQUIRED)}, and if "
+                f"known {', '.join(OPTIONAL)}; it has {', '.join(header)}"
+            )
+    if not lines:
+        raise InputError(f"{path}: expected at least one row below the header")
+    rows = [_row(f"{path}, line {at}", dict(zip(header, line, strict=True))) for at, line in lines]
+    for row in rows:
+        row["source"] = row["source"] or path.stem
+    table = pd.DataFrame(rows)
+    if table["top1"].max() <= 1:
+        raise InputError(f"{path}: no top1 is above 1: expected percentages, such as 74.9")
+    if (table["seed"] != "").any():
+        table = _averaged(path, table)
+    unused = [name for name in header if name not in (*REQUIRED, *OPTIONAL)]
+    return table[COLUMNS].drop_duplicates(ignore_index=True), unused
+
+
+def _cells(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
+    """Return the header of a CSV file, and its rows that are not empty with their lines."""
     try:
-        rows = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig")
+        text = path.read_bytes().decode("utf-8-sig")
+        reader = csv.reader(io.StringIO(text, newline=""), skipinitialspace=True, strict=True)
+        found = [(reader.line_num, [cell.strip() for cell in row]) for row in reader]
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
-        said = str(error).strip().splitlines()[0]
-        raise InputError(f"{path}: expected a CSV file in UTF-8: {said}") from None
-    rows.columns = rows.columns.str.strip()
-    for name in REQUIRED:
-        if name not in rows:
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{path}: expected a CSV file in UTF-8: {error}") from None
+    found = [(at, row) for at, row in found if any(row)]
+    if not found:
+        raise InputError(f"{path}: expected a CSV file with a header; it is empty")
+    header = [name.lower() for name in found[0][1]]
+    for name in header:
+        if header.count(name) > 1:
+            raise InputError(f"{path}: the column {name!r} is there twice")
+    for at, row in found[1:]:
+        if len(row) != len(header):
             raise InputError(
-                f"{path}: the column {name!r} is missing: expected {', '.join(REQUIRED)}, "
-                f"and if known {', '.join(_optional())}; it has {', '.join(map(str, rows))}"
+                f"{path}, line {at}: {len(row)} fields, and the header has {len(header)}: expected "
+                "a text with commas in double quotes, and numbers with a point"
             )
-    if rows.empty:
-        raise InputError(f"{path}: expected at least one row below the header")
-    unused = [str(name) for name in rows if name not in KNOWN]
-    rows = rows.drop(columns=unused).apply(lambda column: column.str.strip())
-    rows = rows.reindex(columns=KNOWN, fill_value="")
+    return header, found[1:]
+
+
+def _row(where: str, row: dict[str, str]) -> dict[str, Any]:
+    """Return a checked row with all columns of a file."""
+    row = dict.fromkeys(OPTIONAL, "") | row
     for name in ("dataset", "student", "method"):
-        _check(path, rows, name, rows[name] != "", "expected a name")
-    rows["source"] = rows["source"].where(rows["source"] != "", path.stem)
-    labels = {name: params.label for name, params in REGISTRY.items()} | {"teacher": "Teacher"}
-    rows["method"] = rows["method"].map(lambda method: labels.get(method.lower(), method))
-    numbers = rows[["top1", "std", "n", "seed"]].apply(pd.to_numeric, errors="coerce")
-    top1, std, n = numbers["top1"], numbers["std"], numbers["n"]
-    _check(path, rows, "top1", (top1 >= 0) & (top1 <= 100), "expected a percentage, 0 to 100")
-    _check(path, rows, "std", (rows["std"] == "") | (std >= 0), "expected percentage points, or ''")
-    whole = (n >= 1) & (n == n.round())
-    _check(path, rows, "n", (rows["n"] == "") | whole, "expected a number of seeds, or ''")
-    if top1.max() <= 1:
-        raise InputError(f"{path}: no top1 is above 1: expected percentages, such as 74.9")
-    rows[["top1", "std", "n"]] = numbers[["top1", "std", "n"]]
-    if (rows["seed"] != "").any():
-        rows = _averaged(path, rows)
-    return rows[COLUMNS].drop_duplicates(ignore_index=True), unused
+        if not row[name]:
+            raise InputError(f"{where}: {name} is '': expected a name")
+    if row["method"].lower() == "teacher":
+        row["method"] = "Teacher"
+        if not row["teacher"]:
+            raise InputError(f"{where}: teacher is '': expected its name for the method Teacher")
+    if row["seed"] and not re.fullmatch(r"\d+", row["seed"]):
+        raise InputError(f"{where}: seed is {row['seed']!r}: expected a whole number")
+    numbers = {
+        "top1": _number(where, row, "top1", "a percentage, 0 to 100"),
+        "std": _number(where, row, "std", "percentage points, 0 to 100, or ''"),
+        "n": _number(where, row, "n", "a number of seeds, or ''", 1e9),
+    }
+    if math.isnan(numbers["top1"]):
+        raise InputError(f"{where}: top1 is '': expected a percentage, 0 to 100")
+    if numbers["n"] < 1 or numbers["n"] % 1 > 0:
+        raise InputError(f"{where}: n is {row['n']!r}: expected a number of seeds, or ''")
+    return row | numbers
 
 
-def _optional() -> list[str]:
-    return [name for name in KNOWN if name not in REQUIRED]
-
-
-def _check(path: Path, rows: pd.DataFrame, name: str, valid: pd.Series, expected: str) -> None:
-    """Raise InputError that names the first row that is not valid; row 1 is the header."""
-    if not valid.all():
-        at = int((~valid).to_numpy().argmax())
-        raise InputError(f"{path}, row {at + 2}: {name} is {rows[name].iloc[at]!r}: {expected}")
+def _number(where: str, row: dict[str, str], name: str, expected: str, most: float = 100) -> float:
+    """Return a number of a row, NaN if there is none."""
+    try:
+        value = float(row[name]) if row[name] else None
+    except ValueError:
+        value = math.inf
+    if value is None:
+        return math.nan
+    if not 0 <= value <= most:
+        raise InputError(f"{where}: {name} is {row[name]!r}: expected {expected}")
+    return value
 
 
 def _averaged(path: Path, rows: pd.DataFrame) -> pd.DataFrame:
     """Return one row per result from one row per seed."""
-    _check(path, rows, "seed", rows["seed"] != "", "expected a seed, as in other rows")
-    for name in ("std", "n"):
-        empty = rows[name].isna()
-        _check(path, rows, name, empty, "expected '', because each row is one seed")
-    twice = rows.duplicated([*PLACE, "seed"])
-    _check(path, rows, "seed", ~twice, "this seed of this method is in a row above")
-    groups = rows.groupby(PLACE, sort=False)["top1"]
-    return groups.agg(top1="mean", std="std", n="size").reset_index()
+    for row in rows.to_dict("records"):
+        if not row["seed"] or not math.isnan(row["std"]) or not math.isnan(row["n"]):
+            raise InputError(
+                f"{path}: {row['method']} of {row['student']} has the seed {row['seed']!r}: "
+                "expected a seed in all rows or in none, and no std and n beside it"
+            )
+    twice = rows[rows.assign(seed=rows["seed"].astype(int)).duplicated([*PLACE, "seed"])]
+    for row in twice.to_dict("records"):
+        raise InputError(
+            f"{path}: the seed {row['seed']} of {row['method']} and {row['student']} is there "
+            "twice: expected one row for each seed"
+        )
+    groups = rows.groupby(PLACE, sort=False)
+    top1 = groups["top1"]
+    found = groups.agg(note=("note", "first"), top1=("top1", "mean"), n=("top1", "size"))
+    return found.assign(std=top1.std()).reset_index()
+
+
+def notes(table: pd.DataFrame, unused: list[str]) -> list[str]:
+    """Return sentences about what a table has but the program does not know, such as a network."""
+    import timm
+
+    import pld_ray.models  # noqa: F401 - registers our networks
+
+    said = [f"columns that are not used: {', '.join(unused)}"] if unused else []
+    known = {*timm.list_models(), *timm.list_pretrained()}
+    names = [name for name in {*table["student"], *table["teacher"]} - {""} if name not in known]
+    if names:
+        hints = [f"{name!r} ({nearest(name, known)})" for name in sorted(names)[:5]]
+        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+        said.append(
+            f"networks that are neither timm's nor ours: {', '.join(hints)}{more}; they only stand "
+            "beside networks of plug-ins with the same name"
+        )
+    return said
+
+
+# ---------------------------------------------------------------- in a storage
 
 
 def keep(table: pd.DataFrame, name: str, store: Store) -> bool:
@@ -106,10 +174,16 @@ def keep(table: pd.DataFrame, name: str, store: Store) -> bool:
 
     Returns:
         Whether it replaced a table of this name.
+
+    Raises:
+        InputError: The name has other characters than letters, digits, "_", "." and "-".
     """
-    path = f"{FOLDER}/{name}.csv"
-    known = store.files.read(path) is not None
-    store.files.write(path, table.to_csv(index=False).encode())
+    if not re.fullmatch(r"[A-Za-z0-9_][\w.-]*", name, re.ASCII):
+        raise InputError(
+            f"import: the name of the file is {name!r}: expected letters, digits, '_', '.' and '-'"
+        )
+    known = name in _names(store)
+    store.files.write(f"{FOLDER}/{name}.csv", table.to_csv(index=False).encode())
     return known
 
 
@@ -119,11 +193,36 @@ def remove(name: str, store: Store) -> None:
     Raises:
         InputError: The storage has no table of this name.
     """
-    names = [Path(path).stem for path in store.files.listed(FOLDER)]
+    names = _names(store)
     if name not in names:
         hint = nearest(name, names) if names else "nothing has been imported"
         raise InputError(f"import: there are no imported results {name!r} in {store.uri}; {hint}")
     store.files.delete(f"{FOLDER}/{name}.csv")
+
+
+def _names(store: Store) -> list[str]:
+    """Return the names of the tables of a storage."""
+    paths = sorted(store.files.listed(FOLDER))
+    return [path.removesuffix(".csv") for path in paths if re.fullmatch(r"[^/]+\.csv", path)]
+
+
+def _all(store: Store) -> pd.DataFrame:
+    """Return the rows of all tables of a storage."""
+    tables = []
+    paths = [f"{FOLDER}/{name}.csv" for name in _names(store)]
+    for path, content in sorted(store.files.read_many(paths).items()):
+        try:
+            table = pd.read_csv(io.BytesIO(content), dtype=str, keep_default_na=False)[COLUMNS]
+            tables.append(table.assign(**table[NUMBERS].apply(pd.to_numeric)))
+        except (ValueError, KeyError):
+            raise InputError(
+                f"{store.files.place(path)}: expected what `pld-ray import` writes: import it "
+                "again, or delete it"
+            ) from None
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=COLUMNS)
+
+
+# ---------------------------------------------------------------- beside an experiment
 
 
 def beside(records: pd.DataFrame, store: Store) -> pd.DataFrame:
@@ -135,65 +234,74 @@ def beside(records: pd.DataFrame, store: Store) -> pd.DataFrame:
 
     Returns:
         One row per result with the columns student, teacher, setting and method as in `records`,
-        source, note, reported, reported_std, reported_n, then top1, top1_std and n (our own; NaN
-        and 0 without a finished trial), and difference (ours minus reported). A result whose
-        setting is not given is shown only where the pair has a single setting. A miniature has
-        other data and networks, so nothing is beside it.
+        source, note, reported, reported_std, reported_n, then our own top1, top1_std, n and planned
+        (numbers of finished trials and of all), and difference (ours minus reported). A result
+        whose setting is not given is left out where its pair has several settings on its dataset.
     """
-    names = ["student", "teacher", "setting", "method", "source", "note"]
-    names += ["reported", "reported_std", "reported_n", "top1", "top1_std", "n", "difference"]
-    rows: list[dict[str, Any]] = []
-    known = _all(store)
-    if known.empty:
-        return pd.DataFrame(rows, columns=names)
-    settings: Any = records.groupby(["student", "teacher"])["setting"].nunique()
-    for key, section in records.groupby(["student", "teacher", "setting"], sort=False):
-        student, teacher, setting = key
-        datasets = {form for name in section["dataset"].unique() if name for form in _forms(name)}
-        only = settings[student, teacher] == 1
-        fits = (known["student"] == student) & known["dataset"].isin(datasets)
-        fits &= known["teacher"].isin([teacher, ""])
-        fits &= (known["setting"] == setting) | ((known["setting"] == "") & only)
-        for row in known[fits].to_dict("records"):
-            method = _method(section, row["method"])
-            top1 = section.loc[section["method"] == method, "top1"].dropna()
-            if method == "Teacher" and "teacher_top1" in section:
-                top1 = section["teacher_top1"].dropna()[:1]
-            ours = float(top1.mean()) if len(top1) else math.nan
-            place = dict(zip(names, (*key, method, row["source"], row["note"]), strict=False))
-            place |= {f"reported_{name}": row[name] for name in ("std", "n")}
-            place |= {"reported": row["top1"], "top1": ours, "top1_std": float(top1.std())}
-            rows.append(place | {"n": len(top1), "difference": ours - row["top1"]})
-    return pd.DataFrame(rows, columns=names)
+    names = ["student", "teacher", "setting", "method", "source", "note", "reported"]
+    names += ["reported_std", "reported_n", "top1", "top1_std", "n", "planned", "difference"]
+    groups: Any = records.groupby(["student", "teacher", "setting"], sort=False)
+    sections: list[tuple[tuple[str, str, str], pd.DataFrame]] = list(groups)
+    rows: list[tuple[int, dict[Any, Any]]] = []
+    for row in _all(store).to_dict("records"):
+        fits = [
+            at
+            for at, ((student, teacher, _), section) in enumerate(sections)
+            if row["student"] == student
+            and row["teacher"] in (teacher, "")
+            and row["dataset"].lower() in _forms(section["dataset"].iloc[0])
+        ]
+        if row["setting"]:
+            fits = [at for at in fits if sections[at][0][2] == row["setting"]]
+        pairs = [sections[at][0][:2] for at in fits]
+        for at in fits:
+            if row["setting"] or pairs.count(sections[at][0][:2]) == 1:
+                rows.append((at, row))
+    rows.sort(key=lambda found: found[0])
+    table = [_beside(row, sections[at][1], sections[at][0][2]) for at, row in rows]
+    return pd.DataFrame(table, columns=names)
 
 
-def _all(store: Store) -> pd.DataFrame:
-    """Return all tables of a storage."""
-    paths = sorted(path for path in store.files.listed(FOLDER) if path.endswith(".csv"))
-    kept = store.files.read_many([f"{FOLDER}/{path}" for path in paths])
-    text = dict.fromkeys(PLACE, str)
-    tables = [
-        pd.read_csv(
-            io.BytesIO(kept[path]),
-            dtype=text,
-            keep_default_na=False,
-            na_values={name: [""] for name in ("top1", "std", "n")},
-        )
-        for path in sorted(kept)
-    ]
-    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=COLUMNS)
+def _beside(row: dict[Any, Any], section: pd.DataFrame, setting: str) -> dict[Any, Any]:
+    """Return a result with our own numbers of its method in a section."""
+    method = _method(section, row["method"])
+    own = section[section["method"] == method]
+    top1, planned = own["top1"].dropna(), len(own)
+    if method == "Teacher" and "teacher_top1" in section:
+        top1 = pd.Series([section["teacher_top1"].mean()]).dropna()
+        planned = 1
+    return row | {
+        "setting": setting,
+        "method": method,
+        "teacher": section["teacher"].iloc[0],
+        "reported": row["top1"],
+        "reported_std": row["std"],
+        "reported_n": row["n"],
+        "top1": top1.mean(),
+        "top1_std": top1.std(),
+        "n": len(top1),
+        "planned": planned,
+        "difference": top1.mean() - row["top1"],
+    }
 
 
 def _forms(name: str) -> set[str]:
     """Return the names of a dataset in a CSV: as in YAML, or only its last part."""
-    return {name, name.rpartition(":")[2], name.rpartition(":")[2].rpartition("/")[2]}
+    name = name.lower()
+    return {name, name.rpartition(":")[2], name.rpartition(":")[2].rpartition("/")[2]} - {""}
 
 
 def _method(section: pd.DataFrame, wanted: str) -> str:
     """Return the method of a section that a name means: its method, or the only one of a loss."""
-    methods = section["method"].unique()
-    if wanted in methods:
-        return wanted
-    own = section[section["loss"].map(lambda loss: REGISTRY[loss].label) == wanted]
-    found = own["method"].unique()
-    return str(found[0]) if len(found) == 1 else wanted
+
+    def plain(name: str) -> str:
+        return re.sub(r"\s", "", name).lower()
+
+    for method in section["method"].unique():
+        if plain(method) == plain(wanted):
+            return str(method)
+    meant = {loss for loss in REGISTRY if plain(wanted) in (loss, plain(REGISTRY[loss].label))}
+    found = section.loc[section["loss"].isin(meant), "method"].unique()
+    if len(found) == 1:
+        return str(found[0])
+    return REGISTRY[meant.pop()].label if meant else wanted

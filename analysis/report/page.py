@@ -174,20 +174,20 @@ def _section(
 
 def _ours(plan: Plan, store: Store, frame: pd.DataFrame, folder: Path) -> list[Block]:
     """Return the comparison of an experiment's trials, and its figures and landscapes."""
-    table = comparison.comparison(frame)
+    own = comparison.tables(frame, imported.beside(frame, store))
+    table = own.numbers
     cells, legend = comparison.printed(table), " ".join(comparison.legend(table))
     blocks = [Block("All metrics", cells, comparison.labels(cells), caption=legend)]
-    reported = imported.beside(frame, store)
-    if len(reported):
-        shown = comparison.printed_reported(reported)
-        columns = list(shown.columns).index("Reported top-1 %")
-        blocks.append(Block("Results from elsewhere", shown, columns, caption=comparison.REPORTED))
-    against = comparison.printed_against(comparison.against(frame))
+    if len(own.reported):
+        shown = comparison.printed_reported(own.reported, table)
+        named, caption = comparison.labels(shown), comparison.REPORTED
+        blocks.append(Block("Results from elsewhere", shown, named, caption=caption))
+    against = comparison.printed_against(own.against)
     if len(against):
         name = comparison.reference_name(table)
         caption = comparison.explained(name)
         blocks.append(Block(f"{name} against the other methods", against, caption=caption))
-    drawn = methods.draw(frame, frames.curves(plan, store), folder, reported)
+    drawn = methods.draw(frame, frames.curves(plan, store), folder, own.reported)
     blocks += [Block(image=path) for path in drawn]
     trials = weights.students(plan, store)
     kept = {name: store.landscape(trial.id) for name, trial in trials.items()}

@@ -1,6 +1,6 @@
 """Tables of one experiment's trials: all methods and metrics, and paired comparisons of methods.
 
-`compared` computes the numbers, by `comparison`, `against` and `all_pairs`. `text` and `write`
+`tables` computes the numbers, by `comparison`, `against` and `all_pairs`. `text` and `write`
 format them as Markdown, CSV and LaTeX (booktabs). The reference is the method with which the others
 are compared (`Experiment.reference`).
 """
@@ -27,7 +27,7 @@ METRICS = ["top1", "top5", "kl_teacher_student", "agreement", "ece", "seconds"]
 
 
 @dataclass(frozen=True)
-class Compared:
+class Tables:
     """The numbers of all tables of an experiment.
 
     Attributes:
@@ -43,9 +43,9 @@ class Compared:
     reported: pd.DataFrame
 
 
-def compared(
+def tables(
     records: pd.DataFrame, reported: pd.DataFrame | None = None, all_pairs_too: bool = False
-) -> Compared:
+) -> Tables:
     """Compare the methods of an experiment.
 
     Args:
@@ -53,7 +53,7 @@ def compared(
         reported: Results from elsewhere, as returned by `records.imported.beside`.
         all_pairs_too: Whether to compare every two methods.
     """
-    return Compared(
+    return Tables(
         comparison(records),
         against(records),
         all_pairs(records) if all_pairs_too else pd.DataFrame(),
@@ -190,14 +190,9 @@ def printed(table: pd.DataFrame) -> pd.DataFrame:
 
     rows = []
     reference = reference_name(table)
-    several = len(table[["student", "teacher", "setting"]].drop_duplicates()) > 1
     for _, row in table.iterrows():
         teacher = row["loss"] == "teacher"
-        cells = {}
-        if several:
-            cells["Pair"] = _pair(row)
-            if (table["setting"] != "").any():
-                cells["Setting"] = row["setting"]
+        cells = _place(row, table)
         cells["Method"] = row["method"]
         cells["Top-1 %"] = pair(row, "top1", 2)
         if reference:
@@ -214,6 +209,14 @@ def printed(table: pd.DataFrame) -> pd.DataFrame:
         cells["n"] = whole if teacher or done == planned else f"{whole} of {planned:.0f}"
         rows.append(cells)
     return pd.DataFrame(rows)
+
+
+def _place(row: Any, table: pd.DataFrame) -> dict[str, str]:
+    """Return the pair and the setting of a row, if the table of `comparison` has several."""
+    if len(table[["student", "teacher", "setting"]].drop_duplicates()) == 1:
+        return {}
+    several = (table["setting"] != "").any()
+    return {"Pair": _pair(row)} | ({"Setting": row["setting"]} if several else {})
 
 
 def _pair(row: Any) -> str:
@@ -253,30 +256,31 @@ def explained(reference: str = "the method") -> str:
     )
 
 
-def printed_reported(table: pd.DataFrame) -> pd.DataFrame:
-    """Format the results from elsewhere as strings, beside our own."""
+def printed_reported(reported: pd.DataFrame, table: pd.DataFrame) -> pd.DataFrame:
+    """Format the results from elsewhere as strings, beside our own.
 
-    def pair(mean: float, std: float) -> str:
+    Args:
+        reported: Results as returned by `records.imported.beside`.
+        table: The table of `comparison`.
+    """
+
+    def pair(mean: float, std: float, n: float, planned: float = math.nan) -> str:
         if math.isnan(mean):
             return MISSING
-        return f"{mean:.2f}" + ("" if math.isnan(std) else f" ± {std:.2f}")
+        spread = "" if math.isnan(std) else f" ± {std:.2f}"
+        seeds = "" if math.isnan(n) or n == planned else f" (n = {n:.0f})"
+        return f"{mean:.2f}{spread}{seeds}"
 
     lines = []
-    several = len(table[["student", "teacher", "setting"]].drop_duplicates()) > 1
-    for row in table.to_dict("records"):
-        place = {}
-        if several:
-            place["Pair"] = _pair(row)
-            if (table["setting"] != "").any():
-                place["Setting"] = row["setting"]
+    for row in reported.to_dict("records"):
         missing = math.isnan(row["difference"])
         lines.append(
-            place
+            _place(row, table)
             | {
                 "Method": row["method"],
                 "Source": row["source"] + (f" ({row['note']})" if row["note"] else ""),
-                "Reported top-1 %": pair(row["reported"], row["reported_std"]),
-                "Ours %": pair(row["top1"], row["top1_std"]),
+                "Reported top-1 %": pair(row["reported"], row["reported_std"], row["reported_n"]),
+                "Ours %": pair(row["top1"], row["top1_std"], row["n"], row["planned"]),
                 "Difference": MISSING if missing else signed(row["difference"]),
             }
         )
@@ -290,7 +294,7 @@ REPORTED = (
 )
 
 
-def text(own: Compared, experiment: Experiment) -> str:
+def text(own: Tables, experiment: Experiment) -> str:
     """Format the tables as Markdown whose columns also line up as plain text.
 
     Args:
@@ -303,9 +307,8 @@ def text(own: Compared, experiment: Experiment) -> str:
     head = [title if "Pair" in cells else f"{title}: {_pair(only)}", ""]
     tail = ["", *_legend(table, experiment)]
     if len(own.reported):
-        shown = printed_reported(own.reported)
-        columns = list(shown.columns).index("Reported top-1 %")
-        tail += ["", rendering.markdown(shown, columns), "", textwrap.fill(REPORTED, 100)]
+        shown = printed_reported(own.reported, table)
+        tail += ["", rendering.markdown(shown, labels(shown)), "", textwrap.fill(REPORTED, 100)]
     if len(own.against):
         tail += ["", rendering.markdown(printed_against(own.against), 1)]
         tail += ["", textwrap.fill(explained(reference_name(table)), 100)]
@@ -317,7 +320,8 @@ def text(own: Compared, experiment: Experiment) -> str:
 
 def labels(cells: pd.DataFrame) -> int:
     """Return the number of leading columns that identify the row."""
-    return list(cells.columns).index("Top-1 %")
+    first = "Top-1 %" if "Top-1 %" in cells else "Reported top-1 %"
+    return list(cells.columns).index(first)
 
 
 def legend(table: pd.DataFrame) -> list[str]:
@@ -341,7 +345,7 @@ def _legend(table: pd.DataFrame, experiment: Experiment) -> list[str]:
     return [*lines, *([experiment.note] if experiment.note else [])]
 
 
-def write(own: Compared, folder: Path, experiment: Experiment) -> list[Path]:
+def write(own: Tables, folder: Path, experiment: Experiment) -> list[Path]:
     """Write table.md, table.csv (full precision), table.tex and, unless they are empty, the others.
 
     These are reported.csv, against.csv and pairs.csv.
@@ -361,8 +365,9 @@ def write(own: Compared, folder: Path, experiment: Experiment) -> list[Path]:
     cells = printed(own.numbers)
     paths[2].write_text(rendering.latex(cells, labels(cells)), encoding="utf-8")
     for name in ("reported", "against", "pairs"):
-        table = getattr(own, name)
+        table, path = getattr(own, name), folder / f"{name}.csv"
+        path.unlink(missing_ok=True)  # of an earlier call
         if len(table):
-            paths.append(folder / f"{name}.csv")
-            table.to_csv(paths[-1], index=False)
+            paths.append(path)
+            table.to_csv(path, index=False)
     return paths

@@ -37,7 +37,8 @@ def markdown(cells: pd.DataFrame, labels: int) -> str:
         cells: The table.
         labels: The number of leading columns to align left; the others are aligned right.
     """
-    lines = [list(cells.columns), *cells.astype(str).values.tolist()]
+    texts = cells.astype(str).replace({r"\s*[\r\n]+\s*": " ", r"\|": r"\\|"}, regex=True)
+    lines = [list(cells.columns), *texts.values.tolist()]
     widths = [max(3, *(len(line[i]) for line in lines)) for i in range(len(lines[0]))]
 
     def row(line: list[str]) -> str:

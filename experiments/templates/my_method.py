@@ -27,8 +27,8 @@ class MyLoss(DistillationLoss):
     def losses(self, student, teacher, labels, kept):
         """Return the loss of each sample [N].
 
-        student and teacher are logits [N, C], labels [N]. `kept` is None, or marks the classes
-        [N, C] that take part.
+        student and teacher are logits [N, C], labels [N]. `kept` [N] is False at samples whose
+        label is ignored, or None if there are none; such a sample may have any finite loss.
         """
         s, t = (F.softmax(logits / self.temperature, dim=1) for logits in (student, teacher))
         distance = (s - t).square().sum(1) * self.temperature**2

@@ -90,7 +90,8 @@ class Results:
     def frame(self) -> pd.DataFrame:
         """Return one row per trial, teachers included, with the columns of `pld-ray export`.
 
-        These are id, label, state, epoch, trial.* (its settings), metrics.* and seconds.*.
+        These are id, label, epoch, state, why, trial.* (its settings), metrics.*, seconds.* and
+        others (see docs/results.md).
         """
         from analysis.records import export
 
@@ -131,7 +132,7 @@ class Results:
 
         plan = self._comparable()
         frame, experiment = frames.frame(plan, self.store), plan.experiment
-        own = comparison.compared(frame, imported.beside(frame, self.store), all_pairs)
+        own = comparison.tables(frame, imported.beside(frame, self.store), all_pairs)
         parts = [comparison.text(own, experiment)]
         miniature = experiment.miniature_of is not None
         for declared in paper_tables.of_experiment(experiment.name):
@@ -300,8 +301,6 @@ def status(
     frame = Results(planned.trials, Store(os.fspath(storage)), planned).frame()
     frame["label"] = frame["id"].map(planned.labels)
     frame["epochs"] = frame["trial.epochs"]
-    if "why" not in frame:
-        frame["why"] = None
     return frame[["id", "label", "state", "epoch", "epochs", "why"]]
 
 

@@ -309,7 +309,7 @@ def write_tables(plan: Plan, store: Store, out: Path | None, all_pairs: bool = F
     frame = frames.frame(plan, store)
     paths = []
     if frame["finished"].any() or not paper_tables.of_experiment(plan.experiment.name):
-        own = comparison.compared(frame, imported.beside(frame, store), all_pairs)
+        own = comparison.tables(frame, imported.beside(frame, store), all_pairs)
         paths += comparison.write(own, folder, plan.experiment)
         print("\n" + comparison.text(own, plan.experiment) + "\n")
     miniature = plan.experiment.miniature_of is not None

@@ -19,7 +19,7 @@ from pld_ray.cli.options import (
     Storage,
     app,
 )
-from pld_ray.errors import InputError, nearest
+from pld_ray.errors import InputError
 
 
 @app.command()
@@ -250,41 +250,18 @@ def import_(
     from analysis.records import imported
     from pld_ray.store.store import Store
 
-    store = Store(storage)
+    store, name = Store(storage), file.name.removesuffix(".csv")
     if remove:
-        imported.remove(file.stem, store)
-        typer.echo(f"removed the results of {file.stem} from {store.uri}")
+        imported.remove(name, store)
+        typer.echo(f"removed the results of {name} from {store.uri}")
         return
     table, unused = imported.read(file)
-    if unused:
-        typer.echo(f"note: columns that are not used: {', '.join(unused)}", err=True)
-    replaced = imported.keep(table, file.stem, store)
+    replaced = imported.keep(table, name, store)
+    for note in imported.notes(table, unused):
+        typer.echo(f"note: {note}")
     sources = table["source"].nunique()
     typer.echo(
-        f"{'replaced' if replaced else 'imported'} {file.stem}: {len(table)} results from "
+        f"{'replaced' if replaced else 'imported'} {name}: {len(table)} results from "
         f"{sources} {'source' if sources == 1 else 'sources'}; tables and figures of experiments "
         "on the same dataset, student and teacher show them"
     )
-
-
-@app.command()
-def student(
-    trial: Annotated[str, typer.Argument(metavar="TRIAL", help="Id of a finished trial.")],
-    to: Annotated[
-        Path | None, typer.Option(help="Folder to write to. The default is the id of the trial.")
-    ] = None,
-    onnx: Annotated[bool, typer.Option("--onnx", help="Write an ONNX file instead.")] = False,
-    storage: Storage = "results",
-) -> None:
-    """Write a trained student as a folder that timm loads (local-dir:FOLDER), or as ONNX."""
-    from pld_ray.store.store import Store
-
-    store = Store(storage)
-    found = store.trial(trial)
-    if found is None:
-        trials = store.trials()
-        hint = nearest(trial, trials) if trials else "it holds no trials"
-        raise InputError(f"student {trial}: no such trial in {store.uri}; {hint}")
-    from pld_ray.models import export
-
-    session.say("student", export.export_student(found, store, to or Path(trial), onnx))

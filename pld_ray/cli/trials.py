@@ -1,11 +1,13 @@
-"""The commands for one trial: `pld-ray show` and `pld-ray logs`."""
+"""The commands for one trial: `pld-ray show`, `logs` and `student`."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from pld_ray.api import session
 from pld_ray.cli.options import Storage, app
 from pld_ray.errors import InputError, nearest
 
@@ -108,6 +110,25 @@ def sparkline(values: list[float], width: int = 60) -> str:
     low, high = min(values), max(values)
     step = (high - low) / (len(BLOCKS) - 1)
     return "".join(BLOCKS[round((value - low) / step) if step else 0] for value in values)
+
+
+@app.command()
+def student(
+    trial: TrialId,
+    to: Annotated[
+        Path | None, typer.Option(help="Folder to write to. The default is the id of the trial.")
+    ] = None,
+    onnx: Annotated[bool, typer.Option("--onnx", help="Write an ONNX file instead.")] = False,
+    storage: Storage = "results",
+) -> None:
+    """Write a trained student as a folder that timm loads (local-dir:FOLDER), or as ONNX."""
+    from pld_ray.store.store import Store
+
+    store = Store(storage)
+    found = find(trial, store)
+    from pld_ray.models import export  # torch takes seconds
+
+    session.say("student", export.export_student(found, store, to or Path(found.id), onnx))
 
 
 def _number(value: Any) -> str:

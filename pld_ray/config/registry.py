@@ -38,7 +38,8 @@ TAKEN = (  # names in the history of a trial, and columns of tables
     *("epoch", "epochs", "lr", "parameters", "teacher_top1", "images_per_second", "id", "label"),
     *("student", "teacher", "setting", "method", "seed", "loss", "optimizer", "original", "gain"),
     *("original_teacher", "own_metrics", "reference", "finished", "notes", "n", "planned", "state"),
-    *("teacher_images", "failed", "why"),
+    *("teacher_images", "failed", "why", "dataset", "done", "stopped", "open", "trial", "trials"),
+    *("to_draw", "best", "settings"),
 )
 
 

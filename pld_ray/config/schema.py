@@ -93,13 +93,27 @@ def _models(*roots: type[BaseModel]) -> set[type[BaseModel]]:
 
 def _describe(schema: dict[str, Any], model: type[BaseModel]) -> None:
     """Move the descriptions of fields from the docstring of a model to its schema."""
-    text = inspect.getdoc(model) or ""
-    start, _, attributes = text.partition("Attributes:\n")
+    start, said = described(inspect.getdoc(model) or "", "Attributes")
     schema["description"] = " ".join(start.split())
-    for name, said in re.findall(r"^ {4}(\w+): (.*(?:\n {8}.*)*)", attributes, re.MULTILINE):
-        if name in model.model_fields:
-            key = model.model_fields[name].alias or name
-            schema["properties"][key]["description"] = " ".join(said.split())
+    for name in said.keys() & model.model_fields.keys():
+        key = model.model_fields[name].alias or name
+        schema["properties"][key]["description"] = said[name]
+
+
+def described(doc: str, section: str) -> tuple[str, dict[str, str]]:
+    """Return the text of a docstring before a section, and what the section says of each name."""
+    start, _, rest = doc.partition(f"{section}:\n")
+    found = re.findall(r"^ {4}(\w+): (.*(?:\n {8}.*)*)", rest, re.MULTILINE)
+    return start, {name: " ".join(said.split()) for name, said in found}
+
+
+def loss_schema(params: type[LossParams]) -> dict[str, Any]:
+    """Return the JSON Schema of the settings of a loss, with what its docstring says of them."""
+    schema = params.model_json_schema()
+    schema["description"], said = described(params.__doc__ or "", "Args")
+    for name in said.keys() & schema["properties"].keys():
+        schema["properties"][name]["description"] = said[name]
+    return schema
 
 
 def _with_short_forms(schema: Any, named: set[str]) -> Any:
@@ -116,7 +130,7 @@ def _with_short_forms(schema: Any, named: set[str]) -> Any:
 
 def _loss(params: type[LossParams]) -> dict[str, Any]:
     """Return the schema of a loss with its parameters: a value each, or a list of values."""
-    schema = params.model_json_schema()
+    schema = loss_schema(params)
     fields = {
         name: {"anyOf": [field, {"type": "array", "items": field, "minItems": 1}]}
         | {key: field[key] for key in ("default", "description") if key in field}
@@ -125,7 +139,7 @@ def _loss(params: type[LossParams]) -> dict[str, Any]:
     }
     return {
         "title": params.label,
-        "description": schema.get("description", ""),
+        "description": schema["description"].strip(),
         "type": "object",
         "properties": {"name": {"const": params.__name__}, **fields},
         "required": [name for name in schema.get("required", []) if name != "name"],

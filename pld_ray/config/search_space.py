@@ -134,6 +134,11 @@ class Search(Part):
                     raise ValueError(f"space.{field}: algorithm grid needs choice or int")
         elif self.num_trials is None:
             raise ValueError(f"num_trials: algorithm {self.algorithm} needs a number of trials")
+        better = METRICS.get(self.metric, self.mode)
+        if self.mode not in (None, better):
+            raise ValueError(
+                f"mode is {self.mode!r}: expected {better!r} for {self.metric}, or no mode"
+            )
         if self.mode is None and self.metric not in METRICS:
             raise ValueError(
                 f"metric is {self.metric!r}: {nearest(self.metric, METRICS)}; a metric of a "

@@ -79,8 +79,8 @@ def create_loss(loss: str | LossParams, **arguments: Any) -> Any:
 
     Args:
         loss: The name of a loss, such as "kd", or its settings, such as `trial.loss`.
-        arguments: With a name: the arguments of the loss, such as `temperature=2`. All losses on
-            logits also take `ignore_index` and `reduction`.
+        arguments: Arguments of the loss, such as `temperature=2`, which replace those of the
+            settings. All losses on logits also take `ignore_index` and `reduction`.
 
     Raises:
         ValueError: There is no such loss, or an argument is not valid.
@@ -91,7 +91,7 @@ def create_loss(loss: str | LossParams, **arguments: Any) -> Any:
     if name not in CLASSES:
         importlib.import_module(REGISTRY[name].source.partition(":")[0])
     given = {} if isinstance(loss, str) else loss.model_dump(exclude={"name"})
-    return CLASSES[name](**given, **arguments)
+    return CLASSES[name](**(given | arguments))
 
 
 def _describe(

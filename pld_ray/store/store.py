@@ -10,12 +10,13 @@
                    landscape.json       the loss around the trained weights, if it was computed
     ROOT/plugins/NAME-DIGEST.zip        the source of a plug-in that trials use
     ROOT/data/FINGERPRINT.json          a dataset on which trials were trained, and where it was
+    ROOT/imported/NAME.csv              results from elsewhere (analysis/records/imported.py)
     ROOT/searches/KEY/N.json            a point that a search has drawn (search.py)
     ROOT/banks/KEY/bank.json            the description of a bank: whose logits, on which images
                    VIEW/CHUNK.KIND      a part of the logits (bank.py)
 
-Files are verified by their checksums when they are read. Damaged files are treated as missing and
-recomputed: the trial runs again, or starts from its first epoch.
+Records, weights, checkpoints and banks are verified by their checksums when they are read. Damaged
+files are treated as missing and recomputed: the trial runs again, or starts from its first epoch.
 """
 
 from __future__ import annotations
