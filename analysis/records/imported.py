@@ -147,25 +147,6 @@ def _averaged(path: Path, rows: pd.DataFrame) -> pd.DataFrame:
     return found.assign(std=top1.std()).reset_index()
 
 
-def notes(table: pd.DataFrame, unused: list[str]) -> list[str]:
-    """Return sentences about what a table has but the program does not know, such as a network."""
-    import timm
-
-    import pld_ray.models  # noqa: F401 - registers our networks
-
-    said = [f"columns that are not used: {', '.join(unused)}"] if unused else []
-    known = {*timm.list_models(), *timm.list_pretrained()}
-    names = [name for name in {*table["student"], *table["teacher"]} - {""} if name not in known]
-    if names:
-        hints = [f"{name!r} ({nearest(name, known)})" for name in sorted(names)[:5]]
-        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-        said.append(
-            f"networks that are neither timm's nor ours: {', '.join(hints)}{more}; they only stand "
-            "beside networks of plug-ins with the same name"
-        )
-    return said
-
-
 # ---------------------------------------------------------------- in a storage
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -19,7 +19,10 @@ from pld_ray.cli.options import (
     Storage,
     app,
 )
-from pld_ray.errors import InputError
+from pld_ray.errors import InputError, nearest
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 @app.command()
@@ -257,7 +260,7 @@ def import_(
         return
     table, unused = imported.read(file)
     replaced = imported.keep(table, name, store)
-    for note in imported.notes(table, unused):
+    for note in _notes(table, unused):
         typer.echo(f"note: {note}")
     sources = table["source"].nunique()
     typer.echo(
@@ -265,3 +268,22 @@ def import_(
         f"{sources} {'source' if sources == 1 else 'sources'}; tables and figures of experiments "
         "on the same dataset, student and teacher show them"
     )
+
+
+def _notes(table: pd.DataFrame, unused: list[str]) -> list[str]:
+    """Return sentences about what an imported table has and the program does not know."""
+    import timm
+
+    import pld_ray.models  # noqa: F401 - registers our networks
+
+    said = [f"columns that are not used: {', '.join(unused)}"] if unused else []
+    known = {*timm.list_models(), *timm.list_pretrained()}
+    names = [name for name in {*table["student"], *table["teacher"]} - {""} if name not in known]
+    if names:
+        hints = [f"{name!r} ({nearest(name, known)})" for name in sorted(names)[:5]]
+        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+        said.append(
+            f"networks that are neither timm's nor ours: {', '.join(hints)}{more}; they only stand "
+            "beside networks of plug-ins with the same name"
+        )
+    return said
