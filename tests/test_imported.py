@@ -77,9 +77,9 @@ def test_the_figure_shows_them_as_diamonds(results, tmp_path):
     marks = [line.get_xydata()[0] for line in axis.lines if line.get_marker() == "D"]
     assert [(round(x, 2), y) for x, y in marks] == [
         (0.22, 90.5),
-        (1.22, 88),
-        (2.22, 80),
-        (3.22, 91.25),
+        (1, 88),
+        (2, 80),
+        (3, 91.25),
     ]
     many = "".join(f"digits,resnet8,resnet20,M{i},9{i},,,,\n" for i in range(7))
     (tmp_path / "papers.csv").write_text(HEADER + many)

@@ -8,6 +8,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter, MaxNLocator
 
@@ -88,37 +89,7 @@ def accuracy(
     for axis, title, (_, section), shown, others in zip(
         axes.flat, titles, sections, names, elsewhere, strict=False
     ):
-        groups = section.groupby("method", sort=False)["top1"]
-        means, spreads = groups.mean(), groups.std()  # a single seed has no error bar (NaN)
-        x = np.arange(len(means))
-        bars = [colours[name] for name in means.index]
-        axis.bar(x, means, 0.62, yerr=spreads, color=bars, ecolor="#333333", capsize=3, alpha=0.85)
-        for i, (_, values) in enumerate(groups):
-            offsets = np.linspace(-0.14, 0.14, len(values)) if len(values) > 1 else [0]
-            axis.plot(
-                i + np.asarray(offsets), values, "o", ms=3, mfc="white", mec="#333333", mew=0.7
-            )
-        low = float(min((means - spreads.fillna(0)).min(), section["top1"].min()))
-        high = float(max((means + spreads.fillna(0)).max(), section["top1"].max()))
-        for row in others.to_dict("records"):
-            at, value, spread = shown.index(row["method"]) + 0.22, row["reported"], 0.0
-            if not np.isnan(row["reported_std"]):
-                spread = row["reported_std"]
-            mark = {"fmt": "D", "ms": 5, "mfc": "white", "color": "#333333", "capsize": 2}
-            axis.errorbar(at, value, spread or None, lw=1, **mark)
-            low, high = min(low, value - spread), max(high, value + spread)
-        if "teacher_top1" in section and section["teacher_top1"].notna().any():
-            level = float(section["teacher_top1"].mean())
-            axis.axhline(level, color="#333333", lw=1, ls="--")
-            where = axis.get_yaxis_transform()  # x as a fraction of the axis width, y in percent
-            label = {"ha": "right", "va": "bottom", "fontsize": 8, "color": "#333333"}
-            axis.text(0.99, level, f"teacher {level:.1f}", transform=where, **label)
-            low, high = min(low, level), max(high, level)
-        room = max(high - low, 0.5)
-        axis.set_ylim(max(0, low - 0.35 * room), high + 0.18 * room)
-        axis.set_xticks(range(len(shown)), [_wrap(name) for name in shown])
-        axis.tick_params(axis="x", length=0)
-        axis.grid(axis="x", visible=False)
+        _draw_section(axis, section, shown, others, colours)
         axis.set_title(title)
     for row in axes:
         cut = "\naxis does not start at 0" if any(axis.get_ylim()[0] > 0 for axis in row) else ""
@@ -126,6 +97,55 @@ def accuracy(
         row[0].set_ylabel(f"validation top-1 (%){cut}{marks}")
     figure.tight_layout()
     return figure
+
+
+def _draw_section(
+    axis: Axes,
+    section: pd.DataFrame,
+    names: list[str],
+    elsewhere: pd.DataFrame,
+    colours: dict[str, str],
+) -> None:
+    """Draw the bars, dots, diamonds and the teacher's line of one pair and setting.
+
+    Args:
+        axis: The axes to draw on.
+        section: Records of finished trials.
+        names: The methods, from left to right: first those of the records.
+        elsewhere: Results from elsewhere.
+        colours: The colour of each method.
+    """
+    groups = section.groupby("method", sort=False)["top1"]
+    means, spreads = groups.mean(), groups.std()  # a single seed has no error bar (NaN)
+    x = np.arange(len(means))
+    bars = [colours[name] for name in means.index]
+    axis.bar(x, means, 0.62, yerr=spreads, color=bars, ecolor="#333333", capsize=3, alpha=0.85)
+    for i, (_, values) in enumerate(groups):
+        offsets = np.linspace(-0.14, 0.14, len(values)) if len(values) > 1 else [0]
+        axis.plot(i + np.asarray(offsets), values, "o", ms=3, mfc="white", mec="#333333", mew=0.7)
+    low = float(min((means - spreads.fillna(0)).min(), section["top1"].min()))
+    high = float(max((means + spreads.fillna(0)).max(), section["top1"].max()))
+    for row in elsewhere.to_dict("records"):
+        beside_a_bar = 0.22 if row["method"] in means.index else 0
+        spread = 0.0 if np.isnan(row["reported_std"]) else row["reported_std"]
+        at, value = names.index(row["method"]) + beside_a_bar, row["reported"]
+        mark: Any = {"fmt": "D", "ms": 5, "mfc": "white", "color": "#333333", "capsize": 2, "lw": 1}
+        axis.errorbar(at, value, spread or None, **mark)
+        low, high = min(low, value - spread), max(high, value + spread)
+    if "teacher_top1" in section and section["teacher_top1"].notna().any():
+        level = float(section["teacher_top1"].mean())
+        axis.axhline(level, color="#333333", lw=1, ls="--")
+        where = axis.get_yaxis_transform()  # x as a fraction of the axis width, y in percent
+        label: Any = {"ha": "right", "va": "bottom", "fontsize": 8, "color": "#333333"}
+        axis.text(0.99, level, f"teacher {level:.1f}", transform=where, **label)
+        low, high = min(low, level), max(high, level)
+    room = max(high - low, 0.5)
+    axis.set_ylim(max(0, low - 0.35 * room), high + 0.18 * room)
+    axis.set_xticks(range(len(names)), [_wrap(name) for name in names])
+    if len(elsewhere):
+        axis.set_xlim(-0.5, len(names) - 0.5)
+    axis.tick_params(axis="x", length=0)
+    axis.grid(axis="x", visible=False)
 
 
 def _elsewhere(section: pd.DataFrame, key: Any, reported: pd.DataFrame) -> pd.DataFrame:
