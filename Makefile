@@ -2,10 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/pip install --quiet --no-compile --disable-pip-version-check --editable
-# the tests of a file share fixtures
-PARALLEL := --dist loadfile --no-loadscope-reorder --durations 25
-# one process more than cores: slow tests often wait
-MORE = $$($(BIN)/python -c 'import os; print(os.cpu_count() + 1)')
+# one process per core; the tests of a file share fixtures
+PARALLEL := -n auto --dist loadfile --no-loadscope-reorder --durations 25
 
 .PHONY: help demo test test-all check docs clean
 
@@ -16,10 +14,10 @@ demo: .venv/user  ## CE, KD, DIST and PLD on handwritten digits: table and figur
 	$(BIN)/pld-ray run demo
 
 test: .venv/dev  ## the tests, but for the slow ones: whole runs on Ray
-	$(BIN)/python -m pytest -n auto $(PARALLEL) -m "not slow"
+	$(BIN)/python -m pytest $(PARALLEL) -m "not slow"
 
 test-all: .venv/dev  ## all tests
-	$(BIN)/python -m pytest -n $(MORE) $(PARALLEL)
+	$(BIN)/python -m pytest $(PARALLEL)
 
 check: .venv/dev  ## lint, format and types
 	$(BIN)/ruff check .
