@@ -141,23 +141,14 @@ def test_a_ray_that_does_not_start_is_told_in_a_sentence(monkeypatch):
     from pld_ray.errors import InputError
     from pld_ray.sweep import cluster
 
-    started = []
-
     def init(**options):
-        started.append(options)
-        if len(started) <= failures:
-            raise Exception(said)
+        raise Exception(said)
 
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray, "init", init)
-    monkeypatch.setattr(ray, "shutdown", lambda: None)
-    said, failures = "The current node timed out during startup. This could happen because ...", 9
-    with pytest.raises(InputError, match="did not start on this machine in 3"), cluster.connected():
+    said = "The current node timed out during startup. This could happen because ..."
+    with pytest.raises(InputError, match="did not start on this machine"), cluster.connected():
         pass
-    started, failures = [], 2
-    with cluster.connected():
-        assert len(started) == 3  # it is tried again
-    said, started, failures = "another reason", [], 9
+    said = "another reason"
     with pytest.raises(Exception, match="another reason"), cluster.connected():
         pass
-    assert len(started) == 1

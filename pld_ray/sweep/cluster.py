@@ -11,14 +11,11 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 
 import ray
 
 from pld_ray.errors import InputError
-
-START_ATTEMPTS = 3
 
 
 @contextmanager
@@ -29,7 +26,7 @@ def connected(address: str | None = None) -> Iterator[None]:
 
     Args:
         address: Address of the cluster to join. By default, join the cluster that runs on this
-            machine, or start a local one, without Ray's dashboard.
+            machine, or start a local one.
 
     Raises:
         InputError: The cluster does not answer or refuses the connection, or a local one does not
@@ -40,12 +37,9 @@ def connected(address: str | None = None) -> Iterator[None]:
         before = signal.getsignal(signal.SIGTERM)
         # the workers of a joined cluster run this code, not the version installed there
         code = {"py_modules": [_package("pld_ray"), _package("analysis")]} if address else None
-        local = address is None and not _runs_here()
-        where: dict[str, Any] = {"address": address}
-        if local:  # a dashboard takes ten seconds of a slow core, and nobody has asked for it
-            where = {"address": "local", "include_dashboard": False}
+        where = "local" if address is None and not _runs_here() else address
         try:
-            _start(**where, runtime_env=code, log_to_driver=False)
+            ray.init(address=where, runtime_env=code, log_to_driver=False)
         except (ConnectionError, ray.exceptions.AuthenticationError) as error:
             raise InputError(
                 f"Ray cluster {address or 'on this machine'}: cannot connect: {_reason(error)}"
@@ -54,6 +48,14 @@ def connected(address: str | None = None) -> Iterator[None]:
             if callable(before):
                 before(signal.SIGTERM, None)
             raise
+        except Exception as error:
+            if "timed out during startup" not in str(error):
+                raise
+            raise InputError(
+                "Ray did not start on this machine within its 30 seconds; expected a machine with "
+                "less other work: give the same command again, or start Ray before (ray start "
+                "--head)"
+            ) from error
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, before)  # Ray's handler exits at once
     try:
@@ -61,24 +63,6 @@ def connected(address: str | None = None) -> Iterator[None]:
     finally:
         if owned:
             ray.shutdown()
-
-
-def _start(**options: Any) -> None:
-    """Call `ray.init`. On a busy machine a local Ray may not start within its fixed 30 seconds."""
-    for attempt in range(START_ATTEMPTS):
-        try:
-            ray.init(**options)
-            return
-        except Exception as error:
-            if "timed out during startup" not in str(error):
-                raise
-            said = "" if attempt + 1 == START_ATTEMPTS else ": trying again"
-            print(f"Ray did not start within 30 seconds, the machine may be busy{said}", flush=True)
-    raise InputError(
-        f"Ray did not start on this machine in {START_ATTEMPTS} attempts of 30 seconds; expected a "
-        "machine with less other work: give the same command again, or start Ray before "
-        "(ray start --head)"
-    )
 
 
 def _runs_here() -> bool:
