@@ -36,10 +36,10 @@ def _no_plugins_of_others():
 @pytest.fixture(scope="session")
 def local_ray():
     """One Ray for all tests that need it."""
-    import pld_ray.sweep  # noqa: F401 - sets Ray's environment before it starts
+    from pld_ray.sweep.cluster import patient_start  # its room sets Ray's environment
 
     ray = pytest.importorskip("ray")
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, patient_start():
         patch.setattr(sys, "executable", warm.executable())
         ray.init(num_cpus=2, log_to_driver=False, include_dashboard=False)
     yield ray

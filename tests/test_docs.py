@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import matplotlib
+import numpy as np
 import pandas as pd
 import pytest
 import timm
@@ -16,6 +17,7 @@ import torch
 import typer
 import warm
 import yaml
+from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -52,6 +54,11 @@ base:
   epochs: 1
 grid: {loss: [ce, kd]}
 """
+# Commands that no test can run, or that another test runs; they are parsed like all others.
+NOT_HERE = (
+    *("cifar100_methods", "homogeneous_pairs", "landscapes"),  # hours of a GPU, or one of two cores
+    *("--address", "my_method", "own_method.yaml"),  # test_cluster, test_results, test_plugins
+)
 
 
 def blocks(page, language):
@@ -213,6 +220,35 @@ def test_python_runs(name, tmp_path, monkeypatch, local_ray):
     assert len(names["history"]) == 10 and names["results"].failures == {}
     assert timm.create_model("local-dir:folder", pretrained=True).num_classes == 3
     assert isinstance(names["results"].accuracy_figure(), matplotlib.figure.Figure)
+
+
+@pytest.mark.slow
+def test_commands_run(tmp_path, monkeypatch, cli, local_ray):
+    """The commands of all pages in turn, on a smaller `pairs.yaml` than the README shows."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "pairs.yaml").write_text(SMALL.replace("100", "40"))
+    papers = re.search(r"^( {4}dataset,.*\n( {4}.*\n)+)", BY_NAME["results.md"].read_text(), re.M)
+    (tmp_path / "papers.csv").write_text(re.sub("^ {4}", "", papers[1], flags=re.M))
+    images = np.random.default_rng(0).integers(0, 256, (24, 70, 90, 3), np.uint8)
+    for number, image in enumerate(images):
+        folder = tmp_path / "pets" / ("train", "val")[number < 6] / ("cat", "dog")[number % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(folder / f"{number}.png")
+    shutil.copytree(ROOT / "experiments", tmp_path / "experiments")
+    ran = set()
+    for page in ("README", "experiments", "results", "data", "plugins", "paper"):
+        for line in commands(BY_NAME[f"{page}.md"]):
+            if line in ran or "pld-ray" not in line or any(word in line for word in NOT_HERE):
+                continue
+            ran.add(line)
+            arguments = shlex.split(line)[1:]
+            if "TRIAL" in line:
+                arguments[arguments.index("TRIAL")] = pld_ray.plan("pairs.yaml").cells[-1].trial.id
+            if arguments[-1] == "experiments/*.yaml":  # as the shell would write it
+                arguments[-1:] = sorted((tmp_path / "experiments").glob("*.yaml"))
+            done = cli(*arguments, cwd=tmp_path)
+            assert done.returncode == 0, line + done.stdout + done.stderr
+    assert len(ran) > 20
 
 
 @pytest.mark.slow

@@ -135,6 +135,30 @@ def test_workers_that_a_node_has_room_for(cpus, gpus, node, workers):
     assert ResourceRequest(cpus, gpus, max(workers, 1)).fits([node, node]) is (workers > 0)
 
 
+def test_a_ray_that_starts_slowly_is_waited_for(monkeypatch):
+    from ray._private import services
+
+    from pld_ray.sweep import cluster
+
+    def get_node(address, node):
+        asked.append((address, node))
+        if len(asked) < 3:
+            raise RuntimeError("not registered yet")
+        return "a node"
+
+    asked = []
+    monkeypatch.setattr(services, "get_node", get_node)
+    with cluster.patient_start():
+        assert services.get_node("an address", "an id") == "a node"
+    assert asked == [("an address", "an id")] * 3 and services.get_node is get_node
+
+    asked.clear()
+    monkeypatch.setattr(cluster, "START_SECONDS", 0)
+    with cluster.patient_start(), pytest.raises(RuntimeError, match="not registered"):
+        services.get_node("an address", "an id")
+    assert len(asked) == 1
+
+
 def test_a_ray_that_does_not_start_is_told_in_a_sentence(monkeypatch):
     import ray
 

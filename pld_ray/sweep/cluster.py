@@ -8,6 +8,7 @@ import re
 import signal
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,8 @@ from urllib.parse import urlsplit
 import ray
 
 from pld_ray.errors import InputError
+
+START_SECONDS = 180  # Ray's own limit of 30 is too short for a busy machine or a slow disk
 
 
 @contextmanager
@@ -39,7 +42,8 @@ def connected(address: str | None = None) -> Iterator[None]:
         code = {"py_modules": [_package("pld_ray"), _package("analysis")]} if address else None
         where = "local" if address is None and not _runs_here() else address
         try:
-            ray.init(address=where, runtime_env=code, log_to_driver=False)
+            with patient_start():
+                ray.init(address=where, runtime_env=code, log_to_driver=False)
         except (ConnectionError, ray.exceptions.AuthenticationError) as error:
             raise InputError(
                 f"Ray cluster {address or 'on this machine'}: cannot connect: {_reason(error)}"
@@ -52,9 +56,8 @@ def connected(address: str | None = None) -> Iterator[None]:
             if "timed out during startup" not in str(error):
                 raise
             raise InputError(
-                "Ray did not start on this machine within its 30 seconds; expected a machine with "
-                "less other work: give the same command again, or start Ray before (ray start "
-                "--head)"
+                f"Ray did not start on this machine within {START_SECONDS} seconds: see its logs, "
+                "by default in /tmp/ray/session_latest/logs"
             ) from error
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, before)  # Ray's handler exits at once
@@ -63,6 +66,29 @@ def connected(address: str | None = None) -> Iterator[None]:
     finally:
         if owned:
             ray.shutdown()
+
+
+@contextmanager
+def patient_start() -> Iterator[None]:
+    """Let a Ray that starts here take up to `START_SECONDS`; Ray has no setting for it."""
+    services = ray._private.services
+    ask = services.get_node
+
+    def wait(*node: str) -> object:
+        end = time.monotonic() + START_SECONDS
+        while True:
+            try:
+                return ask(*node)
+            except RuntimeError:  # not registered yet
+                if time.monotonic() > end:
+                    raise
+                time.sleep(0.1)
+
+    services.get_node = wait
+    try:
+        yield
+    finally:
+        services.get_node = ask
 
 
 def _runs_here() -> bool:
