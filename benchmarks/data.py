@@ -45,7 +45,8 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
-from pld_ray.config.trial import Data, Trial
+from pld_ray.config.parts import Data
+from pld_ray.config.trial import Trial
 from pld_ray.data import augmentation, datasets, packing
 from pld_ray.data.sampling import batches, order
 from pld_ray.data.stream import Stream
@@ -198,7 +199,7 @@ def decoding(folder: Path, rounds: int) -> tuple[float, float]:
 
 OPEN = """
 import psutil, sys, time
-from pld_ray.config.trial import Data
+from pld_ray.config.parts import Data
 from pld_ray.data import datasets, fingerprints
 before, started = psutil.Process().memory_info().rss, time.perf_counter()
 found = datasets.find(Data(name="folder:" + sys.argv[1]))

@@ -37,8 +37,8 @@ from rich.table import Table
 from safetensors.torch import save_file
 
 from pld_ray.config.experiment import Experiment, load_experiment
+from pld_ray.config.parts import Model
 from pld_ray.config.planning import Plan, plan
-from pld_ray.config.trial import Model
 from pld_ray.data import datasets, images
 from pld_ray.models.factory import create_model
 from pld_ray.store.store import Store

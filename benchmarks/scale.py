@@ -33,8 +33,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from analysis.tables.paper_tables import experiments
 from pld_ray import units
 from pld_ray.config.experiment import load_experiment
+from pld_ray.config.parts import Data, Model, Weights
 from pld_ray.config.planning import plan
-from pld_ray.config.trial import Data, Model, Trial, Weights
+from pld_ray.config.trial import Trial
 from pld_ray.data import augmentation, datasets, images
 from pld_ray.data.encoded import EncodedImages
 from pld_ray.distill import bank_format, bank_plan

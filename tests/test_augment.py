@@ -8,8 +8,8 @@ from small import live, run, weights
 from test_data import random_images
 from torch.nn import functional as F
 
+from pld_ray.config.parts import AUGMENTS, Data, Model
 from pld_ray.config.planning import plan
-from pld_ray.config.trial import AUGMENTS, Data, Model
 from pld_ray.data.drawn import image_seeds, seed_everything
 from pld_ray.data.mixing import MixedLabels, draw_mix, partners
 from pld_ray.data.sampling import order

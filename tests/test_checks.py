@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import save_file
 from small import run
 
+from pld_ray.config.parts import Model, Weights
 from pld_ray.config.planning import plan
-from pld_ray.config.trial import Model, Weights
 from pld_ray.data import datasets
 from pld_ray.distill.loop import TrainingError
 from pld_ray.distill.teacher import Teacher

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from pld_ray.config.trial import Data
+from pld_ray.config.parts import Data
 from pld_ray.data.augmentation import crop_and_flip
 from pld_ray.data.datasets import load, size
 from pld_ray.data.images import Images, Size

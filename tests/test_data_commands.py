@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pld_ray.config.trial import Data
+from pld_ray.config.parts import Data
 from pld_ray.data import datasets
 
 

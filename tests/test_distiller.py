@@ -27,7 +27,7 @@ from pld_ray import (
     fit,
     teacher_order,
 )
-from pld_ray.config.trial import Schedule
+from pld_ray.config.parts import Schedule
 from pld_ray.distill.device import pick_precision
 from pld_ray.errors import InputError
 from pld_ray.losses import Features

@@ -8,7 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from pld_ray.config.trial import Data, Trial
+from pld_ray.config.parts import Data
+from pld_ray.config.trial import Trial
 from pld_ray.data import audit, datasets, packing
 from pld_ray.data.drawn import drawn_split, generators_kept, image_seeds, seed_everything
 from pld_ray.data.registry import DATASETS, register_dataset

@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 from small import live, run, weights
 
+from pld_ray.config.parts import Data
 from pld_ray.config.planning import plan
-from pld_ray.config.trial import Data
 from pld_ray.config.validation import validated
 from pld_ray.data.augmentation import AREA, RATIO, TRIES, centre, crop, crop_draws
 from pld_ray.data.datasets import load, size

@@ -7,8 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pld_ray.config.experiment import load_experiment
+from pld_ray.config.parts import Weights
 from pld_ray.config.planning import plan
-from pld_ray.config.trial import Trial, Weights
+from pld_ray.config.trial import Trial
 from pld_ray.errors import InputError
 from pld_ray.losses import REGISTRY
 

@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 
 from pld_ray.config.experiment import load_experiment
+from pld_ray.config.parts import Data
 from pld_ray.config.planning import plan
-from pld_ray.config.trial import Data
 from pld_ray.data import datasets, folder_index, subsets
 from pld_ray.data.stream import Stream
 from pld_ray.errors import InputError, MissingError

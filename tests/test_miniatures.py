@@ -8,8 +8,8 @@ from analysis.landscapes import weights
 from analysis.records import frames
 from analysis.tables import paper_entries, paper_tables
 from pld_ray.config.experiment import load_experiment
+from pld_ray.config.parts import Resources
 from pld_ray.config.planning import plan
-from pld_ray.config.trial import Resources
 from pld_ray.store.store import Store
 from pld_ray.sweep import checks, runner
 from pld_ray.sweep.progress import ProgressView

@@ -3,7 +3,7 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from pld_ray.config.trial import Model, Weights
+from pld_ray.config.parts import Model, Weights
 from pld_ray.errors import InputError
 from pld_ray.models.checks import check_model
 from pld_ray.models.factory import create_model, load_teacher

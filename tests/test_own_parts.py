@@ -7,9 +7,9 @@ import torch
 from analysis.records import frames
 from analysis.tables import comparison
 from pld_ray import plugins
+from pld_ray.config.parts import Schedule
 from pld_ray.config.planning import plan
 from pld_ray.config.registry import register_metric
-from pld_ray.config.trial import Schedule
 from pld_ray.data.datasets import load
 from pld_ray.distill.loop import TrainingError, train
 from pld_ray.distill.optimization import create_schedule

@@ -16,8 +16,8 @@ from analysis.records import frames
 from analysis.tables import comparison, paper_entries, paper_printing, paper_tables, rendering
 from analysis.tables.paper_entries import Entry
 from pld_ray.config.experiment import experiments_folder, load_experiment
+from pld_ray.config.parts import Model
 from pld_ray.config.planning import plan
-from pld_ray.config.trial import Model
 from pld_ray.errors import InputError
 from pld_ray.models.factory import create_model
 from pld_ray.store.store import Store

@@ -18,8 +18,8 @@ from pld_ray import plugins
 from pld_ray.api import session
 from pld_ray.cli.trials import sparkline
 from pld_ray.config.experiment import Experiment, experiments_folder
+from pld_ray.config.parts import Data
 from pld_ray.config.schema import experiment_schema
-from pld_ray.config.trial import Data
 from pld_ray.config.yaml_files import parse_yaml
 from pld_ray.data.datasets import load
 from pld_ray.distill.loop import train
@@ -100,6 +100,12 @@ def test_what_is_wrong_in_python_is_told():
         pld_ray.load_experiment("demo", overrides="epochs=2")
     with pytest.raises(InputError, match="demo2.*not a file and not a shipped experiment"):
         pld_ray.run("demo2")
+
+
+def test_curves_have_their_columns_before_the_first_epoch(tmp_path):
+    found = pld_ray.results(tmp_path, Experiment(name="small", **SMALL))
+    assert list(found.curves()) == [*frames.GROUP, "seed", "id", "epoch"]
+    assert found.curves().empty
 
 
 def test_results_are_those_of_the_records(done, capsys):

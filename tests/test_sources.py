@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from pld_ray.config.trial import Columns, Data, Splits
+from pld_ray.config.parts import Columns, Data, Splits
 from pld_ray.config.validation import validated
 from pld_ray.data.datasets import load, size
 from pld_ray.data.stream import Stream

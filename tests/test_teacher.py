@@ -18,7 +18,8 @@ import timm
 import torch
 from small import CPU, cells, chunks, live, opened, run, seconds_of, weights
 
-from pld_ray.config.trial import Trial, Weights
+from pld_ray.config.parts import Weights
+from pld_ray.config.trial import Trial
 from pld_ray.data.datasets import load
 from pld_ray.data.images import Images
 from pld_ray.data.sampling import order

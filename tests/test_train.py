@@ -210,7 +210,7 @@ def test_the_papers_optimizers_run(experiment, tmp_path, name):
 
 
 def test_schedules():
-    from pld_ray.config.trial import Schedule
+    from pld_ray.config.parts import Schedule
     from pld_ray.distill.optimization import create_schedule
 
     def rates(spec, epochs, steps):

@@ -158,7 +158,7 @@ def curves(plan: Plan, store: Store) -> pd.DataFrame:
         for cell in labels.to_dict("records")
         for epoch in outcomes[cell["id"]].epochs
     ]
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows, columns=None if rows else [*GROUP, "seed", "id", "epoch"])
 
 
 def summary(records: pd.DataFrame, metrics: list[str]) -> pd.DataFrame:

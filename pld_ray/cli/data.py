@@ -29,8 +29,8 @@ def _find(name: str, overrides: list[str] | None) -> tuple[Any, Any]:
     from pathlib import Path
 
     from pld_ray.config.merge import merge, nest
+    from pld_ray.config.parts import Data
     from pld_ray.config.paths import absolute_paths
-    from pld_ray.config.trial import Data
     from pld_ray.config.validation import validated
     from pld_ray.config.yaml_files import parse_yaml
     from pld_ray.data import datasets

@@ -24,9 +24,9 @@ from pydantic import (
 from pld_ray import plugins
 from pld_ray.config.grid import axis
 from pld_ray.config.merge import merge, named, nest
+from pld_ray.config.parts import Data, Model, Resources
 from pld_ray.config.paths import absolute_paths, absolute_plugin
 from pld_ray.config.search_space import Search
-from pld_ray.config.trial import Data, Model, Resources
 from pld_ray.config.validation import Part, sentence, validated
 from pld_ray.config.yaml_files import parse_yaml, read_mapping
 from pld_ray.errors import InputError, nearest
@@ -67,7 +67,7 @@ class Experiment(Part, metaclass=_Sentences):
     """A question, the settings that all trials share, and those that vary: one YAML file.
 
     In Python, settings are plain values and mappings, as in YAML, or typed parts, such as
-    `pld_ray.config.trial.Data`.
+    `pld_ray.config.parts.Data`.
 
     Attributes:
         name: The name of the experiment; by default that of its file, with letters, digits and

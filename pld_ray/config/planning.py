@@ -14,9 +14,10 @@ from pld_ray import plugins
 from pld_ray.config.experiment import Experiment
 from pld_ray.config.grid import axis, each_loss
 from pld_ray.config.merge import merge, named, nest
+from pld_ray.config.parts import Weights
 from pld_ray.config.registry import OPTIMIZERS, SCHEDULES
 from pld_ray.config.teacher_files import teacher_file
-from pld_ray.config.trial import Trial, Weights
+from pld_ray.config.trial import Trial
 from pld_ray.config.validation import Part, validated
 from pld_ray.errors import InputError, nearest
 from pld_ray.losses import REGISTRY

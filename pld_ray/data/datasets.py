@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pld_ray import plugins
-from pld_ray.config.trial import AUGMENTS, ON_THE_FLY, Data
+from pld_ray.config.parts import AUGMENTS, ON_THE_FLY, Data
 from pld_ray.data import (
     sources,  # noqa: F401 - registers the datasets
     subsets,

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from pld_ray import plugins
-from pld_ray.config.trial import Data
+from pld_ray.config.parts import Data
 from pld_ray.data.sampling import Ints, random_bits
 from pld_ray.errors import InputError
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from pld_ray.config.trial import Data
+from pld_ray.config.parts import Data
 from pld_ray.data.sampling import Ints, order, random_bits
 
 if TYPE_CHECKING:

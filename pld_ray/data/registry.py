@@ -19,8 +19,8 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from pld_ray.config.parts import Data
 from pld_ray.config.paths import absolute_dataset
-from pld_ray.config.trial import Data
 from pld_ray.data.images import Size
 from pld_ray.errors import InputError, nearest
 from pld_ray.plugins import provide

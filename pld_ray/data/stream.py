@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pld_ray.config.trial import Data
+from pld_ray.config.parts import Data
 from pld_ray.data.augmentation import below, crop_and_flip, crop_draws
 from pld_ray.data.drawn import DrawnImages
 from pld_ray.data.encoded import EncodedImages, prefetch

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from pld_ray.config.trial import AUGMENTS
+from pld_ray.config.parts import AUGMENTS
 from pld_ray.data.drawn import image_seeds, seed_everything
 from pld_ray.data.sampling import Ints
 from pld_ray.errors import InputError

@@ -25,7 +25,8 @@ import numpy as np
 import numpy.typing as npt
 
 from pld_ray import plugins
-from pld_ray.config.trial import ON_THE_FLY, Trial
+from pld_ray.config.parts import ON_THE_FLY
+from pld_ray.config.trial import Trial
 from pld_ray.config.validation import Part
 from pld_ray.data.sampling import Ints, order
 

@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
 
-from pld_ray.config.trial import Data, Trial
+from pld_ray.config.parts import Data
+from pld_ray.config.trial import Trial
 from pld_ray.data.images import Size
 from pld_ray.distill.bank_format import (
     ORDER_FROM,

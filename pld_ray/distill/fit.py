@@ -22,7 +22,7 @@ from timm.optim import list_optimizers
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from pld_ray.config.trial import Optimizer, Schedule
+from pld_ray.config.parts import Optimizer, Schedule
 from pld_ray.config.validation import validated
 from pld_ray.distill import metrics
 from pld_ray.distill.device import Precision, autocast, pick_device, pick_precision

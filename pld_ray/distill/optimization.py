@@ -13,8 +13,8 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from pld_ray import plugins
+from pld_ray.config.parts import Optimizer, Schedule
 from pld_ray.config.registry import OPTIMIZERS, SCHEDULES
-from pld_ray.config.trial import Optimizer, Schedule
 from pld_ray.distill.distiller import Distiller
 from pld_ray.errors import InputError
 

@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from pld_ray.config.trial import Trial, Weights
+from pld_ray.config.parts import Weights
+from pld_ray.config.trial import Trial
 from pld_ray.data.images import Images
 from pld_ray.distill.device import memory_format, pick_precision
 from pld_ray.distill.distiller import FrozenTeacher

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from pld_ray import plugins
-from pld_ray.config.trial import Model, Trial, Weights
+from pld_ray.config.parts import Model, Weights
+from pld_ray.config.trial import Trial
 from pld_ray.errors import InputError
 from pld_ray.losses import FeatureLoss, LossParams, create_loss
 from pld_ray.models.factory import create_model

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from pld_ray import plugins
-from pld_ray.config.trial import Model, Weights
+from pld_ray.config.parts import Model, Weights
 from pld_ray.errors import InputError, nearest
 from pld_ray.models.weights import fit_weights
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from pld_ray.config.parts import Model, Weights
 from pld_ray.config.registry import OPTIMIZERS
-from pld_ray.config.trial import Model, Trial, Weights
+from pld_ray.config.trial import Trial
 from pld_ray.data import datasets
 from pld_ray.data.images import Images
 from pld_ray.distill import metrics

@@ -9,7 +9,7 @@ from pathlib import PurePath
 from typing import Any
 
 from pld_ray import plugins
-from pld_ray.config.trial import WHERE, Data
+from pld_ray.config.parts import WHERE, Data
 from pld_ray.data import datasets
 from pld_ray.data.images import Images
 from pld_ray.errors import MissingError

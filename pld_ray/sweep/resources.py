@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import ray
 
-from pld_ray.config.trial import Resources, Trial
+from pld_ray.config.parts import Resources
+from pld_ray.config.trial import Trial
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,9 @@ import ray
 from ray import tune
 from ray.tune.callback import Callback
 
+from pld_ray.config.parts import Resources
 from pld_ray.config.planning import Plan
-from pld_ray.config.trial import Resources, Trial
+from pld_ray.config.trial import Trial
 from pld_ray.data.datasets import sharing_key
 from pld_ray.data.images import Images
 from pld_ray.distill import bank_format, bank_plan

@@ -13,7 +13,8 @@ from typing import Any
 
 from ray.tune.search import Searcher
 
-from pld_ray.config.trial import Resources, Trial
+from pld_ray.config.parts import Resources
+from pld_ray.config.trial import Trial
 from pld_ray.store.claims import Claims
 from pld_ray.store.store import Store
 from pld_ray.sweep.early_stopping import EarlyStopping

@@ -17,9 +17,10 @@ from functools import cached_property
 from typing import Any
 
 from pld_ray.config.experiment import Experiment
+from pld_ray.config.parts import ON_THE_FLY
 from pld_ray.config.planning import Cell, Plan, Settings, build, combinations
 from pld_ray.config.search_space import METRICS, Point, Range, Search, Tried, points, suggest
-from pld_ray.config.trial import ON_THE_FLY, Trial
+from pld_ray.config.trial import Trial
 from pld_ray.errors import InputError, nearest
 from pld_ray.losses import REGISTRY
 from pld_ray.store.store import Outcome, Store

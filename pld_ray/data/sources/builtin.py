@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from pld_ray.config.parts import Data
 from pld_ray.config.paths import absolute
-from pld_ray.config.trial import Data
 from pld_ray.data.fingerprints import cache_folder
 from pld_ray.data.images import Found, Size
 from pld_ray.data.registry import register_dataset

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from pld_ray.config.parts import Data
 from pld_ray.config.paths import absolute
-from pld_ray.config.trial import Data
 from pld_ray.data.folder_index import FolderIndex, class_folders, index_folder
 from pld_ray.data.images import Found, Size, Split
 from pld_ray.data.registry import register_dataset

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from pld_ray.config.trial import Data
+from pld_ray.config.parts import Data
 from pld_ray.data.images import Found
 from pld_ray.data.registry import MAY_DOWNLOAD, register_dataset
 from pld_ray.data.sampling import Ints
