@@ -34,6 +34,21 @@ def test_the_straightforward_forms_are_pld():
         assert abs(benchmark[form](*args) - expected) < 1e-5 * expected
 
 
+def test_coverage(monkeypatch, capsys):
+    benchmark = runpy.run_path(str(FOLDER / "coverage.py"))
+    benchmark["SEEDS"][:] = [3]
+    benchmark["SPREADS"][:] = [(1,), (1, 2)]
+    monkeypatch.setattr(sys, "argv", ["coverage.py", "--repeats", "50"])
+    benchmark["main"]()
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert [line.split("|")[1].strip() for line in lines[:7]] == [
+        "Scores", *(kind for kind in ("normal", "skewed", "tied") for _ in range(2))
+    ]  # fmt: skip
+    leaves_out, rng = benchmark["bootstrap_leaves_out"], benchmark["np"].random.default_rng(0)
+    assert leaves_out(rng.normal(1, 0.1, (2, 6)), rng)
+    assert not leaves_out(rng.normal(0, 1, (2, 6)) * 0 + [-1, 1] * 3, rng)
+
+
 @pytest.mark.slow
 def test_grid_counts_the_teachers_images(tmp_path, local_ray):
     sys.path.insert(0, str(FOLDER))

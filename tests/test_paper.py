@@ -7,9 +7,11 @@ import re
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
+from scipy import stats
 
 from analysis.figures import paper_figures
 from analysis.records import frames
@@ -174,7 +176,9 @@ def test_ours_stand_beside_what_is_reported(finished, tmp_path):
         rows = {(row["row"], row["column"]): row for row in csv.DictReader(file)}
     row = rows["PLD", pair]
     assert (float(row["mean"]), float(row["std"]), row["n"]) == (73, 1, "3")
-    assert float(row["difference"]) == pytest.approx(-0.5) and float(row["low"]) == 72
+    assert float(row["difference"]) == pytest.approx(-0.5) and float(row["low"]) == pytest.approx(
+        73 - 4.302653 / 3**0.5
+    )
     assert r"\toprule" in paths[".tex"].read_text() and paths[".tex"].read_text().isascii()
 
 
@@ -189,23 +193,47 @@ def test_minutes_count_what_the_bank_spared(finished):
 def test_a_winner_needs_runs_enough(finished):
     frame = frames.frame(*finished)
     found = paper_entries.of_table(paper_tables.TABLES[0], frame)
-    assert not any(paper_entries.best(found, entry) for entry in found)
+    assert not any(paper_entries.best(found))
     table = comparison.against(frame).set_index("against")
     assert list(table.index) == ["KD", "DIST"]
     assert table.loc["DIST", "n"] == 6 and table.loc["DIST", "mean"] == 1
-    assert table.loc["KD", "n"] == 4 and table.loc["KD", "p"] == pytest.approx(2 / 2**4)
-    assert table["corrected"].tolist() == pytest.approx([0.125, 2 * 2 / 2**6])
-    assert not table["decided"].any()  # two comparisons, and 2 / 2^6 was not small enough for that
-    alone = comparison.against(frame[frame["loss"] != "kd"])
-    printed = comparison.printed_against(alone).set_index("PLD against")
-    assert printed.loc["DIST", "Gain [95 %]"] == "**+1.00 [+1.00, +1.00]**"
-    many = [
-        Entry("", "p", "top1", loss, "p", {i: base + i % 3 for i in range(8)}, 8, 0, 0)
-        for loss, base in (("kd", 1.0), ("pld", 2.0))
-    ]
-    assert [paper_entries.best(many, entry) for entry in many] == [False, True]
+    assert table["p"].isna().all() and not table["decided"].any()  # equal differences say nothing
+    printed = comparison.printed_against(table.reset_index()).set_index("PLD against")
+    assert printed.loc["DIST", ["Gain [95 %]", "p"]].tolist() == ["+1.00", "–"]
+
+
+def test_a_gain_is_decided_by_three_runs_that_agree(finished):
+    made, store = finished
+    for cell in made.cells:
+        loss, seed = cell.trial.loss.name, cell.trial.seed
+        if loss in ("dist", "pld") and cell.trial.student.name == "wrn_40_1":
+            gain = (0.9, 1.0, 1.1)[seed] if loss == "pld" else 0.0
+            record = {"metrics": {"top1": 70 + gain}, "seconds": {"seconds": 1.0}}
+            store.finish(cell.trial, record, {"w": torch.zeros(1)})
+    frame = frames.frame(made, store)
+    frame = frame[(frame["student"] == "wrn_40_1") & frame["loss"].isin(["dist", "pld"])]
+    printed = comparison.printed_against(comparison.against(frame)).set_index("PLD against")
+    assert (
+        printed.loc["DIST", "Gain [95 %]"] == "**+1.00 [+0.75, +1.25]**"
+    )  # 4.3027 x 0.1 / sqrt(3)
+
+
+def test_the_best_of_a_table_is_decided_over_all_its_cells():
+    def entry(place, loss, scores, metric="top1"):
+        return Entry("", place, metric, loss, place, dict(enumerate(scores)), 8, 0, 0)
+
+    gains = [0.5, 0.6, 0.7, 0.5, 0.6, 0.8]
+    p = stats.ttest_1samp(gains, 0).pvalue
+    base = np.array([1.0, 2, 3, 4, 5, 6])
+    better = base + np.array(gains)
+    many = [entry("a", "kd", base), entry("a", "pld", better), entry("a", "teacher", base + 9)]
+    assert paper_entries.best(many) == [False, True, False] and 2 * p < 0.05
     lower = [dataclasses.replace(e, metric="kl_teacher_student") for e in many]
-    assert [paper_entries.best(lower, entry) for entry in lower] == [True, False]
+    assert paper_entries.best(lower) == [True, False, False]
+    few = int(0.05 / p) // 2
+    for places, decided in ((few, True), (few + 1, False)):  # two cells more at each further place
+        others = [entry(f"{n}", loss, base) for n in range(places - 1) for loss in ("kd", "pld")]
+        assert paper_entries.best([*many, *others])[1] is decided
 
 
 def test_tables_as_text_latex_and_html():

@@ -163,12 +163,11 @@ def _compared(pairs: list[tuple[Any, pd.DataFrame, Any, pd.DataFrame]]) -> pd.Da
             {key: scores.to_numpy() for key, scores in theirs.items()},
         )
         if found is not None:
-            row = {"method": first, "against": second, **found._asdict()}
-            rows.append(row | {"decided": found.decided})
+            rows.append({"method": first, "against": second, **found._asdict()})
     table = pd.DataFrame(rows)
     if rows:
         table["corrected"] = paired.corrected(table["p"].tolist())
-        table["decided"] &= table["corrected"] < 0.05
+        table["decided"] = table["corrected"] < 0.05
     return table
 
 
@@ -249,10 +248,11 @@ def explained(reference: str = "the method") -> str:
     """Return the text under a table of `printed_against`."""
     return (
         f"Gain: top-1 of {reference} minus top-1 of the other, paired by seed; mean over pairs and "
-        "seeds, with the 95\u00a0% bootstrap interval. Effect: Cohen's d of the differences. p: "
-        "sign-flip permutation test with Benjamini-Hochberg correction over the table. P(better): "
-        f"the probability that a run of {reference} beats a run of the other. Bold: the interval "
-        f"excludes 0, p is below 0.05 and n is at least {paired.ENOUGH}."
+        "seeds, with the 95\u00a0% confidence interval of one comparison. Effect: Cohen's d of the "
+        "differences. p: t-test, with Holm's correction over the table. P(better): the probability "
+        f"that a run of {reference} beats a run of the other. Bold: p is below 0.05. No interval: "
+        "the runs say nothing, because they do not differ or because there are too few; it takes "
+        f"{paired.ENOUGH} seeds on each pair, or {paired.ENOUGH} pairs."
     )
 
 

@@ -185,29 +185,36 @@ def gains(table: PaperTable, found: list[Entry]) -> list[Gain]:
     return result
 
 
-def best(found: list[Entry], entry: Entry) -> bool:
-    """Return whether the entry is better than every other method at its place.
+def best(found: list[Entry]) -> list[bool]:
+    """Return for each entry whether it is better than every other method at its place.
 
-    For each other method, the 95 % interval of the paired differences must exclude 0, and there
-    must be at least `paired.ENOUGH` paired runs.
+    The p-value of an entry is the largest of its paired comparisons with the others, or 1 if it is
+    not better than one of them. It must be below 0.05 after Holm's correction over the whole table:
+    the chance that the table has any false winner is then at most 5 %.
 
     Args:
         found: The cells of the table.
-        entry: One of them.
     """
-    if len(entry.scores) < paired.ENOUGH or entry.loss == "teacher":
-        return False
+    p = [_best_p(entry, found) for entry in found]
+    return [value < 0.05 for value in paired.corrected(p)]
+
+
+def _best_p(entry: Entry, found: list[Entry]) -> float:
+    """Return the largest p-value of an entry against the others at its place; NaN without any."""
     others = [
         e
         for e in found
         if e is not entry and (e.place, e.metric) == (entry.place, entry.metric)
         and e.scores and e.loss != "teacher"
     ]  # fmt: skip
+    if entry.loss == "teacher" or not entry.scores or not others:
+        return math.nan
     sign = -1 if entry.metric in ("kl_teacher_student", "train_minutes") else 1
+    p = []
     for other in others:
         seeds = [seed for seed in entry.scores if seed in other.scores]
-        one, two = (np.array([sign * e.scores[seed] for seed in seeds]) for e in (entry, other))
-        found_ = paired.compare({"": one}, {"": two})
-        if found_ is None or not found_.decided or found_.mean < 0:
-            return False
-    return bool(others)
+        gains = np.array([sign * (entry.scores[seed] - other.scores[seed]) for seed in seeds])
+        gain = paired.mean_of([gains]) if seeds else None
+        better = gain is not None and gain.mean > 0 and not math.isnan(gain.p)
+        p.append(gain.p if gain is not None and better else 1.0)
+    return max(p)

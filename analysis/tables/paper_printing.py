@@ -52,13 +52,12 @@ def printed(table: PaperTable, found: list[Entry], miniature: bool) -> pd.DataFr
     alone = not any(entry.scores for entry in found)
     rows = list(dict.fromkeys(entry.row for entry in found))
     columns = list(dict.fromkeys(entry.column for entry in found))
-    at = {(entry.row, entry.column): entry for entry in found}
+    at = {(e.row, e.column): (e, is_best) for e, is_best in zip(found, best(found), strict=True)}
     lines = []
     for row in rows:
         line = {table.rows.capitalize(): row}
         for column in columns:
-            entry = at.get((row, column))
-            marked = entry is not None and best(found, entry)
+            entry, marked = at.get((row, column), (None, False))
             line[column] = _cell(entry, alone, not miniature, marked)
         lines.append(line)
     return pd.DataFrame(lines)
@@ -102,6 +101,11 @@ def legend(table: PaperTable, found: list[Entry], miniature: bool) -> str:
         )
     else:
         text = f"{metrics}: ours ± std [reported, difference]; {MISSING}: no finished trial."
+    if any(best(found)):
+        text += (
+            " Bold: better than every other method at its place; p is below 0.05 with Holm's "
+            "correction over the table."
+        )
     if "train_minutes" in table.metrics:
         text += " Minutes include the time of the teacher's forward passes that the bank saved."
     return text
@@ -138,7 +142,7 @@ def write(table: PaperTable, found: list[Entry], miniature: bool, folder: Path) 
     paths = [folder / f"{table.name}.{kind}" for kind in ("md", "csv", "tex")]
     paths[0].write_text(text(table, found, miniature) + "\n", encoding="utf-8")
     rows = []
-    for entry in found:
+    for entry, is_best in zip(found, best(found), strict=True):
         low, high = paired.interval(entry.values)
         rows.append(
             {
@@ -154,7 +158,7 @@ def write(table: PaperTable, found: list[Entry], miniature: bool, folder: Path) 
                 "reported": entry.reported,
                 "reported_std": entry.reported_std,
                 "difference": math.nan if miniature else entry.mean - entry.reported,
-                "best": best(found, entry),
+                "best": is_best,
             }
         )
     pd.DataFrame(rows).to_csv(paths[1], index=False)
