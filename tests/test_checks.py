@@ -128,6 +128,75 @@ def test_what_torch_saved_is_read_and_unwrapped(tmp_path, network, wrap, undone,
         assert part in notes[0]
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda x: (10 * x).to(torch.int8), "has the type torch.int8, and the network torch.float"),
+        (lambda x: x.to(torch.complex64), "has the type torch.complex64"),
+        (lambda x: x.to_sparse(), "torch.sparse_coo"),
+        (lambda x: torch.quantize_per_tensor(x, 0.1, 0, torch.qint8), "has the type torch.qint8"),
+        (lambda x: x.to("meta"), "has no values"),
+        (lambda x: x.double() * 1e200, "is not finite"),
+    ],
+)
+def test_weights_of_another_kind_are_refused(tmp_path, network, change, said):
+    path = tmp_path / "teacher.pth"
+    state = network.state_dict()
+    name = "stem.0.weight"
+    torch.save(state | {name: change(state[name])}, path)
+    with pytest.raises(InputError, match=f"tensor 'stem.0.weight' {said}|{said}"):
+        check_model(Weights(name="resnet8", weights=str(path)), 10, 1, 8)
+
+
+@pytest.mark.parametrize("kind", [torch.float64, torch.bfloat16, torch.float8_e4m3fn])
+def test_weights_of_another_precision_are_those_of_the_file(tmp_path, network, kind):
+    path = tmp_path / "TEACHER.PTH"
+    state = {
+        name: x.to(kind) if x.is_floating_point() else x for name, x in network.state_dict().items()
+    }
+    torch.save(state, path)
+    network.load_state_dict({name: x.to(network.state_dict()[name]) for name, x in state.items()})
+    assert loads(path, network) == []
+
+
+def test_a_file_without_tensors_is_refused(tmp_path):
+    save_file({}, tmp_path / "none.safetensors")
+    with pytest.raises(InputError, match="holds no tensors"):
+        check_model(Weights(name="resnet8", weights=str(tmp_path / "none.safetensors")), 10, 1, 8)
+
+
+@pytest.mark.parametrize(
+    ("teacher", "said"),
+    [
+        ("{weights: WEIGHTS, train: {epochs: 1}}", "teacher.train: only for a teacher to train"),
+        ("{weights: ''}", "teacher: weights is ''"),
+        ('{weights: "a\\0b"}', "embedded null byte"),
+        (f"{{weights: {'a' * 300}}}", "File name too long"),
+        ("{weights: /dev/null}", "not a file"),
+        ("{weights: WEIGHTS, mean: [0.5], std: [1, 1]}", "mean and std: expected one number each"),
+        ("{weights: WEIGHTS, mean: [], std: []}", "mean and std: expected one number each"),
+        ("{weights: WEIGHTS, mean: [2], std: [1]}", "teacher: mean.* is 2"),
+        (
+            "{weights: WEIGHTS, mean: [0, 0], std: [1, 1]}",
+            "mean and std have 2 numbers: expected 1",
+        ),
+        (
+            "{args: {checkpoint_path: x.pth}, weights: WEIGHTS}",
+            "args.checkpoint_path is not accept",
+        ),
+        ("{args: {act_layer: foo}, weights: WEIGHTS}", "cannot be made with .*act_layer"),
+    ],
+)
+def test_teachers_that_are_refused(experiment, tmp_path, network, teacher, said):
+    torch.save(network.state_dict(), tmp_path / "ok.pth")
+    name = "resnet18" if "act_layer" in teacher else "resnet8"
+    teacher = teacher.replace("WEIGHTS", str(tmp_path / "ok.pth")).replace(
+        "{", f"{{name: {name}, ", 1
+    )
+    with pytest.raises(InputError, match=said):
+        check_trials(plan(experiment(TEXT, f"teacher={teacher}", "loss=kd")).trials)
+
+
 def test_weights_that_do_not_fit_name_the_first_tensor(tmp_path, network):
     path = tmp_path / "teacher.pth"
     state = network.state_dict()
@@ -148,8 +217,20 @@ def test_weights_that_do_not_fit_name_the_first_tensor(tmp_path, network):
     wide = {name: torch.cat([x, x]) if x.ndim else x for name, x in state.items()}
     assert f"tensor {first!r} has shape (32, 1, 3, 3) in the file and (16, 1, 3, 3)" in said(wide)
     assert f"tensor {first!r} is not finite" in said(state | {first: state[first] * float("nan")})
-    assert "holds no state dict: its content is ['epoch']; expected" in said({"epoch": 1})
-    assert "expected a state dict, as torch.save(model.state_dict(), path)" in said(network)
+    assert "holds no state dict: its content is without tensors by name: ['epoch']" in said(
+        {"epoch": 1}
+    )
+    assert "its content is not only tensors: ['note'] are none" in said(state | {"note": "hi"})
+    inside = {}
+    inside["state_dict"] = inside  # itself, without end
+    assert "holds no state dict" in said(inside)
+    assert said(network).endswith(
+        "cannot be read: it holds more than tensors, or torch.save did not write it; expected a "
+        "state dict, as torch.save(model.state_dict(), path) writes it"
+    )
+    path.write_bytes(b"")
+    with pytest.raises(InputError, match="the file is empty"):
+        check_model(Weights(name="resnet8", weights=str(path)), 10, 1, 8)
     path.unlink()
     with pytest.raises(InputError, match="every machine must see the file under this path"):
         check_model(Weights(name="resnet8", weights=str(path)), 10, 1, 8)

@@ -186,6 +186,18 @@ class Lying(Squares):
         return super().__getitem__(row)[0], (row + 1) % 3
 
 
+class Labelled(Squares):
+    def __init__(self, row, label):
+        super().__init__(30)
+        self.targets[row] = label
+
+
+class Named(Squares):
+    def __init__(self, classes):
+        super().__init__(30)
+        self.classes = classes
+
+
 class Failing(Squares):
     def __getitem__(self, row):
         if row == 17:
@@ -222,7 +234,33 @@ class Failing(Squares):
         (Squares(30, lambda image: "image"), {}, r"is <class 'str'>: expected an image of Pillow"),
         (Squares(30, lambda image: torch.full((3, 6, 6), torch.nan)), {}, "not finite"),
         (Squares(30), {"image_size": 8}, "data.image_size is 8: own_squares gives images of 6"),
+        (
+            Squares(30, lambda image: image[..., [0] * 5]),
+            {"augment": "color_jitter", "holdout": 3},
+            "data.augment is color_jitter: the images of own_squares have 5 channels: expected",
+        ),
         (iter([1]), {}, "has no length: expected a map-style dataset"),
+        (Squares(30, lambda image: image[:, :, :0]), {}, r"is empty: .* \[6, 6, 0\]"),
+        (
+            Squares(30, lambda image: torch.ones(3, 6, 6).to_sparse()),
+            {},
+            "expected .* a dense tensor",
+        ),
+        (Squares(30, lambda image: torch.ones(3, 6, 6, device="meta")), {}, "a dense tensor"),
+        (
+            Labelled(5, 2**40),
+            {},
+            "item 5 has the label 1099511627776: expected a class index from 0",
+        ),
+        (Labelled(5, -1), {}, "item 5 has the label -1: expected a class index from 0"),
+        (
+            torch.utils.data.Subset(Squares(9), [0, 1, 500]),
+            {},
+            "labels of its images cannot be found",
+        ),
+        (Named({"x", "y", "z"}), {}, "its classes are {.*}: expected a list of names"),
+        (Named(3), {}, "its classes are 3: expected a list of names"),
+        (Named("xyz"), {}, "its classes are 'xyz': expected a list of names"),
         ([1, 2, 3], {}, "train: item 0 is a int: expected an image and its label"),
     ],
 )
@@ -230,6 +268,11 @@ def test_what_is_refused(own, train, settings, said):
     own(train, Squares(12))
     with pytest.raises(InputError, match=said):
         datasets.load(data(**settings))
+
+
+def test_class_names_may_be_an_array(own):
+    own(Named(np.array(["a", "b", "c"])), Squares(12))
+    assert datasets.load(data()).class_names == ("a", "b", "c")
 
 
 def test_a_random_validation_dataset_is_refused(own):

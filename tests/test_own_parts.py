@@ -272,3 +272,16 @@ def test_what_does_not_matter_does_not_change_the_id(parts, experiment):
     assert ids() == ids("optimizer.args={momentum: '0.5'}") == ids("metrics=[distance, brier]")
     assert ids() != ids("optimizer.args={momentum: 0.6}")
     assert kd_teacher(parts("metrics=[]")).id == kd_teacher(parts()).id  # the teacher has none
+
+
+def test_a_plugin_that_ends_the_program_is_bad_input(tmp_path, cli):
+    code = "from pld_ray import register_dataset\n\n"
+    code += '@register_dataset("ends_here")\ndef ends_here(data, path):\n    raise SystemExit(0)\n'
+    (tmp_path / "ends.py").write_text(code)
+    text = "plugins: [ends.py]\nbase: {data: ends_here, student: resnet8, epochs: 1, loss: ce}\n"
+    (tmp_path / "x.yaml").write_text(text)
+    done = cli("run", "x.yaml", cwd=tmp_path)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr == (
+        "pld-ray: ends.py, line 5: SystemExit: expected a plug-in that does not end the program\n"
+    )

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from pld_ray import __version__
+from pld_ray import __version__, plugins
 from pld_ray.cli import (  # noqa: F401 - the imports register the commands
     listing,
     plan,
@@ -53,8 +53,8 @@ def _stop(number: int, frame: Any) -> None:
 def main() -> None:
     """Run the command line.
 
-    Bad input prints one sentence and exits with code 2. Storage errors exit with code 1. SIGINT
-    exits with code 130 and SIGTERM with code 143.
+    Bad input prints one sentence and exits with code 2; a plug-in that ends the program is bad
+    input. Storage errors exit with code 1, SIGINT with code 130, and SIGTERM with code 143.
     """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _stop)
@@ -66,6 +66,12 @@ def main() -> None:
     except OSError as error:  # for example a full disk or an unreachable storage
         typer.echo(f"pld-ray: {error}; run the same command again to resume", err=True)
         sys.exit(1)
+    except SystemExit as end:  # usually the end of a command
+        if where := plugins.location(end):
+            said = "SystemExit: expected a plug-in that does not end the program"
+            typer.echo(f"pld-ray: {where}{said}", err=True)
+            sys.exit(2)
+        raise
     except _Stopped as stopped:
         typer.echo("stopped; run the same command again to resume", err=True)
         sys.exit(128 + stopped.args[0])

@@ -100,7 +100,7 @@ class Data(Part):
     config: str | None = None
     fingerprint: str | None = Field(None, pattern="^[0-9a-f]{16}$")
     root: str | None = None
-    image_size: int | None = Field(None, ge=1)
+    image_size: int | None = Field(None, ge=1, le=4096)
     pad: int = Field(0, ge=0, le=1000)
     flip: bool = False
     random_resized_crop: bool = False
@@ -109,7 +109,7 @@ class Data(Part):
     mixup: float | None = Field(None, gt=0)
     cutmix: float | None = Field(None, gt=0)
     mean: tuple[Annotated[float, Field(ge=0, le=1)], ...] | None = None
-    std: tuple[Annotated[float, Field(gt=0)], ...] | None = None
+    std: tuple[Annotated[float, Field(ge=1e-6)], ...] | None = None
     holdout: int | None = Field(None, ge=1)
     limit: int | None = Field(None, ge=1)
 
@@ -240,12 +240,18 @@ class Weights(Part):
     weights: str
     sha256: str | None = None
     mean: tuple[Annotated[float, Field(ge=0, le=1)], ...] | None = None
-    std: tuple[Annotated[float, Field(gt=0)], ...] | None = None
+    std: tuple[Annotated[float, Field(ge=1e-6)], ...] | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> Weights:
         if (self.mean is None) != (self.std is None):
             raise ValueError("mean and std: expected both or neither")
+        if (
+            self.mean is not None
+            and self.std is not None
+            and not (0 < len(self.mean) == len(self.std))
+        ):
+            raise ValueError("mean and std: expected one number each for each channel")
         return self
 
 

@@ -45,7 +45,7 @@ class TeacherEntry(Part):
 
     name: str
     args: dict[str, Any] = {}
-    weights: str = ""
+    weights: str | None = Field(None, min_length=1)
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     train: dict[str, Any] = {}
@@ -251,12 +251,15 @@ def _teacher(entry: Any, raw: dict[str, Any], experiment: Experiment) -> dict[st
     weights = teacher.weights or ("pretrained" if "." in teacher.name else "train")
     if weights in ("train", "pretrained") and (teacher.mean or teacher.std):
         raise InputError(f"{where}.mean and std: only for a weights file, not for {weights!r}")
+    if weights != "train" and teacher.train:
+        raise InputError(f"{where}.train: only for a teacher to train, not for weights {weights!r}")
     if weights == "pretrained":
         return {"teacher": Weights(name=teacher.name, args=teacher.args, weights=weights), **taught}
     if weights != "train":
         given = teacher.model_dump(include={"mean", "std"}, exclude_none=True)
         known = teacher_file(weights, f"{where}.weights") | given
-        return {"teacher": Weights(name=teacher.name, args=teacher.args, **known), **taught}
+        known |= {"name": teacher.name, "args": teacher.args}
+        return {"teacher": validated(Weights, known, where), **taught}
     # a metric of the students does not make the teacher another trial
     own = ("teacher", "metrics")
     base = {key: value for key, value in experiment.base.items() if key not in own}

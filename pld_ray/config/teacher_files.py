@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import stat
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -27,15 +28,18 @@ def teacher_file(path: str, where: str) -> dict[str, Any]:
         InputError: The file cannot be read, or config.json is broken.
     """
     file = Path(path)
-    if file.is_dir():
-        file /= "model.safetensors"
     try:
+        if file.is_dir():
+            file /= "model.safetensors"
         state = file.stat()
+        if not stat.S_ISREG(state.st_mode):
+            raise ValueError("not a file")
         digest = _digest(str(file), state.st_mtime_ns, state.st_size)
-    except OSError as error:
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
         raise InputError(
             f'{where} is {str(file)!r}: expected "train", "pretrained" or a weights file, such as '
-            f"model.safetensors or model.pth ({error.strerror})"
+            f"model.safetensors or model.pth ({reason})"
         ) from None
     return {"weights": str(file), "sha256": digest, **_statistics(file.with_name("config.json"))}
 

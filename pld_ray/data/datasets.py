@@ -96,7 +96,9 @@ def _found(data: Data, given: Any) -> Found:
 
         train = drawn_split(data, given[0], "train")
         val = None if given[1] is None else drawn_split(data, given[1], "val")
-        found = Found(train, val, class_names(given[0], int(train[1].max()) + 1))
+        found = Found(
+            train, val, class_names(given[0], int(train[1].max()) + 1, f"data {data.name!r}")
+        )
         counts = np.bincount(train[1].clip(0), minlength=len(found.class_names))
         if len(empty := np.flatnonzero(counts == 0)):
             raise InputError(
@@ -220,6 +222,13 @@ def check_augmentation(data: Data, train: Bytes | EncodedImages | DrawnImages) -
         raise InputError(
             f"data.augment is own: {data.name} has no transform of its own; accepted: "
             f"{', '.join(sorted(set(AUGMENTS) - {'own'}))}"
+        )
+    channels = train.shape[3]
+    coloured = [name for name in data.augment if name not in ("own", "random_erasing")]
+    if coloured and channels not in (1, 3):
+        raise InputError(
+            f"data.augment is {coloured[0]}: the images of {data.name} have {channels} channels: "
+            "expected grey or colour images, or random_erasing"
         )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,6 +23,7 @@ from pld_ray.data.sampling import Ints, random_bits
 from pld_ray.errors import InputError
 
 _RANDOM = "set data.augment to own, and each epoch has new ones"
+MOST_CLASSES = 10**6
 TRIED = 8  # images of each split that are drawn several times, to see whether they stay the same
 
 
@@ -177,7 +178,12 @@ def _pixels(image: Any, where: str) -> Tensor:
     if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim in (2, 3):
         found = torch.from_numpy(np.array(image))
         found = found[..., None] if found.ndim == 2 else found
-    elif isinstance(image, Tensor) and image.ndim in (2, 3):
+    elif (
+        isinstance(image, Tensor)
+        and image.ndim in (2, 3)
+        and image.layout == torch.strided
+        and not image.is_meta
+    ):
         found = image.detach().as_subclass(Tensor)
         found = found[..., None] if found.ndim == 2 else found.permute(1, 2, 0)
         found = found.float() if found.is_floating_point() else found
@@ -187,8 +193,10 @@ def _pixels(image: Any, where: str) -> Tensor:
         said = f"{image.dtype} {list(image.shape)}" if hasattr(image, "shape") else type(image)
         raise InputError(
             f"{where} is {said}: expected an image of Pillow, a uint8 array [H, W, channels], or a "
-            "tensor [channels, H, W] of uint8 or floating-point numbers"
+            "dense tensor [channels, H, W] of uint8 or floating-point numbers"
         )
+    if 0 in found.shape:
+        raise InputError(f"{where} is empty: its height, width and channels are {[*found.shape]}")
     if found.shape[0] != found.shape[1]:
         raise InputError(
             f"{where} has {found.shape[1]}x{found.shape[0]} pixels: expected a square; crop it in "
@@ -213,7 +221,7 @@ def drawn_split(data: Data, dataset: Any, split: str) -> tuple[DrawnImages, Ints
     name = f"data {data.name!r}, {split}"
     try:
         count = len(dataset)
-    except TypeError:
+    except (TypeError, ValueError, OverflowError):
         raise InputError(
             f"{name}: {type(dataset).__name__} has no length: expected a map-style dataset"
         ) from None
@@ -255,7 +263,10 @@ def check_augmentation(data: Data, images: DrawnImages) -> None:
 
 def _labels(dataset: Any, count: int, name: str) -> Ints:
     """Return the labels: the `targets` or `labels` of the dataset, or those of its items."""
-    found = _targets(dataset)
+    try:
+        found = _targets(dataset)
+    except (LookupError, TypeError, ValueError) as error:
+        raise InputError(f"{name}: the labels of its images cannot be found: {error}") from None
     if found is None:
         found = [draw_one(dataset, row, 0, name)[1] for row in range(count)]
     try:
@@ -267,14 +278,32 @@ def _labels(dataset: Any, count: int, name: str) -> Ints:
             f"{name}: its labels are {labels.dtype} {list(labels.shape)}: expected one class index "
             f"for each of {count} images"
         )
+    for row in np.flatnonzero((labels < 0) | (labels > MOST_CLASSES))[:1]:
+        raise InputError(
+            f"{name}: item {row} has the label {labels[row]}: expected a class index from 0 to "
+            f"{MOST_CLASSES}"
+        )
     return labels.astype(np.int64)
 
 
-def class_names(dataset: Any, count: int) -> tuple[str, ...]:
-    """Return the `classes` of a dataset, or of the dataset of which it is a part, else numbers."""
+def class_names(dataset: Any, count: int, name: str) -> tuple[str, ...]:
+    """Return the `classes` of a dataset, or of the dataset of which it is a part, else numbers.
+
+    Args:
+        dataset: The dataset.
+        count: The number of classes, where the dataset does not name them.
+        name: What error messages call the dataset.
+    """
     while isinstance(dataset, torch.utils.data.Subset):
         dataset = dataset.dataset
-    return tuple(map(str, getattr(dataset, "classes", None) or range(count)))
+    known = getattr(dataset, "classes", None)
+    if known is None or (isinstance(known, Sized) and len(known) == 0):
+        known = range(count)
+    if not isinstance(known, (Sequence, np.ndarray)) or isinstance(known, str):
+        raise InputError(
+            f"{name}: its classes are {known!r}: expected a list of names, in the order of labels"
+        )
+    return tuple(map(str, known))
 
 
 def _targets(dataset: Any) -> Any:

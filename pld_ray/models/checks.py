@@ -117,6 +117,12 @@ def check_model(
     trains = not isinstance(model, Weights)
     _check_forward(model, network.train(trains), images, classes)
     if isinstance(model, Weights) and model.weights != "pretrained":
+        known = len(model.mean or ())
+        if known not in (0, channels) and (known, channels) != (3, 1):  # timm averages over colours
+            raise InputError(
+                f"teacher {model.name!r}: mean and std have {known} numbers: expected {channels}, "
+                "one a channel"
+            )
         _, notes = fit_weights(model.weights, network, model.name, classes)
     elif isinstance(model, Weights):
         _check_pretrained(model, classes)

@@ -11,6 +11,15 @@ from pld_ray.config.parts import Model, Weights
 from pld_ray.errors import InputError, nearest
 from pld_ray.models.weights import fit_weights
 
+# arguments of timm.create_model that decide with which weights a network begins
+WEIGHTS_ARGS = {
+    *("pretrained", "checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
+}
+# what networks raise for wrong arguments; too little memory is a RuntimeError
+MADE_WRONG = (
+    *(TypeError, ValueError, AssertionError, ArithmeticError, LookupError, AttributeError),
+)
+
 
 def create_model(
     model: Model | Weights, classes: int, channels: int, image_size: int, pretrained: bool = False
@@ -31,10 +40,10 @@ def create_model(
     if not timm.is_model(model.name):
         hint = nearest(base, timm.list_models())
         raise InputError(f"model {model.name!r} is not known to timm; {hint}")
-    if "pretrained" in model.args:
+    if taken := sorted(WEIGHTS_ARGS & model.args.keys()):
         raise InputError(
-            f"model {model.name!r}: args.pretrained is not accepted: students are trained from "
-            "scratch, and a teacher has weights: pretrained"
+            f"model {model.name!r}: args.{taken[0]} is not accepted: students are trained from "
+            "scratch, and a teacher has weights: pretrained or a file"
         )
     args = {"num_classes": classes, "in_chans": channels, **model.args}
     try:
@@ -47,7 +56,7 @@ def create_model(
         args.setdefault("img_size", image_size)
     try:
         return timm.create_model(model.name, pretrained=pretrained, **args)
-    except (TypeError, ValueError, AssertionError, ArithmeticError) as error:
+    except MADE_WRONG as error:
         raise InputError(
             f"model {model.name!r} cannot be made with {args}: {plugins.location(error)}"
             f"{error or 'unsupported size'}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import pickle
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +16,7 @@ from pld_ray.errors import InputError
 TORCH = (".pth", ".pt", ".bin", ".ckpt", ".tar")  # endings of files that `torch.save` wrote
 # Where training programs put the weights in their checkpoints, and what they put before the names.
 ENTRIES = ("state_dict", "model_state_dict", "model", "net", "network", "student", "ema")
+DEPTH = 4  # entries inside entries
 PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "network.", "backbone.")
 
 
@@ -31,31 +34,46 @@ def read_weights(path: str) -> tuple[dict[str, Tensor], list[str]]:
         InputError: The file cannot be read, or holds no weights.
     """
     try:
-        if not path.endswith(TORCH):
+        if not path.lower().endswith(TORCH):
             return load_file(path), []
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # both libraries raise many types
-        hint = ""
-        if isinstance(error, FileNotFoundError):
-            hint = "; on a cluster, every machine must see the file under this path"
-        elif path.endswith(TORCH):
-            hint = "; expected a state dict, as torch.save(model.state_dict(), path) writes it"
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(f"teacher weights {path!r} cannot be read: {reason}{hint}") from None
-    undone = []
-    while isinstance(content, Mapping) and not _is_state(content):
+        raise InputError(
+            f"teacher weights {path!r} cannot be read: {_reason(error, path)}"
+        ) from None
+    undone: list[str] = []
+    while isinstance(content, Mapping) and not _is_state(content) and len(undone) < DEPTH:
         name = next((n for n in ENTRIES if isinstance(content.get(n), Mapping)), None)
         if name is None:
             break
         undone.append(f"entry {name!r}")
         content = content[name]
     if not isinstance(content, Mapping) or not _is_state(content):
-        shown = list(content)[:5] if isinstance(content, Mapping) else type(content).__name__
+        shown = f"a {type(content).__name__}"
+        if isinstance(content, Mapping):
+            other = [name for name, x in content.items() if not isinstance(x, Tensor)]
+            shown = f"without tensors by name: {list(content)[:5]}"
+            if content and len(other) < len(content):
+                shown = f"not only tensors: {other[:5]} are none"
         raise InputError(
             f"teacher weights {path!r}: holds no state dict: its content is {shown}; expected "
             f"tensors by name, or a checkpoint with one of {', '.join(ENTRIES)}"
         )
     return dict(content), undone
+
+
+def _reason(error: Exception, path: str) -> str:
+    """Return why a weights file cannot be read, and what was expected."""
+    if isinstance(error, FileNotFoundError):
+        return f"{error}; on a cluster, every machine must see the file under this path"
+    if os.path.isfile(path) and os.path.getsize(path) == 0:
+        return "the file is empty"
+    said = str(error).strip().partition("\n")[0] or type(error).__name__
+    if path.lower().endswith(TORCH):
+        if isinstance(error, pickle.UnpicklingError):  # torch then advises to run code in the file
+            said = "it holds more than tensors, or torch.save did not write it"
+        return f"{said}; expected a state dict, as torch.save(model.state_dict(), path) writes it"
+    return f"{said}; expected safetensors, or an ending of files of torch.save: {', '.join(TORCH)}"
 
 
 def _is_state(content: Mapping[Any, Any]) -> bool:
@@ -83,6 +101,8 @@ def fit_weights(
     """
     stored, undone = read_weights(path)
     wanted = network.state_dict()
+    if not stored:
+        raise InputError(f"teacher weights {path!r}: holds no tensors")
     while stored.keys().isdisjoint(wanted):
         prefix = next((p for p in PREFIXES if all(name.startswith(p) for name in stored)), None)
         if prefix is None:
@@ -105,7 +125,20 @@ def fit_weights(
             elif want[1:] == got[1:] and want[0] == classes:
                 detail += f"; the file seems to be for {got[0]} classes, but the data has {classes}"
             raise InputError(f"{where} do not fit {what!r}: {detail}")
-        if not torch.isfinite(stored[name]).all():
-            raise InputError(f"{where}: tensor {name!r} is not finite")
+        if fault := _fault(stored[name], wanted[name].dtype):
+            raise InputError(f"{where}: tensor {name!r} {fault}")
     notes = [f"{where}: undone: {', '.join(undone)}"] if undone else []
     return stored, notes
+
+
+def _fault(tensor: Tensor, wanted: torch.dtype) -> str:
+    """Return what is wrong with a stored tensor whose network has another type, or ""."""
+    dense = tensor.layout == torch.strided and not tensor.is_quantized
+    if not dense or tensor.is_complex() or tensor.is_floating_point() != wanted.is_floating_point:
+        kind = tensor.dtype if dense else f"{tensor.dtype}, {tensor.layout}"
+        return (
+            f"has the type {kind}, and the network {wanted}: expected a dense tensor of this kind"
+        )
+    if tensor.is_meta:
+        return "has no values: it was saved from the meta device"
+    return "" if torch.isfinite(tensor.to(wanted)).all() else "is not finite"

@@ -103,7 +103,9 @@ def _attempt(
             reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
             if isinstance(error, InputError):
                 reason = str(error)
-            reason = plugins.location(error) + reason.splitlines()[0]
+            lines = reason.splitlines()
+            wrapped = "in DataLoader worker process" in lines[0]  # the error itself comes last
+            reason = plugins.location(error) + lines[-1 if wrapped else 0]
             if final or not isinstance(error, again):
                 store.fail(trial.id, reason, traceback.format_exc(), final)
                 raise NotedError(reason) from error
