@@ -407,7 +407,7 @@ def test_a_test_folder_is_not_used_if_val_is_wrong(folder):
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"std": [0, 0, 0]}, "std.0 is 0: input should be greater than 0"),
+        ({"std": [0, 0, 0]}, "std.0 is 0: input should be greater than or equal to 0.000001"),
         ({"mean": [5, 0, 0]}, "mean.0 is 5: input should be less than or equal to 1"),
         ({"pad": 10**9}, "pad is 1000000000: input should be less than"),
         ({"split": {"train": ""}}, "split.train is ''"),

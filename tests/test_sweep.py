@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 from rich.console import Console
@@ -157,6 +159,44 @@ def test_a_ray_that_starts_slowly_is_waited_for(monkeypatch):
     with cluster.patient_start(), pytest.raises(RuntimeError, match="not registered"):
         services.get_node("an address", "an id")
     assert len(asked) == 1
+
+
+@pytest.mark.parametrize("ends", [1, 2, 9])
+def test_a_raylet_that_ends_is_started_again(monkeypatch, ends):
+    """As beside many busy processes, where its agents take longer than 15 seconds."""
+    import ray
+    from ray._private import services
+
+    from pld_ray.errors import InputError
+    from pld_ray.sweep import cluster
+
+    def init(**options):
+        services.start_raylet()
+        services.get_node("an address", "an id")
+
+    def start_raylet():
+        started.append(len(started) < ends)
+        process = SimpleNamespace(poll=lambda ended=started[-1]: 1 if ended else None)
+        return SimpleNamespace(process=process)
+
+    def get_node(address, node):
+        if started[-1]:
+            raise RuntimeError("not registered yet")
+
+    started = []
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    monkeypatch.setattr(services, "get_node", get_node)
+    monkeypatch.setattr(services, "start_raylet", start_raylet)
+    if ends < cluster.START_ATTEMPTS:
+        with cluster.connected():
+            assert len(started) == ends + 1
+    else:
+        with pytest.raises(InputError, match="did not start"), cluster.connected():
+            pass
+        assert len(started) == cluster.START_ATTEMPTS
+    assert services.get_node is get_node and services.start_raylet is start_raylet
 
 
 def test_a_ray_that_does_not_start_is_told_in_a_sentence(monkeypatch):

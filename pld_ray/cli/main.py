@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from pld_ray import __version__, plugins
+from pld_ray import __version__
 from pld_ray.cli import (  # noqa: F401 - the imports register the commands
     listing,
     plan,
@@ -67,7 +67,8 @@ def main() -> None:
         typer.echo(f"pld-ray: {error}; run the same command again to resume", err=True)
         sys.exit(1)
     except SystemExit as end:  # usually the end of a command
-        if where := plugins.location(end):
+        plugins = sys.modules.get("pld_ray.plugins")  # imported by commands that use plug-ins
+        if plugins and (where := plugins.location(end)):
             said = "SystemExit: expected a plug-in that does not end the program"
             typer.echo(f"pld-ray: {where}{said}", err=True)
             sys.exit(2)

@@ -57,8 +57,10 @@ def create_model(
     try:
         return timm.create_model(model.name, pretrained=pretrained, **args)
     except MADE_WRONG as error:
+        where = plugins.location(error)
+        kind = f"{type(error).__name__}: " if where else ""
         raise InputError(
-            f"model {model.name!r} cannot be made with {args}: {plugins.location(error)}"
+            f"model {model.name!r} cannot be made with {args}: {where}{kind}"
             f"{error or 'unsupported size'}"
         ) from None
 

@@ -9,9 +9,11 @@ import signal
 import socket
 import threading
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import ray
@@ -19,6 +21,12 @@ import ray
 from pld_ray.errors import InputError
 
 START_SECONDS = 180  # Ray's own limit of 30 is too short for a busy machine or a slow disk
+# A raylet ends if its agents do not start within 15 seconds. Ray has no setting for this either.
+START_ATTEMPTS = 4
+
+
+class RayletEnded(Exception):
+    """The raylet of a Ray that starts here has ended."""
 
 
 @contextmanager
@@ -42,8 +50,15 @@ def connected(address: str | None = None) -> Iterator[None]:
         code = {"py_modules": [_package("pld_ray"), _package("analysis")]} if address else None
         where = "local" if address is None and not _runs_here() else address
         try:
-            with patient_start():
-                ray.init(address=where, runtime_env=code, log_to_driver=False)
+            for attempt in range(1, START_ATTEMPTS + 1):
+                try:
+                    with patient_start():
+                        ray.init(address=where, runtime_env=code, log_to_driver=False)
+                    break
+                except RayletEnded as error:
+                    _end_processes(error)
+                    if attempt == START_ATTEMPTS:
+                        raise
         except (ConnectionError, ray.exceptions.AuthenticationError) as error:
             raise InputError(
                 f"Ray cluster {address or 'on this machine'}: cannot connect: {_reason(error)}"
@@ -53,11 +68,11 @@ def connected(address: str | None = None) -> Iterator[None]:
                 before(signal.SIGTERM, None)
             raise
         except Exception as error:
-            if "timed out during startup" not in str(error):
+            if not isinstance(error, RayletEnded) and "timed out during startup" not in str(error):
                 raise
             raise InputError(
-                f"Ray did not start on this machine within {START_SECONDS} seconds: see its logs, "
-                "by default in /tmp/ray/session_latest/logs"
+                "Ray did not start on this machine; expected one with less other work, or see its "
+                "logs, by default in /tmp/ray/session_latest/logs"
             ) from error
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, before)  # Ray's handler exits at once
@@ -70,25 +85,44 @@ def connected(address: str | None = None) -> Iterator[None]:
 
 @contextmanager
 def patient_start() -> Iterator[None]:
-    """Let a Ray that starts here take up to `START_SECONDS`; Ray has no setting for it."""
-    services = ray._private.services
-    ask = services.get_node
+    """Let a Ray that starts here take up to `START_SECONDS`; Ray has no setting for it.
 
-    def wait(*node: str) -> object:
+    Raises:
+        RayletEnded: In the `with` block, while Ray starts: its raylet has ended.
+    """
+    services = ray._private.services
+    ask, start = services.get_node, services.start_raylet
+    raylets = []
+
+    def start_raylet(*args: Any, **kwargs: Any) -> Any:
+        raylets.append(start(*args, **kwargs))
+        return raylets[-1]
+
+    def get_node(*node: str) -> object:
         end = time.monotonic() + START_SECONDS
         while True:
             try:
                 return ask(*node)
             except RuntimeError:  # not registered yet
+                if any(raylet.process.poll() is not None for raylet in raylets):
+                    raise RayletEnded from None
                 if time.monotonic() > end:
                     raise
                 time.sleep(0.1)
 
-    services.get_node = wait
+    services.get_node, services.start_raylet = get_node, start_raylet
     try:
         yield
     finally:
-        services.get_node = ask
+        services.get_node, services.start_raylet = ask, start
+
+
+def _end_processes(error: BaseException) -> None:
+    """End the processes of a Ray that did not start; Ray itself leaves them."""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        node = frame.f_locals.get("self")
+        if isinstance(node, ray._private.node.Node):
+            node.kill_all_processes(check_alive=False, allow_graceful=False)
 
 
 def _runs_here() -> bool:
