@@ -36,12 +36,12 @@ def _no_plugins_of_others():
 @pytest.fixture(scope="session")
 def local_ray():
     """One Ray for all tests that need it."""
-    from pld_ray.sweep.cluster import patient_start  # its room sets Ray's environment
+    from pld_ray.sweep import cluster  # sets Ray's environment before it starts
 
     ray = pytest.importorskip("ray")
-    with pytest.MonkeyPatch.context() as patch, patient_start():
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "executable", warm.executable())
-        ray.init(num_cpus=2, log_to_driver=False, include_dashboard=False)
+        cluster.init(num_cpus=2, log_to_driver=False, include_dashboard=False)
     yield ray
     ray.shutdown()
 

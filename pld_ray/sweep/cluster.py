@@ -50,15 +50,7 @@ def connected(address: str | None = None) -> Iterator[None]:
         code = {"py_modules": [_package("pld_ray"), _package("analysis")]} if address else None
         where = "local" if address is None and not _runs_here() else address
         try:
-            for attempt in range(1, START_ATTEMPTS + 1):
-                try:
-                    with patient_start():
-                        ray.init(address=where, runtime_env=code, log_to_driver=False)
-                    break
-                except RayletEnded as error:
-                    _end_processes(error)
-                    if attempt == START_ATTEMPTS:
-                        raise
+            init(address=where, runtime_env=code, log_to_driver=False)
         except (ConnectionError, ray.exceptions.AuthenticationError) as error:
             raise InputError(
                 f"Ray cluster {address or 'on this machine'}: cannot connect: {_reason(error)}"
@@ -81,6 +73,23 @@ def connected(address: str | None = None) -> Iterator[None]:
     finally:
         if owned:
             ray.shutdown()
+
+
+def init(**options: Any) -> None:
+    """Call `ray.init`. A Ray that starts here gets more time and attempts than Ray gives it.
+
+    Raises:
+        RayletEnded: It did not start.
+    """
+    for attempt in range(1, START_ATTEMPTS + 1):
+        try:
+            with patient_start():
+                ray.init(**options)
+            return
+        except RayletEnded as error:
+            _end_processes(error)
+            if attempt == START_ATTEMPTS:
+                raise
 
 
 @contextmanager
