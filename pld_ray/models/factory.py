@@ -12,13 +12,11 @@ from pld_ray.errors import InputError, nearest
 from pld_ray.models.weights import fit_weights
 
 # arguments of timm.create_model that decide with which weights a network begins
-WEIGHTS_ARGS = {
-    *("pretrained", "checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
-}
-# what networks raise for wrong arguments; too little memory is a RuntimeError
-MADE_WRONG = (
-    *(TypeError, ValueError, AssertionError, ArithmeticError, LookupError, AttributeError),
+WEIGHTS_ARGS = set(
+    ["pretrained", "checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"]
 )
+# what networks raise for wrong arguments; too little memory is a RuntimeError
+MADE_WRONG = (TypeError, ValueError, AssertionError, ArithmeticError, LookupError, AttributeError)
 
 
 def create_model(
