@@ -2,6 +2,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/pip install --quiet --no-compile --disable-pip-version-check --editable
+# Every test of a run on Ray starts processes that import torch: keep the compiled modules, whatever
+# the environment says (an empty value switches the variable off).
+export PYTHONDONTWRITEBYTECODE :=
 # one process per core; the tests of a file share fixtures
 PARALLEL := -n auto --dist loadfile --no-loadscope-reorder --durations 25
 
