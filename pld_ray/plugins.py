@@ -207,6 +207,9 @@ def _load(plugin: Plugin, where: str) -> Plugin:
         if owner is None or (path, content) not in LOADED[owner].files:
             # such as one that was imported from the folder of the driver
             sys.modules.pop(_module(path), None)
+            # Python would take the compiled file of an older version with this time and size.
+            with suppress(OSError):
+                Path(importlib.util.cache_from_source(os.path.join(where, path))).unlink()
     importlib.invalidate_caches()
     there = set(sys.modules)  # of the script that uses the plug-in, which may lie beside it
     LOADED[plugin.name], _places[plugin.name] = plugin, where

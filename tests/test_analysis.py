@@ -9,7 +9,7 @@ import torch
 from analysis.figures import methods, style
 from analysis.landscapes import logits
 from analysis.records import frames
-from analysis.tables import comparison
+from analysis.tables import comparison, comparison_printing
 from pld_ray.config.planning import plan
 from pld_ray.errors import InputError
 from pld_ray.losses import PLDLoss
@@ -86,11 +86,14 @@ def test_any_method_is_the_reference(results, wanted, name, gains, tmp_path):
     assert dict(zip(against["against"], against["mean"], strict=True)) == {
         key: value for key, value in gains.items() if value is not None
     }
-    assert f"{name} gain" in comparison.printed(table)
-    assert f"{name} against" in comparison.printed_against(against)
-    said = " ".join(comparison.text(comparison.tables(frame), chosen).split())
+    assert f"{name} gain" in comparison_printing.printed(table)
+    assert f"{name} against" in comparison_printing.printed_against(against)
+    said = " ".join(comparison_printing.text(comparison.tables(frame), chosen).split())
     assert f"{name} gain: top-1 of {name} minus top-1 of" in said and "PLD gain" not in said
-    names = [path.stem for path in methods.draw(frame, frames.curves(made, store), tmp_path)]
+    names = [
+        path.stem
+        for path in methods.draw(frame, frames.curves(frames.frame(made, store), store), tmp_path)
+    ]
     assert names == ["accuracy", "gains", "curves"]
 
 
@@ -98,13 +101,13 @@ def test_without_pld_the_first_method_is_the_reference(experiment, tmp_path):
     made = plan(experiment(TEXT.replace(", pld]", ", dist]")))
     table = comparison.comparison(frames.frame(made, Store(tmp_path / "none")))
     assert comparison.reference_name(table) == "CE"
-    assert "CE gain" in comparison.printed(table)
+    assert "CE gain" in comparison_printing.printed(table)
     made = plan(experiment(TEXT.replace("[ce, {name: kd, temperature: [1, 4]}, pld]", "[pld]")))
     frame = frames.frame(made, Store(tmp_path / "none"))
     alone = comparison.comparison(frame)
     assert comparison.reference_name(alone) == ""
-    assert not [column for column in comparison.printed(alone) if "gain" in column]
-    assert "gain" not in comparison.text(comparison.tables(frame), made.experiment)
+    assert not [column for column in comparison_printing.printed(alone) if "gain" in column]
+    assert "gain" not in comparison_printing.text(comparison.tables(frame), made.experiment)
 
 
 def test_a_reference_that_is_no_method_is_refused(experiment):
@@ -124,7 +127,7 @@ def test_all_pairs_of_methods(results):
     assert math.isnan(found["CE", "PLD"]["p"])
     # 80, 82, 84 against 85, 86, 87: no run of CE beats one of KD
     assert found["CE", "KD (τ = 1)"]["probability"] == 0
-    assert list(comparison.printed_against(pairs, True))[:2] == ["Method", "Against"]
+    assert list(comparison_printing.printed_against(pairs, True))[:2] == ["Method", "Against"]
 
 
 def test_what_the_bank_spared_is_a_column(results):
@@ -164,7 +167,7 @@ def test_gains_are_paired_by_seed(results):
 def test_tables_as_text_and_files(results, tmp_path):
     made, store = results
     own = comparison.tables(frames.frame(made, store))
-    text = comparison.text(own, made.experiment)
+    text = comparison_printing.text(own, made.experiment)
     rows = [[c.strip() for c in line.split("|")[1:-1]] for line in text.splitlines() if "|" in line]
     assert ["CE", "82.00 ± 2.00", "+8.00", "–", "–", "10.0 ± 0.0", "3.0 ± 0.0", "3"] in rows
     assert ["KD (τ = 4)", "–", "", "–", "–", "–", "–", "0 of 3"] in rows
@@ -173,7 +176,7 @@ def test_tables_as_text_and_files(results, tmp_path):
     assert [len({len(line) for line in lines}) for lines in tables_] == [1, 1]
     # PLD against CE over three seeds: 8, 8, 8
     assert ["CE", "+8.00", "–", "–", "1.00", "3"] in rows
-    *written, against = comparison.write(own, tmp_path / "out", made.experiment)
+    *written, against = comparison_printing.write(own, tmp_path / "out", made.experiment)
     assert against.name == "against.csv"
     paths = {path.suffix: path for path in written}
     with open(paths[".csv"], newline="") as file:
@@ -197,12 +200,13 @@ def test_other_axes_become_settings_and_losses_without_teacher_stay_in_their_pai
     ce = frame[frame["loss"] == "ce"]
     assert set(ce["teacher"]) == {"resnet20", "wrn_16_2"}
     assert ce["id"].nunique() == 6  # 2 rates x 3 seeds: the teacher makes no other trial of it
-    text = comparison.text(comparison.tables(frame), made.experiment)
+    text = comparison_printing.text(comparison.tables(frame), made.experiment)
     assert "wrn_16_2 → resnet8" in text and "optimizer.lr 0.2" in text
 
 
 def test_figures_are_written_and_repeat_to_the_byte(results, tmp_path):
-    frame, curves = frames.frame(*results), frames.curves(*results)
+    frame = frames.frame(*results)
+    curves = frames.curves(frame, results[1])
     assert len(curves) == 9 * 2
     first = methods.draw(frame, curves, tmp_path / "one")
     second = methods.draw(frame, curves, tmp_path / "two")

@@ -144,7 +144,7 @@ def test_any_record_is_a_record_or_none(folder, content):
         store.files.write(f"trials/{trial.id}/{name}", content)
     frame = frames.frame(made, store)
     assert frame["finished"].tolist() == [store.record(trial.id) is not None]
-    frames.curves(made, store)
+    frames.curves(frames.frame(made, store), store)
     store.failure(trial.id), store.stopped(trial.id), store.landscape(trial.id)
     store.files.write(f"trials/{trial.id}/checkpoint.pt", content)
     assert store.load_checkpoint(trial) is None

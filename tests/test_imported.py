@@ -8,7 +8,7 @@ import torch
 
 from analysis.figures import methods, style
 from analysis.records import frames, imported
-from analysis.tables import comparison
+from analysis.tables import comparison, comparison_printing
 from pld_ray.config.planning import plan
 from pld_ray.errors import InputError
 from pld_ray.store.store import Store
@@ -56,12 +56,12 @@ def test_results_stand_beside_our_own(results, tmp_path):
     assert found.loc["PLD", ["top1", "n", "difference"]].tolist() == [91.5, 2, 1]
     assert found.loc["PLD", "top1_std"] == pytest.approx(math.sqrt(4.5))  # of 90 and 93
     assert found.loc["CE", "source"] == "papers" and math.isnan(found.loc["CE", "difference"])
-    text = comparison.text(comparison.tables(frame, found.reset_index()), made.experiment)
+    text = comparison_printing.text(comparison.tables(frame, found.reset_index()), made.experiment)
     rows = [[c.strip() for c in line.split("|")[1:-1]] for line in text.splitlines() if "|" in line]
     assert ["PLD", "A paper", "90.50 ± 0.50 (n = 3)", "91.50 ± 2.12", "+1.00"] in rows
     assert ["KD", "A paper (long recipe)", "88.00", "–", "–"] in rows
     own = comparison.tables(frame, found.reset_index())
-    paths = comparison.write(own, tmp_path / "out", made.experiment)
+    paths = comparison_printing.write(own, tmp_path / "out", made.experiment)
     kept = pd.read_csv(next(path for path in paths if path.name == "reported.csv"))
     assert kept["reported"].tolist() == [90.5, 88, 80, 91.25]
 
@@ -204,13 +204,13 @@ def test_only_what_is_known_is_said_of_several_pairs(experiment, tmp_path):
     assert found["teacher"].tolist() == ["resnet32", "resnet32"]
     assert found["method"].tolist() == ["PLD", "Teacher"] and found["difference"].iloc[1] == 1
     own = comparison.tables(frame, found)
-    lines = comparison.text(own, made.experiment).splitlines()
+    lines = comparison_printing.text(own, made.experiment).splitlines()
     (line,) = [line for line in lines if "A \\| B" in line]  # it does not end the cell
     assert line.startswith("| resnet32 → resnet8 | PLD")
     folder = tmp_path / "out"
-    comparison.write(own, folder, made.experiment)
+    comparison_printing.write(own, folder, made.experiment)
     assert (folder / "reported.csv").exists()
-    comparison.write(comparison.tables(frame), folder, made.experiment)
+    comparison_printing.write(comparison.tables(frame), folder, made.experiment)
     assert not (folder / "reported.csv").exists()  # it was removed from the storage
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from analysis.records import frames
-from analysis.tables import comparison
+from analysis.tables import comparison, comparison_printing
 from pld_ray import plugins
 from pld_ray.config.parts import Schedule
 from pld_ray.config.planning import plan
@@ -75,7 +75,7 @@ def test_a_trial_with_own_parts(parts, tmp_path):
     assert "brier" not in store.record(kd_teacher(made).id)["metrics"]
     table = comparison.comparison(frames.frame(made, store)).set_index("method")
     assert table.loc["KD", "brier"] == kd["brier"]
-    cells = comparison.printed(table.reset_index())
+    cells = comparison_printing.printed(table.reset_index())
     assert list(cells.columns[-4:]) == ["brier", "distance", "Seconds", "n"]
 
 

@@ -15,7 +15,14 @@ from scipy import stats
 
 from analysis.figures import paper_figures
 from analysis.records import frames
-from analysis.tables import comparison, paper_entries, paper_printing, paper_tables, rendering
+from analysis.tables import (
+    comparison,
+    comparison_printing,
+    paper_entries,
+    paper_printing,
+    paper_tables,
+    rendering,
+)
 from analysis.tables.paper_entries import Entry
 from pld_ray.config.experiment import experiments_folder, load_experiment
 from pld_ray.config.parts import Model
@@ -198,7 +205,7 @@ def test_a_winner_needs_runs_enough(finished):
     assert list(table.index) == ["KD", "DIST"]
     assert table.loc["DIST", "n"] == 6 and table.loc["DIST", "mean"] == 1
     assert table["p"].isna().all() and not table["decided"].any()  # equal differences say nothing
-    printed = comparison.printed_against(table.reset_index()).set_index("PLD against")
+    printed = comparison_printing.printed_against(table.reset_index()).set_index("PLD against")
     assert printed.loc["DIST", ["Gain [95 %]", "p"]].tolist() == ["+1.00", "–"]
 
 
@@ -212,7 +219,9 @@ def test_a_gain_is_decided_by_three_runs_that_agree(finished):
             store.finish(cell.trial, record, {"w": torch.zeros(1)})
     frame = frames.frame(made, store)
     frame = frame[(frame["student"] == "wrn_40_1") & frame["loss"].isin(["dist", "pld"])]
-    printed = comparison.printed_against(comparison.against(frame)).set_index("PLD against")
+    printed = comparison_printing.printed_against(comparison.against(frame)).set_index(
+        "PLD against"
+    )
     assert (
         printed.loc["DIST", "Gain [95 %]"] == "**+1.00 [+0.75, +1.25]**"
     )  # 4.3027 x 0.1 / sqrt(3)

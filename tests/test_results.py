@@ -346,7 +346,7 @@ def test_sparkline_by_hand():
 def test_init_writes_what_runs(cli, tmp_path):
     written = cli("init", "squared", cwd=tmp_path)
     assert written.returncode == 0, written.stderr
-    assert {path.name for path in tmp_path.iterdir()} == {
+    assert {path.name for path in tmp_path.iterdir()} - {"__pycache__"} == {
         "squared.yaml",
         "squared.py",
         "squared.schema.json",

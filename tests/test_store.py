@@ -16,6 +16,7 @@ from pld_ray.config.trial import Trial
 from pld_ray.data.datasets import load
 from pld_ray.distill.loop import train
 from pld_ray.errors import InputError
+from pld_ray.store.documents import to_document, to_lines
 from pld_ray.store.store import Outcome, Store
 
 TRIAL = Trial.model_validate({"data": "digits", "student": "resnet8", "loss": "ce", "epochs": 3})
@@ -226,21 +227,27 @@ def test_an_experiment_on_an_object_store_is_the_same_to_the_bit(s3, experiment,
     assert remote.banks().keys() == local.banks().keys() != set()
 
 
+EPOCH = {"epoch": 1}
+
+
 @pytest.mark.parametrize(
-    ("outcome", "state"),
+    ("files", "state"),
     [
-        (Outcome(RECORD, [{}], {"reason": "old"}, None), "done"),
-        (Outcome(None, [{}], {"reason": "loss is nan"}, None), "FAILED: loss is nan"),
         (
-            Outcome(None, [{}], None, {"by": "time_budget", "epoch": 1}),
+            {"record.json": to_document(RECORD), "failure.json": to_document({"reason": "old"})},
+            "done",
+        ),
+        ({"failure.json": to_document({"reason": "loss is nan"})}, "FAILED: loss is nan"),
+        (
+            {"stopped.json": to_document({"by": "time_budget", "epoch": 1})},
             "stopped by time budget after 1/9 epochs",
         ),
-        (Outcome(None, [{}, {}], None, None), "2/9 epochs"),
-        (Outcome(None, [], None, None), "not begun"),
+        ({"epochs.jsonl": to_lines([EPOCH, EPOCH])}, "2/9 epochs"),
+        ({}, "not begun"),
     ],
 )
-def test_states_for_people(outcome, state):
-    assert outcome.state(9) == state
+def test_states_for_people(files, state):
+    assert Outcome(files).state(9) == state
 
 
 def test_documents_are_strict_json(store):

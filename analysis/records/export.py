@@ -29,28 +29,41 @@ def frame(trials: dict[str, Trial], store: Store) -> pd.DataFrame:
         For a trial that is not done, the metrics are those of its last epoch. Lists are written as
         JSON. docs/results.md names all columns.
     """
-    rows = [_row(key, trials[key], outcome) for key, outcome in store.outcomes(trials).items()]
-    table = pd.json_normalize(rows)
-    for name in table:
-        if table[name].dtype == "object":
-            table[name] = table[name].map(_plain)
-    return table
+    specs: dict[int, dict[str, Any]] = {}  # trials that differ only in the seed share theirs
+    rows = []
+    for key, outcome in store.outcomes(trials).items():
+        trial = trials[key]
+        if (shared := id(trial.settings)) not in specs:
+            specs[shared] = _flat({"trial": trial.settings})
+        row: dict[str, Any] = {"id": key, "label": trial.label}
+        row |= _outcome(trial, outcome) | specs[shared] | {"trial.seed": trial.seed}
+        rows.append(row)
+    table = pd.DataFrame(rows)
+    first = ["id", "label", "epoch", "state", "why"]
+    spec = [name for name in table if str(name).startswith("trial.")]
+    return table[[*first, *spec, *(name for name in table if name not in {*first, *spec})]]
 
 
-def _plain(value: Any) -> Any:
-    """Convert lists and dictionaries to JSON."""
-    return json.dumps(value) if isinstance(value, list | dict) else value
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested settings with dotted names; lists become JSON."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            found |= _flat(value, f"{prefix}{name}.")
+        else:
+            found[prefix + name] = json.dumps(value) if isinstance(value, list) else value
+    return found
 
 
-def _row(key: str, trial: Trial, outcome: Outcome) -> dict[str, Any]:
-    """Return the row of one trial as a nested dictionary."""
-    spec = trial.model_dump(mode="json")
-    record, history = outcome.record, outcome.epochs
-    row: dict[str, Any] = {"id": key, "label": trial.label, "epoch": len(history)}
-    row |= {"state": "begun" if history else "not begun", "why": None, "trial": spec}
-    if record is not None:
+def _outcome(trial: Trial, outcome: Outcome) -> dict[str, Any]:
+    """Return how far a trial is, why, and its metrics."""
+    if outcome.finished:
+        record = outcome.record or {}
         kept = ("metrics", "seconds", "environment", "weights_sha256", "finished", "parameters")
-        return row | {"state": "done", **{name: record.get(name) for name in kept}}
+        row = {"epoch": trial.epochs, "state": "done", "why": None}
+        return row | _flat({name: record.get(name) for name in kept})
+    history = outcome.epochs
+    row = {"epoch": len(history), "state": "begun" if history else "not begun", "why": None}
     if outcome.stopped is not None:
         row |= {"state": "stopped", "why": outcome.stopped["by"]}
     if outcome.failure is not None:
@@ -58,7 +71,7 @@ def _row(key: str, trial: Trial, outcome: Outcome) -> dict[str, Any]:
     spent = {"epoch", "teacher_images"}  # of one epoch; a record has the sums under seconds.*
     last = history[-1] if history else {}
     metrics = {k: v for k, v in last.items() if k not in spent and not k.endswith("seconds")}
-    return row | ({"metrics": metrics} if metrics else {})
+    return row | _flat({"metrics": metrics})
 
 
 def check(path: Path) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
+from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from pld_ray.config.planning import Plan
@@ -32,6 +35,7 @@ def frame(plan: Plan, store: Store) -> pd.DataFrame:
         - dataset: its name in YAML; "" if the trial has only a part of it (`holdout`, `limit`), and
           in a miniature, which has other data than it stands for.
         - own_metrics: the names of its metrics from plug-ins.
+        - held_out: whether validation images are held-out training images (bool).
         - student, teacher: names of the networks. The teacher is the one that the experiment names,
           also for losses that do not use it.
         - setting: what else the grid varies.
@@ -46,13 +50,16 @@ def frame(plan: Plan, store: Store) -> pd.DataFrame:
           forward passes took; teacher_avoided_seconds: teacher time that the teacher bank saved.
         - parameters: from the record.
         - teacher_top1: top-1 of the teacher, if the teacher is a finished trial of the plan.
+        - trial.FIELD: the value of each setting that varies, such as trial.optimizer.lr; NaN for a
+          parameter that the loss of the trial does not have.
     """
     records = store.records([*(cell.trial.id for cell in plan.cells), *plan.teacher_ids])
+    varied = _varied(plan)
     rows: list[dict[Any, Any]] = []
     named: list[dict[Any, Any]] = places(plan).to_dict("records")
     references = _references(plan, named)
-    for cell, original, place, reference in zip(
-        plan.cells, plan.originals, named, references, strict=True
+    for cell, original, place, reference, settings in zip(
+        plan.cells, plan.originals, named, references, varied, strict=True
     ):
         record = records.get(cell.trial.id)
         whole = not (cell.trial.data.holdout or cell.trial.data.limit)
@@ -64,12 +71,14 @@ def frame(plan: Plan, store: Store) -> pd.DataFrame:
             "optimizer": cell.trial.optimizer.name,
             "dataset": cell.trial.data.name if whole and not plan.experiment.miniature_of else "",
             "own_metrics": cell.trial.metrics,
+            "held_out": bool(cell.trial.data.holdout),
             "original": original.trial,
             "original_teacher": original.teacher or "",
             "reference": reference,
             "finished": record is not None,
             "notes": [] if record is None else record.get("notes", []),
             "top1": float("nan"),
+            **settings,
         }
         if record is not None:
             row |= record["metrics"] | {"seconds": record["seconds"]["seconds"]}
@@ -79,7 +88,7 @@ def frame(plan: Plan, store: Store) -> pd.DataFrame:
         if isinstance(cell.trial.teacher, Trial) and cell.trial.teacher.id in records:
             row["teacher_top1"] = records[cell.trial.teacher.id]["metrics"]["top1"]
         rows.append(row)
-    empty = ["id", *GROUP, "seed", "loss", "dataset", "own_metrics"]
+    empty = ["id", *GROUP, "seed", "loss", "dataset", "own_metrics", "held_out"]
     empty += ["reference", "finished", "notes", "top1"]
     frame = pd.DataFrame(rows, columns=None if rows else empty)
     frame = frame.astype({"finished": bool, "reference": bool})
@@ -141,24 +150,33 @@ def _references(plan: Plan, named: list[dict[Any, Any]]) -> list[bool]:
     ]
 
 
-def curves(plan: Plan, store: Store) -> pd.DataFrame:
+def curves(records: pd.DataFrame, store: Store) -> pd.DataFrame:
     """Return one row per epoch of each cell, also of cells that have not finished.
 
     Args:
-        plan: The plan of an experiment.
-        store: The store that holds the records.
+        records: Records as returned by `frame`.
+        store: The store that holds the epochs.
 
     Returns:
         A DataFrame with the columns of GROUP, seed, id and the metrics of the epoch.
     """
-    labels = frame(plan, store)[[*GROUP, "seed", "id"]]
-    outcomes = store.outcomes(labels["id"])
-    rows = [
-        {**cell, **epoch}
-        for cell in labels.to_dict("records")
-        for epoch in outcomes[cell["id"]].epochs
-    ]
-    return pd.DataFrame(rows, columns=None if rows else [*GROUP, "seed", "id", "epoch"])
+    labels = records[[*GROUP, "seed", "id"]]
+    return labels.merge(epochs(labels["id"], store), on="id")
+
+
+def epochs(trial_ids: Iterable[str], store: Store) -> pd.DataFrame:
+    """Return one row per epoch of each trial, with the columns id, epoch and the metrics."""
+    from pyarrow import json
+
+    found = store.epoch_lines(trial_ids)
+    if not found:
+        return pd.DataFrame(columns=["id", "epoch"])
+    lines = b"".join(found.values())
+    whole = json.ReadOptions(use_threads=False, block_size=len(lines) + 1)
+    table = json.read_json(io.BytesIO(lines), whole).to_pandas()
+    ids = np.repeat(list(found), [content.count(b"\n") for content in found.values()])
+    table.insert(0, "id", ids)
+    return table
 
 
 def summary(records: pd.DataFrame, metrics: list[str]) -> pd.DataFrame:
@@ -180,12 +198,11 @@ def summary(records: pd.DataFrame, metrics: list[str]) -> pd.DataFrame:
         loss=("loss", "first"),
         reference=("reference", "first"),
     )
+    known = [metric for metric in metrics if metric in records]
+    means, spreads = groups[known].mean(), groups[known].std()
     for metric in metrics:
-        values = (
-            records[metric] if metric in records else pd.Series(index=records.index, dtype=float)
-        )
-        by = values.groupby([records[name] for name in GROUP], sort=False)
-        table[metric], table[f"{metric}_std"] = by.mean(), by.std()
+        table[metric] = means[metric] if metric in records else np.nan
+        table[f"{metric}_std"] = spreads[metric] if metric in records else np.nan
     return table.reset_index()
 
 
@@ -195,14 +212,14 @@ def _methods(plan: Plan) -> list[str]:
     A parameter with string values, such as standardize, is shown for all losses that have it once
     it varies for one of them.
     """
-    losses = [trial.loss for trial in plan.shown]
+    losses = {id(trial.loss): trial.loss for trial in plan.shown}  # the seeds of a cell share it
     values: dict[tuple[str, str], set[Any]] = {}
-    for loss in losses:
+    for loss in losses.values():
         for field, value in loss:
             values.setdefault((loss.name, field), set()).add(value)
     varied = {field for (_, field), found in values.items() if len(found) > 1}
-    labels = []
-    for loss in losses:
+    labels = {}
+    for key, loss in losses.items():
         differ = [
             f"{SYMBOLS.get(field, field)} = {value:g}"
             if isinstance(value, float)
@@ -211,19 +228,41 @@ def _methods(plan: Plan) -> list[str]:
             if len(values[loss.name, field]) > 1
             or (field in varied and isinstance(value, str) and field != "name")
         ]
-        labels.append(loss.label + (f" ({', '.join(differ)})" if differ else ""))
-    return labels
+        labels[key] = loss.label + (f" ({', '.join(differ)})" if differ else "")
+    return [labels[id(trial.loss)] for trial in plan.shown]
 
 
 def _settings(plan: Plan) -> list[str]:
     """Return the other fields that vary between cells of a pair, such as "optimizer.name lamb"."""
-    pairs = [(cell.teacher, cell.trial.student.name) for cell in plan.cells]
-    flat = [trial.flat for trial in plan.shown]
-    values: dict[Any, set[str]] = {}
-    for pair, trial in zip(pairs, flat, strict=True):
-        for field, value in trial.items():
-            values.setdefault((pair, field), set()).add(str(value))
-    return [
-        ", ".join(f"{f} {value}" for f, value in trial.items() if len(values[pair, f]) > 1)
-        for pair, trial in zip(pairs, flat, strict=True)
+    keys = [
+        (cell.teacher, cell.trial.student.name, id(trial.flat))  # the seeds of a cell share `flat`
+        for cell, trial in zip(plan.cells, plan.shown, strict=True)
     ]
+    flat = dict(zip(keys, (trial.flat for trial in plan.shown), strict=True))
+    values: dict[Any, set[str]] = {}
+    for (*pair, _), settings in flat.items():
+        for field, value in settings.items():
+            values.setdefault((*pair, field), set()).add(str(value))
+    labels = {
+        key: ", ".join(f"{f} {v}" for f, v in settings.items() if len(values[(*key[:2], f)]) > 1)
+        for key, settings in flat.items()
+    }
+    return [labels[key] for key in keys]
+
+
+def _varied(plan: Plan) -> list[dict[str, Any]]:
+    """Return for each cell those settings of its trial that vary, as the columns of `frame`."""
+    trials = [cell.trial for cell in plan.cells]
+    keys = [(id(trial.loss), id(trial.flat)) for trial in trials]
+    rows = {
+        key: {f"trial.loss.{name}": value for name, value in trial.loss if name != "name"}
+        | {f"trial.{name}": value for name, value in trial.flat.items()}
+        for key, trial in zip(keys, trials, strict=True)
+    }
+    values: dict[str, set[str]] = {}
+    for row in rows.values():
+        for name, value in row.items():
+            values.setdefault(name, set()).add(str(value))
+    shown = [name for name, found in values.items() if len(found) > 1]
+    rows = {key: {name: row[name] for name in shown if name in row} for key, row in rows.items()}
+    return [rows[key] for key in keys]

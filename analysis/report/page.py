@@ -21,7 +21,15 @@ from PIL import Image
 from analysis.figures import methods, paper_figures
 from analysis.landscapes import logits, weights
 from analysis.records import frames, imported
-from analysis.tables import best, comparison, paper_entries, paper_printing, paper_tables, rendering
+from analysis.tables import (
+    best,
+    comparison,
+    comparison_printing,
+    paper_entries,
+    paper_printing,
+    paper_tables,
+    rendering,
+)
 from pld_ray import __version__
 from pld_ray.config.experiment import experiments_folder
 from pld_ray.config.planning import Plan
@@ -176,18 +184,18 @@ def _ours(plan: Plan, store: Store, frame: pd.DataFrame, folder: Path) -> list[B
     """Return the comparison of an experiment's trials, and its figures and landscapes."""
     own = comparison.tables(frame, imported.beside(frame, store))
     table = own.numbers
-    cells, legend = comparison.printed(table), " ".join(comparison.legend(table))
-    blocks = [Block("All metrics", cells, comparison.labels(cells), caption=legend)]
+    cells, legend = comparison_printing.printed(table), " ".join(comparison_printing.legend(table))
+    blocks = [Block("All metrics", cells, comparison_printing.labels(cells), caption=legend)]
     if len(own.reported):
-        shown = comparison.printed_reported(own.reported, table)
-        named, caption = comparison.labels(shown), comparison.REPORTED
+        shown = comparison_printing.printed_reported(own.reported, table)
+        named, caption = comparison_printing.labels(shown), comparison_printing.REPORTED
         blocks.append(Block("Results from elsewhere", shown, named, caption=caption))
-    against = comparison.printed_against(own.against)
+    against = comparison_printing.printed_against(own.against)
     if len(against):
         name = comparison.reference_name(table)
-        caption = comparison.explained(name)
+        caption = comparison_printing.explained(name)
         blocks.append(Block(f"{name} against the other methods", against, caption=caption))
-    drawn = methods.draw(frame, frames.curves(plan, store), folder, own.reported)
+    drawn = methods.draw(frame, frames.curves(frame, store), folder, own.reported)
     blocks += [Block(image=path) for path in drawn]
     trials = weights.students(plan, store)
     kept = {name: store.landscape(trial.id) for name, trial in trials.items()}

@@ -1,29 +1,31 @@
-"""Tables of one experiment's trials: all methods and metrics, and paired comparisons of methods.
+"""The numbers of one experiment's tables: all methods and metrics, and paired comparisons.
 
-`tables` computes the numbers, by `comparison`, `against` and `all_pairs`. `text` and `write`
-format them as Markdown, CSV and LaTeX (booktabs). The reference is the method with which the others
-are compared (`Experiment.reference`).
+`tables` computes them, by `comparison`, `against` and `all_pairs`; comparison_printing.py formats
+them. The reference is the method with which the others are compared (`Experiment.reference`).
 """
 
 from __future__ import annotations
 
 import itertools
-import math
-import textwrap
+from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Literal
 
+import numpy as np
 import pandas as pd
 
-from analysis.records.frames import summary
+from analysis.records.frames import GROUP, summary
 from analysis.statistics import paired
-from analysis.tables import rendering
-from analysis.tables.rendering import MISSING, signed
-from pld_ray.config.experiment import Experiment
+from pld_ray.config.search_space import METRICS as DIRECTIONS
+from pld_ray.errors import InputError
 from pld_ray.losses import REGISTRY
 
+SECTION = ["student", "teacher", "setting"]  # methods are compared within these columns
 METRICS = ["top1", "top5", "kl_teacher_student", "agreement", "ece", "seconds"]
+
+
+SORTS: dict[str, Literal["max", "min"]] = {**DIRECTIONS, "seconds": "min"}
+GRID = "grid"  # the order of the grid, instead of that of a metric
 
 
 @dataclass(frozen=True)
@@ -31,20 +33,27 @@ class Tables:
     """The numbers of all tables of an experiment.
 
     Attributes:
-        numbers: The table of `comparison`.
+        numbers: The table of `comparison`, in the order of `ordered`.
         against: The table of `against`; empty if there is nothing to compare.
         pairs: The table of `all_pairs`; empty if it is not wanted.
         reported: Results from elsewhere, as returned by `records.imported.beside`.
+        sort: The metric by which the settings of a loss are ordered, or "grid".
+        held_out: Whether all trials are measured on held-out training images.
     """
 
     numbers: pd.DataFrame
     against: pd.DataFrame
     pairs: pd.DataFrame
     reported: pd.DataFrame
+    sort: str
+    held_out: bool
 
 
 def tables(
-    records: pd.DataFrame, reported: pd.DataFrame | None = None, all_pairs_too: bool = False
+    records: pd.DataFrame,
+    reported: pd.DataFrame | None = None,
+    all_pairs_too: bool = False,
+    sort: str = "top1",
 ) -> Tables:
     """Compare the methods of an experiment.
 
@@ -52,12 +61,18 @@ def tables(
         records: Records as returned by `records.frames.frame`.
         reported: Results from elsewhere, as returned by `records.imported.beside`.
         all_pairs_too: Whether to compare every two methods.
+        sort: The metric by which the settings of a loss are ordered, the best first, or "grid".
+
+    Raises:
+        InputError: `sort` is not a metric of the trials.
     """
     return Tables(
-        comparison(records),
+        ordered(comparison(records), sort),
         against(records),
         all_pairs(records) if all_pairs_too else pd.DataFrame(),
         pd.DataFrame() if reported is None else reported,
+        sort,
+        bool(records["held_out"].all()),
     )
 
 
@@ -74,39 +89,70 @@ def comparison(records: pd.DataFrame) -> pd.DataFrame:
         of metrics from plug-ins.
     """
     table = summary(records, [*METRICS, *own_metrics(records), "teacher_top1"])
-    rows: list[dict[Any, Any]] = []
-    for _, section in table.groupby(["student", "teacher", "setting"], sort=False):
-        first = section.iloc[0]
-        if first["teacher"] and any(REGISTRY[loss].needs_teacher for loss in section["loss"]):
-            teacher = {name: first[name] for name in ("student", "teacher", "setting")}
-            top1 = section["teacher_top1"].mean()
-            named = {"method": "Teacher", "loss": "teacher", "reference": False}
-            rows.append(teacher | named | {"top1": top1})
-        for _, row in section.iterrows():
-            gain = math.nan
-            for _, reference in section[section["reference"]].iterrows():
-                gain = _gain(records, reference, row)
-            rows.append({**row.to_dict(), "gain": gain})
-    found = pd.DataFrame(rows).drop(columns=["teacher_top1", "teacher_top1_std"])
+    reference = records[records["reference"]].drop_duplicates([*SECTION, "seed"])
+    theirs = reference.set_index([*SECTION, "seed"])["top1"].rename("theirs")
+    paired_rows = records.join(theirs, on=[*SECTION, "seed"])
+    paired_rows["gain"] = paired_rows["theirs"] - paired_rows["top1"]
+    gains = paired_rows[~paired_rows["reference"]].groupby(GROUP, sort=False)["gain"].mean()
+    table = table.join(gains, on=GROUP)
+    with_teacher = [name for name in table["loss"].unique() if REGISTRY[name].needs_teacher]
+    table["taught"] = table["loss"].isin(with_teacher)
+    sections = table.groupby(SECTION, sort=False)
+    taught = sections.agg(top1=("teacher_top1", "mean"), taught=("taught", "any"))
+    teachers = [
+        {name: row[name] for name in [*SECTION, "top1"]}
+        | {"method": "Teacher", "loss": "teacher", "reference": False}
+        for row in taught.reset_index().to_dict("records")
+        if row["teacher"] and row["taught"]
+    ]
+    found = pd.concat([pd.DataFrame(teachers), table]) if teachers else table
+    places = dict(zip(taught.index, range(len(taught)), strict=True))
+    order = [places[tuple(key)] for key in found[SECTION].values.tolist()]
+    found = found.iloc[np.argsort(order, kind="stable")].reset_index(drop=True)
+    found = found.drop(columns=["teacher_top1", "teacher_top1_std", "taught"])
     found.attrs["own_metrics"] = own_metrics(records)
     return found
+
+
+def ordered(table: pd.DataFrame, sort: str) -> pd.DataFrame:
+    """Return the table of `comparison` with the settings of each loss together, the best first.
+
+    The losses of a pair of networks keep the order of the grid, and so do losses with one setting.
+    A teacher that is the same for all settings has one row.
+
+    Args:
+        table: The table of `comparison`.
+        sort: The metric to order by, or "grid" for the order of the grid.
+
+    Raises:
+        InputError: `sort` is not a metric of the trials.
+    """
+    known = [GRID, *(name for name in SORTS if name in table), *table.attrs["own_metrics"]]
+    if sort not in known:
+        raise InputError(f"sort is {sort!r}: expected one of {', '.join(known)}")
+    students = table[table["loss"] != "teacher"]
+    if sort == GRID or not students.duplicated(["student", "teacher", "loss"]).any():
+        return table
+    sign = -1 if SORTS.get(sort, "max") == "max" else 1
+    keys = pd.DataFrame(index=table.index)
+    pairs = table.groupby(["student", "teacher"], sort=False)
+    keys["pair"] = pairs.ngroup()
+    keys["loss"] = pd.factorize(table["loss"])[0]
+    keys.loc[table["loss"] == "teacher", "loss"] = -1
+    keys["score"] = sign * table[sort]
+    keys.loc[table["loss"] == "teacher", "score"] = 0.0
+    found = table.loc[keys.sort_values(["pair", "loss", "score"], kind="stable").index]
+    teacher = found["loss"] == "teacher"
+    again = found.duplicated(["student", "teacher", "loss", "top1"])
+    one = found[teacher].groupby(["student", "teacher"])["top1"].transform("nunique") <= 1
+    one = teacher & one.reindex(found.index, fill_value=False)
+    found["setting"] = found["setting"].mask(one, "")
+    return found[~(again & one)].reset_index(drop=True)
 
 
 def own_metrics(records: pd.DataFrame) -> list[str]:
     """Return the names of the metrics that plug-ins define, in the order of the experiment."""
     return list(dict.fromkeys(name for names in records["own_metrics"] for name in names))
-
-
-def _gain(records: pd.DataFrame, reference: pd.Series, row: pd.Series) -> float:
-    """Return the mean top-1 of the reference minus the method's, over the seeds that both have."""
-    if row["method"] == reference["method"]:
-        return math.nan
-
-    def by_seed(group: pd.Series) -> pd.Series:
-        keys = ["student", "teacher", "setting", "method"]
-        return records[(records[keys] == group[keys]).all(axis=1)].set_index("seed")["top1"]
-
-    return float((by_seed(reference) - by_seed(row)).mean())
 
 
 def reference_name(table: pd.DataFrame) -> str:
@@ -135,32 +181,54 @@ def against(records: pd.DataFrame) -> pd.DataFrame:
         One row per method with the columns method (the reference), against (the method), those of
         `paired.Comparison`, corrected (the p-value corrected over all rows) and decided.
     """
-    done = records[records["finished"]]
-    own, others = done[done["reference"]], done[~done["reference"]]
+    scores = _scores(records)
+    reference = _scores(records[records["reference"]], method="")
+    others = records.loc[~records["reference"], "method"].unique()
+    own = reference.reindex(scores.index)[""] if len(reference.columns) else None
+    if own is None:
+        return pd.DataFrame()
     name = reference_name(records)
-    return _compared(
-        [(name, own, method, rows) for method, rows in others.groupby("method", sort=False)]
-    )
+    return _compared([(name, own, method, scores[method]) for method in others if method in scores])
 
 
 def all_pairs(records: pd.DataFrame) -> pd.DataFrame:
     """Compare every two methods, as `against` does, with p-values corrected over all of them."""
+    scores = _scores(records)
+    pairs = itertools.combinations(scores.columns, 2)
+    return _compared([(one, scores[one], other, scores[other]) for one, other in pairs])
+
+
+def _scores(records: pd.DataFrame, method: str | None = None) -> pd.DataFrame:
+    """Return the top-1 of finished trials: a row per section and seed, a column per method.
+
+    Args:
+        records: Records as returned by `records.frames.frame`.
+        method: A name for all methods of the records, which are one per section.
+    """
     done = records[records["finished"]]
-    methods = list(done.groupby("method", sort=False))
-    return _compared([(*one, *other) for one, other in itertools.combinations(methods, 2)])
+    if method is not None:
+        done = done.assign(method=method)
+    done = done.drop_duplicates([*SECTION, "seed", "method"])
+    scores = done.set_index([*SECTION, "seed", "method"])["top1"].unstack()
+    return scores[done["method"].unique()].astype(float)
 
 
-def _compared(pairs: list[tuple[Any, pd.DataFrame, Any, pd.DataFrame]]) -> pd.DataFrame:
-    """Compare the finished trials of two methods, for each of several pairs of methods."""
+def _compared(pairs: Iterable[tuple[str, pd.Series, str, pd.Series]]) -> pd.DataFrame:
+    """Compare two methods by their scores, for each of several pairs of methods.
+
+    Args:
+        pairs: For each pair, name and scores of both methods; the scores as in `_scores`.
+    """
     rows = []
     for first, one, second, other in pairs:
-        ours, theirs = _top1(one), _top1(other)
-        for key in ours.keys() & theirs.keys():
-            seeds = [seed for seed in ours[key].index if seed in theirs[key].index]
-            ours[key], theirs[key] = ours[key][seeds], theirs[key][seeds]
+        both = (one.notna() & other.notna()).to_numpy()
+        if not both.any():
+            continue
+        places = one.index.to_frame(index=False).groupby(SECTION, sort=False).ngroup()[both]
+        ends = np.flatnonzero(np.diff(places)) + 1  # the rows are sorted by section
         found = paired.compare(
-            {key: scores.to_numpy() for key, scores in ours.items()},
-            {key: scores.to_numpy() for key, scores in theirs.items()},
+            dict(enumerate(np.split(one.to_numpy()[both], ends))),
+            dict(enumerate(np.split(other.to_numpy()[both], ends))),
         )
         if found is not None:
             rows.append({"method": first, "against": second, **found._asdict()})
@@ -169,205 +237,3 @@ def _compared(pairs: list[tuple[Any, pd.DataFrame, Any, pd.DataFrame]]) -> pd.Da
         table["corrected"] = paired.corrected(table["p"].tolist())
         table["decided"] = table["corrected"] < 0.05
     return table
-
-
-def _top1(trials: pd.DataFrame) -> dict[Any, pd.Series]:
-    """Return the top-1 by seed of one method's trials, by (student, teacher, setting)."""
-    sections = trials.groupby(["student", "teacher", "setting"], sort=False)
-    return {key: rows.set_index("seed")["top1"] for key, rows in sections}
-
-
-def printed(table: pd.DataFrame) -> pd.DataFrame:
-    """Format the table of `comparison` as strings: mean ± std, or a dash for a missing number."""
-
-    def pair(row: pd.Series, metric: str, digits: int, scale: float = 1) -> str:
-        mean, std = row.get(metric), row.get(f"{metric}_std")
-        if mean is None or pd.isna(mean):
-            return MISSING
-        spread = "" if std is None or pd.isna(std) else f" ± {scale * std:.{digits}f}"
-        return f"{scale * mean:.{digits}f}{spread}"
-
-    rows = []
-    reference = reference_name(table)
-    for _, row in table.iterrows():
-        teacher = row["loss"] == "teacher"
-        cells = _place(row, table)
-        cells["Method"] = row["method"]
-        cells["Top-1 %"] = pair(row, "top1", 2)
-        if reference:
-            gain = row.get("gain")
-            cells[f"{reference} gain"] = "" if gain is None or pd.isna(gain) else signed(gain)
-        cells["KL(T‖S)"] = "" if teacher else pair(row, "kl_teacher_student", 2)
-        cells["Agreement %"] = "" if teacher else pair(row, "agreement", 1)
-        cells["ECE %"] = "" if teacher else pair(row, "ece", 1, scale=100)
-        for name in table.attrs.get("own_metrics", ()):
-            cells[name] = "" if teacher else pair(row, name, 3)
-        cells["Seconds"] = "" if teacher else pair(row, "seconds", 1)
-        done, planned = row.get("n"), row.get("planned")
-        whole = "" if teacher else f"{done:.0f}"
-        cells["n"] = whole if teacher or done == planned else f"{whole} of {planned:.0f}"
-        rows.append(cells)
-    return pd.DataFrame(rows)
-
-
-def _place(row: Any, table: pd.DataFrame) -> dict[str, str]:
-    """Return the pair and the setting of a row, if the table of `comparison` has several."""
-    if len(table[["student", "teacher", "setting"]].drop_duplicates()) == 1:
-        return {}
-    several = (table["setting"] != "").any()
-    return {"Pair": _pair(row)} | ({"Setting": row["setting"]} if several else {})
-
-
-def _pair(row: Any) -> str:
-    """Return "teacher → student", or the student alone for a row without a teacher."""
-    return f"{row['teacher']} → {row['student']}" if row["teacher"] else str(row["student"])
-
-
-def printed_against(table: pd.DataFrame, pairs: bool = False) -> pd.DataFrame:
-    """Format the table of `against`, or of `all_pairs`, as strings. Decided gains are bold."""
-    lines = []
-    for row in table.to_dict("records"):
-        gain = signed(row["mean"])
-        if not math.isnan(row["low"]):
-            gain += f" [{signed(row['low'])}, {signed(row['high'])}]"
-        names = {"Method": row["method"], "Against": row["against"]}
-        lines.append(
-            (names if pairs else {f"{row['method']} against": row["against"]})
-            | {
-                "Gain [95 %]": f"**{gain}**" if row["decided"] else gain,
-                "Effect d": signed(row["effect"]),
-                "p": MISSING if math.isnan(row["corrected"]) else f"{row['corrected']:.3f}",
-                "P(better)": f"{row['probability']:.2f}",
-                "n": f"{row['n']:.0f}",
-            }
-        )
-    return pd.DataFrame(lines)
-
-
-def explained(reference: str = "the method") -> str:
-    """Return the text under a table of `printed_against`."""
-    return (
-        f"Gain: top-1 of {reference} minus top-1 of the other, paired by seed; mean over pairs and "
-        "seeds, with the 95\u00a0% confidence interval of one comparison. Effect: Cohen's d of the "
-        "differences. p: t-test, with Holm's correction over the table. P(better): the probability "
-        f"that a run of {reference} beats a run of the other. Bold: p is below 0.05. No interval: "
-        "the runs say nothing, because they do not differ or because there are too few; it takes "
-        f"{paired.ENOUGH} seeds on each pair, or {paired.ENOUGH} pairs."
-    )
-
-
-def printed_reported(reported: pd.DataFrame, table: pd.DataFrame) -> pd.DataFrame:
-    """Format the results from elsewhere as strings, beside our own.
-
-    Args:
-        reported: Results as returned by `records.imported.beside`.
-        table: The table of `comparison`.
-    """
-
-    def pair(mean: float, std: float, n: float, planned: float = math.nan) -> str:
-        if math.isnan(mean):
-            return MISSING
-        spread = "" if math.isnan(std) else f" ± {std:.2f}"
-        seeds = "" if math.isnan(n) or n == planned else f" (n = {n:.0f})"
-        return f"{mean:.2f}{spread}{seeds}"
-
-    lines = []
-    for row in reported.to_dict("records"):
-        missing = math.isnan(row["difference"])
-        lines.append(
-            _place(row, table)
-            | {
-                "Method": row["method"],
-                "Source": row["source"] + (f" ({row['note']})" if row["note"] else ""),
-                "Reported top-1 %": pair(row["reported"], row["reported_std"], row["reported_n"]),
-                "Ours %": pair(row["top1"], row["top1_std"], row["n"], row["planned"]),
-                "Difference": MISSING if missing else signed(row["difference"]),
-            }
-        )
-    return pd.DataFrame(lines)
-
-
-REPORTED = (
-    "Reported: results from elsewhere that were imported, with their standard deviation if it is "
-    "known. Difference: ours minus reported. Both may come from other recipes, and an average over "
-    "seeds here may stand beside a single run there."
-)
-
-
-def text(own: Tables, experiment: Experiment) -> str:
-    """Format the tables as Markdown whose columns also line up as plain text.
-
-    Args:
-        own: The numbers.
-        experiment: The experiment, for its title and note.
-    """
-    table = own.numbers
-    cells = printed(table)
-    title, only = experiment.title or experiment.name, table.iloc[0]
-    head = [title if "Pair" in cells else f"{title}: {_pair(only)}", ""]
-    tail = ["", *_legend(table, experiment)]
-    if len(own.reported):
-        shown = printed_reported(own.reported, table)
-        tail += ["", rendering.markdown(shown, labels(shown)), "", textwrap.fill(REPORTED, 100)]
-    if len(own.against):
-        tail += ["", rendering.markdown(printed_against(own.against), 1)]
-        tail += ["", textwrap.fill(explained(reference_name(table)), 100)]
-    if len(own.pairs):
-        tail += ["", rendering.markdown(printed_against(own.pairs, True), 2), ""]
-        tail.append(textwrap.fill(explained(), 100))
-    return "\n".join([*head, rendering.markdown(cells, labels(cells)), *tail])
-
-
-def labels(cells: pd.DataFrame) -> int:
-    """Return the number of leading columns that identify the row."""
-    first = "Top-1 %" if "Top-1 %" in cells else "Reported top-1 %"
-    return list(cells.columns).index(first)
-
-
-def legend(table: pd.DataFrame) -> list[str]:
-    """Return the lines that explain the columns of `printed`."""
-    name = reference_name(table)
-    gain = f"{name} gain: top-1 of {name} minus top-1 of the method, paired by seed. "
-    return textwrap.wrap(
-        "Last epoch: mean ± standard deviation over n seeds. "
-        + (gain if name else "")
-        + "Seconds: time for training, validation and the teacher on one worker.",
-        100,
-    )
-
-
-def _legend(table: pd.DataFrame, experiment: Experiment) -> list[str]:
-    """Return the lines of text below the table."""
-    lines = legend(table)
-    done = table[table["loss"] != "teacher"]
-    if done["n"].sum() < done["planned"].sum():
-        lines.append(f"{MISSING} and 'n of m' mark trials that have not finished.")
-    return [*lines, *([experiment.note] if experiment.note else [])]
-
-
-def write(own: Tables, folder: Path, experiment: Experiment) -> list[Path]:
-    """Write table.md, table.csv (full precision), table.tex and, unless they are empty, the others.
-
-    These are reported.csv, against.csv and pairs.csv.
-
-    Args:
-        own: The numbers.
-        folder: Where to write; it is created if needed.
-        experiment: The experiment, for its title and note.
-
-    Returns:
-        The paths of the written files.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"table.{kind}" for kind in ("md", "csv", "tex")]
-    paths[0].write_text(text(own, experiment) + "\n", encoding="utf-8")
-    own.numbers.to_csv(paths[1], index=False)
-    cells = printed(own.numbers)
-    paths[2].write_text(rendering.latex(cells, labels(cells)), encoding="utf-8")
-    for name in ("reported", "against", "pairs"):
-        table, path = getattr(own, name), folder / f"{name}.csv"
-        path.unlink(missing_ok=True)  # of an earlier call
-        if len(table):
-            paths.append(path)
-            table.to_csv(path, index=False)
-    return paths

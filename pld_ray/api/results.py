@@ -53,9 +53,9 @@ class Table:
 
     def to_latex(self) -> str:
         """Return the table of methods as LaTeX (booktabs)."""
-        from analysis.tables import comparison, rendering
+        from analysis.tables import comparison_printing, rendering
 
-        return rendering.latex(self.cells, comparison.labels(self.cells))
+        return rendering.latex(self.cells, comparison_printing.labels(self.cells))
 
     def _repr_markdown_(self) -> str:
         return self.text
@@ -104,41 +104,43 @@ class Results:
         setting, method, seed, id, epoch and the metrics. Of a storage, these are all trials, with
         the columns id, label, epoch and the metrics.
         """
+        from analysis.records import frames
+
         if self.plan is not None:
-            from analysis.records import frames
+            return frames.curves(frames.frame(self.plan, self.store), self.store)
+        found = frames.epochs(self.trials, self.store)
+        found.insert(1, "label", found["id"].map({k: t.label for k, t in self.trials.items()}))
+        return found
 
-            return frames.curves(self.plan, self.store)
-        import pandas as pd
-
-        found = self.store.outcomes(self.trials)
-        rows = [
-            {"id": key, "label": trial.label, **epoch}
-            for key, trial in self.trials.items()
-            for epoch in found[key].epochs
-        ]
-        return pd.DataFrame(rows, columns=None if rows else ["id", "label", "epoch"])
-
-    def table(self, all_pairs: bool = False) -> Table:
+    def table(self, all_pairs: bool = False, sort: str = "top1", top: int = 10) -> Table:
         """Return the tables that the command line prints, for an experiment.
 
         Args:
             all_pairs: Whether to compare every two methods as well.
+            sort: The metric by which the settings of a loss are ordered, or "grid".
+            top: The number of settings of each loss that `text` and `cells` show; 0 for all.
 
         Raises:
             InputError: These are the results of a whole storage, or there are no trials yet.
         """
         from analysis.records import frames, imported
-        from analysis.tables import comparison, paper_entries, paper_printing, paper_tables
+        from analysis.tables import (
+            comparison,
+            comparison_printing,
+            paper_entries,
+            paper_printing,
+            paper_tables,
+        )
 
         plan = self._comparable()
         frame, experiment = frames.frame(plan, self.store), plan.experiment
-        own = comparison.tables(frame, imported.beside(frame, self.store), all_pairs)
-        parts = [comparison.text(own, experiment)]
+        own = comparison.tables(frame, imported.beside(frame, self.store), all_pairs, sort)
+        parts = [comparison_printing.text(own, experiment, top)]
         miniature = experiment.miniature_of is not None
         for declared in paper_tables.of_experiment(experiment.name):
             found = paper_entries.of_table(declared, frame)
             parts.append(paper_printing.text(declared, found, miniature))
-        cells = comparison.printed(own.numbers)
+        cells = comparison_printing.printed(own.numbers, top)
         return Table(own.numbers, own.against, own.pairs, own.reported, cells, "\n\n".join(parts))
 
     def accuracy_figure(self) -> Figure:

@@ -283,7 +283,14 @@ def tell_other_file(experiment: Experiment, folder: Path) -> None:
     marker.write_text(f"{experiment.file}\n", encoding="utf-8")
 
 
-def write_tables(plan: Plan, store: Store, out: Path | None, all_pairs: bool = False) -> Path:
+def write_tables(
+    plan: Plan,
+    store: Store,
+    out: Path | None,
+    all_pairs: bool = False,
+    sort: str = "top1",
+    top: int = 10,
+) -> Path:
     """Print and write the tables of an experiment.
 
     Args:
@@ -291,12 +298,21 @@ def write_tables(plan: Plan, store: Store, out: Path | None, all_pairs: bool = F
         store: The store with the records.
         out: Folder to write to, or None for the default.
         all_pairs: Whether to compare every two methods as well.
+        sort: The metric by which the settings of a loss are ordered, or "grid".
+        top: The number of settings of each loss to print; 0 for all.
 
     Returns:
         The folder that holds the tables.
     """
     from analysis.records import frames, imported
-    from analysis.tables import best, comparison, paper_entries, paper_printing, paper_tables
+    from analysis.tables import (
+        best,
+        comparison,
+        comparison_printing,
+        paper_entries,
+        paper_printing,
+        paper_tables,
+    )
     from pld_ray.sweep import search
 
     folder = reports(plan, store, out)
@@ -309,9 +325,9 @@ def write_tables(plan: Plan, store: Store, out: Path | None, all_pairs: bool = F
     frame = frames.frame(plan, store)
     paths = []
     if frame["finished"].any() or not paper_tables.of_experiment(plan.experiment.name):
-        own = comparison.tables(frame, imported.beside(frame, store), all_pairs)
-        paths += comparison.write(own, folder, plan.experiment)
-        print("\n" + comparison.text(own, plan.experiment) + "\n")
+        own = comparison.tables(frame, imported.beside(frame, store), all_pairs, sort)
+        paths += comparison_printing.write(own, folder, plan.experiment, top)
+        print("\n" + comparison_printing.text(own, plan.experiment, top) + "\n")
     miniature = plan.experiment.miniature_of is not None
     for declared in paper_tables.of_experiment(plan.experiment.name):
         found = paper_entries.of_table(declared, frame)
@@ -330,7 +346,7 @@ def draw_figures(plan: Plan, store: Store, folder: Path) -> list[Path]:
 
     frame, name = frames.frame(plan, store), plan.experiment.name
     reported = imported.beside(frame, store)
-    paths = methods.draw(frame, frames.curves(plan, store), folder, reported)
+    paths = methods.draw(frame, frames.curves(frame, store), folder, reported)
     return paths + paper_figures.draw_paper(
         frame, name, plan.experiment.miniature_of is not None, folder
     )

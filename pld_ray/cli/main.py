@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 import sys
 from typing import Annotated, Any
@@ -58,6 +59,7 @@ def main() -> None:
     """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _stop)
+    gc.set_threshold(100_000, 20, 100)  # thousands of records live on: look for garbage less often
     try:
         app()
     except InputError as error:

@@ -70,13 +70,14 @@ def status(
     The exit code is 1 if any trial has failed.
     """
     planned, store = session.opened(experiment, overrides, smoke, storage)
-    failed = 0
+    failed, lines = 0, []
     width = max(map(len, planned.labels.values()), default=0)
     for key, outcome in store.outcomes(planned.trials).items():
         state = outcome.state(planned.trials[key].epochs)
-        if outcome.record is None and outcome.failure is not None:
+        if not outcome.finished and outcome.failure is not None:
             failed += 1
             state += f" ({store.folder(key)})"
-        typer.echo(f"{key}  {planned.labels[key]:{width}}  {state}")
+        lines.append(f"{key}  {planned.labels[key]:{width}}  {state}")
+    typer.echo("\n".join(lines))
     if failed:
         raise typer.Exit(1)

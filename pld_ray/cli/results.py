@@ -42,16 +42,29 @@ def tables(
     all_pairs: Annotated[
         bool, typer.Option("--all-pairs", help="Also compare every two methods.")
     ] = False,
+    sort: Annotated[
+        str,
+        typer.Option(
+            metavar="METRIC",
+            help="Order the settings of a loss by this metric, the best first, or grid: as listed.",
+        ),
+    ] = "top1",
+    top: Annotated[
+        int,
+        typer.Option(min=0, help="Number of settings of each loss to print, 0 for all."),
+    ] = 10,
 ) -> None:
     """Print tables and write them as Markdown, CSV and LaTeX.
 
     Tables of the paper show the reported numbers beside the measured ones.
     Gains are those of the experiment's reference: --set reference=kd sets it.
+    table.csv has all settings, also those that are not printed.
     """
     from analysis.tables import paper_tables
 
     for name in experiments or dict.fromkeys(table.experiment for table in paper_tables.TABLES):
-        session.write_tables(*session.opened(name, overrides, smoke, storage), out, all_pairs)
+        plan, store = session.opened(name, overrides, smoke, storage)
+        session.write_tables(plan, store, out, all_pairs, sort, top)
 
 
 @app.command()

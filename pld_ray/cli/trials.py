@@ -27,8 +27,7 @@ def find(trial_id: str, store: Store) -> Trial:
     Raises:
         InputError: No trial, or more than one, has this id.
     """
-    parts = [path.split("/") for path in store.files.listed("trials")]
-    trials = sorted(part[0] for part in parts if part[1:] == ["trial.json"])
+    trials = store.files.folders("trials")
     found = [key for key in trials if key.startswith(trial_id)] if trial_id else []
     if trial_id in trials:
         found = [trial_id]

@@ -10,7 +10,7 @@ import re
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import (
     BaseModel,
@@ -27,6 +27,7 @@ from pld_ray.config.merge import merge, named, nest
 from pld_ray.config.parts import Data, Model, Resources
 from pld_ray.config.paths import absolute_paths, absolute_plugin
 from pld_ray.config.search_space import Search
+from pld_ray.config.trial import SEEDS
 from pld_ray.config.validation import Part, sentence, validated
 from pld_ray.config.yaml_files import parse_yaml, read_mapping
 from pld_ray.errors import InputError, nearest
@@ -99,7 +100,7 @@ class Experiment(Part, metaclass=_Sentences):
     base: dict[str, Any] = {}
     grid: dict[str, list[Any]] = {}
     reference: str = ""
-    seeds: list[int] = [0]
+    seeds: list[Annotated[int, Field(ge=0, lt=SEEDS)]] = [0]
     resources: Resources = Resources()
     search: Search | None = None
     overrides: dict[str, Any] = {}

@@ -120,18 +120,31 @@ class Plan:
         for trial in self.trials.values():
             alike.setdefault(trial.label, []).append(trial)
         found = {}
+        said: dict[tuple[int, ...], list[str]] = {}  # alike trials of other seeds differ alike
         for label, trials in alike.items():
-            flat = [{"teacher": trial.teacher_name, **trial.flat} for trial in trials]
-            differ = [f for f in flat[0] if len({str(settings.get(f)) for settings in flat}) > 1]
-            for trial, settings in zip(trials, flat, strict=True):
-                said = "".join(f" {f} {settings[f]}" for f in differ if settings.get(f) is not None)
-                found[trial.id] = label + said
+            key = tuple(id(trial.flat) for trial in trials)
+            if key not in said:
+                said[key] = _differences(trials)
+            for trial, differs in zip(trials, said[key], strict=True):
+                found[trial.id] = label + differs
         return {key: found[key] for key in self.trials}
 
     @cached_property
     def teacher_ids(self) -> set[str]:
         """The ids of the trials that are the teacher of another trial in this plan."""
         return {t.teacher.id for t in self.trials.values() if isinstance(t.teacher, Trial)}
+
+
+def _differences(trials: list[Trial]) -> list[str]:
+    """Return for each trial the settings in which the trials differ, such as " epochs 3"."""
+    if len(trials) == 1:
+        return [""]
+    flat = [{"teacher": trial.teacher_name, **trial.flat} for trial in trials]
+    differ = [f for f in flat[0] if len({str(settings.get(f)) for settings in flat}) > 1]
+    return [
+        "".join(f" {f} {settings[f]}" for f in differ if settings.get(f) is not None)
+        for settings in flat
+    ]
 
 
 Settings = list[tuple[str, Any]]  # fields and their values; later entries override earlier ones
@@ -238,7 +251,8 @@ def build(
                 continue
         raw = merge(raw, nest(field, value))
     taught = _teacher(raw.pop("teacher", None), raw, experiment)
-    return [_cell(raw | {"seed": seed}, taught, experiment) for seed in seeds]
+    cell = _cell(raw, taught, experiment)
+    return [Cell(cell.trial.with_seed(seed), cell.teacher) for seed in seeds]
 
 
 def _teacher(entry: Any, raw: dict[str, Any], experiment: Experiment) -> dict[str, Any]:

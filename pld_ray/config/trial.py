@@ -27,6 +27,9 @@ from pld_ray.errors import nearest
 from pld_ray.losses import REGISTRY, LossParams
 
 
+SEEDS = 2**31  # seeds are below it
+
+
 def _loss(value: Any) -> LossParams:
     """Validate the settings of a loss by its name; the string x is short for {name: x}."""
     if isinstance(value, LossParams):
@@ -98,7 +101,7 @@ class Trial(Part):
     workers: int = Field(1, ge=1)
     metrics: tuple[str, ...] = ()
     plugins: dict[str, str] = {}
-    seed: int = Field(0, ge=0, lt=2**31)
+    seed: int = Field(0, ge=0, lt=SEEDS)
 
     @field_validator("metrics")
     @classmethod
@@ -140,8 +143,16 @@ class Trial(Part):
     @cached_property
     def id(self) -> str:
         """The hash of the canonical settings, as 16 hex digits."""
-        text = json.dumps(canonical(self), sort_keys=True, separators=(",", ":"))
+        seed = {"seed": self.seed} if self.seed else {}
+        text = json.dumps(self.unseeded | seed, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    @cached_property
+    def unseeded(self) -> dict[str, Any]:
+        """The canonical settings without the seed (see `canonical`)."""
+        found = canonical(self)
+        found.pop("seed", None)
+        return found
 
     @property
     def provided(self) -> set[tuple[str, str]]:
@@ -171,41 +182,58 @@ class Trial(Part):
     def model_copy(self, **kwargs: Any) -> Trial:
         """Copy the trial as pydantic does, and let the copy compute its own id."""
         copied = super().model_copy(**kwargs)
-        copied.__dict__.pop("id", None)
+        for name in ("id", *UNSEEDED):
+            copied.__dict__.pop(name, None)
         return copied
 
-    @property
+    def with_seed(self, seed: int) -> Trial:
+        """Return the trial with another seed, which shares what does not depend on it."""
+        copied = self.model_copy(update={"seed": seed})
+        copied.__dict__ |= {name: getattr(self, name) for name in UNSEEDED}
+        return copied
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """All settings but the seed, as plain values; do not change it."""
+        return self.model_dump(mode="json", exclude={"seed"})
+
+    @cached_property
     def flat(self) -> dict[str, Any]:
-        """The settings by dotted field.
+        """The settings by dotted field; do not change it.
 
         Teacher, loss, seed, the student's name and the fingerprint of the data are left out.
         """
-        dump = self.model_dump(mode="json", exclude={"teacher", "loss", "seed"})
-        dump["student"].pop("name")
-        dump["data"].pop("fingerprint")
-        dump.pop("plugins")
+        left_out = {"teacher", "loss", "plugins", "student.name", "data.fingerprint"}
         if self.teacher is None or self.loss.needs_features:  # no logits are stored
-            dump.pop("teacher_logits")
+            left_out.add("teacher_logits")
         flat: dict[str, Any] = {}
-        for field, value in dump.items():
+        for field, value in self.settings.items():
+            if field in left_out:
+                continue
             if isinstance(value, dict):
                 flat |= {f"{field}.{name}": part for name, part in value.items()}
             else:
                 flat[field] = value
-        return flat
+        return {field: value for field, value in flat.items() if field not in left_out}
 
     @property
     def label(self) -> str:
         """A short, readable name; it is not unique."""
+        return f"{self.unseeded_label} seed {self.seed}"
+
+    @cached_property
+    def unseeded_label(self) -> str:
+        """The label without the seed."""
         parameters = self.loss.model_dump(exclude={"name"}, exclude_defaults=True)
         said = "".join(f" {name} {_short(value)}" for name, value in parameters.items())
-        return f"{self.loss.name}{said} {self.student.name} seed {self.seed}"
+        return f"{self.loss.name}{said} {self.student.name}"
 
 
 def _short(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
+UNSEEDED = ("unseeded", "unseeded_label", "settings", "flat")  # cached, and the same for every seed
 NOT_IDENTITY = {"root", "compile"}  # fields that do not change the result of a trial
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Callable
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, model_validator
+from pydantic_core import from_json
 
 
 def _digest(value: dict[str, Any]) -> str:
@@ -82,6 +84,13 @@ def _parsed(content: bytes) -> Any:
         return None
 
 
+def parse_sound(content: bytes) -> dict[str, Any]:
+    """Read a mapping that was checked before (see `SOUND`), without checking it again."""
+    value: dict[str, Any] = from_json(content)  # four times as fast as json.loads
+    value.pop("sha256", None)
+    return value
+
+
 class _Record(BaseModel):
     """The fields of a record that are read; a record can have more fields."""
 
@@ -112,3 +121,12 @@ class _Epoch(BaseModel):
 
 
 _EPOCHS = TypeAdapter(list[_Epoch])
+
+# The small files of a trial, and whether their content is as it was written
+SOUND: dict[str, Callable[[bytes], bool]] = {
+    "trial.json": lambda content: isinstance(_parsed(content), dict),
+    "record.json": lambda content: parse_record(content) is not None,
+    "epochs.jsonl": lambda content: bool(parse_epochs(content)),
+    "failure.json": lambda content: from_document(content) is not None,
+    "stopped.json": lambda content: from_document(content) is not None,
+}

@@ -10,9 +10,12 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import fsspec
@@ -22,6 +25,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from pld_ray.errors import InputError
 
+SETTLED = 2_000_000_000  # nanoseconds after which a file's time tells two writes apart
 EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "abfs": "azure", "az": "azure"}
 
 
@@ -151,6 +155,39 @@ class Files:
                     raise content
         return {path: content for path, content in contents.items() if isinstance(content, bytes)}
 
+    def stamps(self, folder: str, paths: Iterable[str]) -> dict[str, str]:
+        """Return a stamp for each file that exists; it changes when the file is written again.
+
+        The stamp is "" for a local file that was written less than two seconds ago: another write
+        could give the same stamp. An object store lists the whole folder, in parallel by the first
+        character of names, which should be hex digits.
+
+        Args:
+            folder: The folder that holds all the files.
+            paths: The paths of the files.
+        """
+        if self.local:
+            found = {}
+            for path in paths:
+                with suppress(FileNotFoundError, NotADirectoryError):
+                    about = os.stat(self.place(path))
+                    found[path] = f"{about.st_mtime_ns}:{about.st_ctime_ns}:{about.st_size}"
+                    if time.time_ns() - about.st_mtime_ns < SETTLED:
+                        found[path] = ""
+            return found
+        place = self.place(folder)
+
+        def listed(prefix: str) -> dict[str, Any]:
+            with self._told(), suppress(FileNotFoundError):
+                return self.fs.find(place, detail=True, prefix=prefix)
+            return {}
+
+        with ThreadPoolExecutor(16) as pool:
+            parts = list(pool.map(listed, "0123456789abcdef"))
+        there = {name: about for part in parts for name, about in part.items()}
+        places = {path: self.place(path) for path in paths}
+        return {path: _tag(there[name]) for path, name in places.items() if name in there}
+
     def listed(self, folder: str) -> dict[str, int]:
         """List all files below a folder.
 
@@ -170,6 +207,16 @@ class Files:
             path.removeprefix(place).lstrip("/"): info["size"] or 0 for path, info in found.items()
         }
         return {path: size for path, size in sizes.items() if not Path(path).name.startswith(".")}
+
+    def folders(self, folder: str) -> list[str]:
+        """Return the names of the folders in a folder, sorted."""
+        place = self.place(folder)
+        with self._told():
+            try:
+                found = self.fs.ls(place, detail=True)
+            except FileNotFoundError:
+                return []
+        return sorted(i["name"].rpartition("/")[2] for i in found if i["type"] == "directory")
 
     def missing(self, folder: str, paths: list[str]) -> list[str]:
         """Return those of the paths below a folder that do not exist, in the given order."""
@@ -211,3 +258,8 @@ class Files:
             raise OSError(
                 f"storage {self.uri}: {said[0] if said else type(error).__name__}"
             ) from error
+
+
+def _tag(about: dict[str, Any]) -> str:
+    """Return the ETag of an object in a listing; "" if the listing has none."""
+    return str(about.get("ETag") or about.get("etag") or "")

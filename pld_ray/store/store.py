@@ -8,6 +8,7 @@
                    failure.json         why the last attempt failed, if it failed
                    stopped.json         where a search stopped the trial, if it did
                    landscape.json       the loss around the trained weights, if it was computed
+    ROOT/index/FILE.parquet         copies of these files, to read many trials fast (index.py)
     ROOT/plugins/NAME-DIGEST.zip        the source of a plug-in that trials use
     ROOT/data/FINGERPRINT.json          a dataset on which trials were trained, and where it was
     ROOT/imported/NAME.csv              results from elsewhere (analysis/records/imported.py)
@@ -27,45 +28,76 @@ import json
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 from pydantic import ValidationError
+from pydantic_core import from_json
 
 from pld_ray import plugins
-from pld_ray.config.trial import Trial
+from pld_ray.config.trial import SEEDS, Trial
 from pld_ray.errors import InputError
 from pld_ray.plugins import Plugin
+from pld_ray.store import index
 from pld_ray.store.files import Files
 
 if TYPE_CHECKING:
     from torch import Tensor
 from pld_ray.store.documents import (
+    SOUND,
     from_document,
     parse_epochs,
     parse_record,
+    parse_sound,
     to_document,
     to_lines,
 )
 
 
+OUTCOME = ("record.json", "epochs.jsonl", "failure.json", "stopped.json")
+
+
 @dataclass(frozen=True)
 class Outcome:
-    """The stored results of a trial; see the methods of `Store` with the same names.
+    """The stored results of a trial, which are parsed when they are needed.
 
     Attributes:
-        record: The record of a finished trial, else None.
-        epochs: The metrics of each epoch so far.
-        failure: The reason and traceback of the last attempt if it failed, else None.
-        stopped: Where and by which scheduler a search stopped the trial, else None.
+        files: The content of those files that the trial has and that are not damaged, by name.
     """
 
-    record: dict[str, Any] | None
-    epochs: list[dict[str, Any]]
-    failure: dict[str, Any] | None
-    stopped: dict[str, Any] | None
+    files: dict[str, bytes]
+
+    @cached_property
+    def record(self) -> dict[str, Any] | None:
+        """The record of a finished trial, else None."""
+        return self._document("record.json")
+
+    @cached_property
+    def failure(self) -> dict[str, Any] | None:
+        """The reason and traceback of the last attempt if it failed, else None."""
+        return self._document("failure.json")
+
+    @cached_property
+    def stopped(self) -> dict[str, Any] | None:
+        """Where and by which scheduler a search stopped the trial, else None."""
+        return self._document("stopped.json")
+
+    @cached_property
+    def epochs(self) -> list[dict[str, Any]]:
+        """The metrics of each epoch so far."""
+        return parse_epochs(self.files.get("epochs.jsonl", b""))
+
+    @property
+    def finished(self) -> bool:
+        """Whether the trial has a record."""
+        return "record.json" in self.files
+
+    def _document(self, name: str) -> dict[str, Any] | None:
+        content = self.files.get(name)
+        return None if content is None else parse_sound(content)
 
     def state(self, epochs: int) -> str:
         """Describe the state of the trial for people.
@@ -73,7 +105,7 @@ class Outcome:
         Args:
             epochs: The number of epochs of the trial.
         """
-        if self.record is not None:
+        if self.finished:
             return "done"
         if self.failure is not None:
             return f"FAILED: {self.failure['reason']}"
@@ -187,32 +219,34 @@ class Store:
     def records(self, trial_ids: Iterable[str]) -> dict[str, dict[str, Any]]:
         """Return the records of the finished trials, by id; other trials are left out."""
         found = self._read_all(trial_ids, "record.json")
-        records = {
-            key: parse_record(contents.get("record.json")) for key, contents in found.items()
+        return {
+            key: parse_sound(files["record.json"])
+            for key, files in found.items()
+            if "record.json" in files
         }
-        return {key: record for key, record in records.items() if record is not None}
 
     def finished(self, trial_ids: Iterable[str]) -> set[str]:
         """Return the ids of the trials that have a record."""
-        return set(self.records(trial_ids))
+        found = self._read_all(trial_ids, "record.json")
+        return {key for key, files in found.items() if files}
 
     def outcomes(self, trial_ids: Iterable[str]) -> dict[str, Outcome]:
         """Return the stored results of each trial, by id."""
-        names = ("record.json", "epochs.jsonl", "failure.json", "stopped.json")
-        return {
-            key: Outcome(
-                parse_record(contents.get("record.json")),
-                parse_epochs(contents.get("epochs.jsonl", b"")),
-                from_document(contents.get("failure.json", b"")),
-                from_document(contents.get("stopped.json", b"")),
-            )
-            for key, contents in self._read_all(trial_ids, *names).items()
-        }
+        found = self._read_all(trial_ids, *OUTCOME)
+        return {key: Outcome(files) for key, files in found.items()}
+
+    def epoch_lines(self, trial_ids: Iterable[str]) -> dict[str, bytes]:
+        """Return the epochs of each trial that has some, as lines of JSON, by id."""
+        found = self._read_all(trial_ids, "epochs.jsonl")
+        return {key: files["epochs.jsonl"] for key, files in found.items() if files}
 
     def _read_all(self, trial_ids: Iterable[str], *names: str) -> dict[str, dict[str, bytes]]:
-        """Read the named files of many trials; an object store reads them concurrently."""
+        """Return the content of the named files of many trials, by id and then by name.
+
+        Files that are missing or damaged are left out.
+        """
         ids = list(dict.fromkeys(trial_ids))
-        found = self.files.read_many(f"trials/{key}/{name}" for key in ids for name in names)
+        found = index.read_many(self.files, ids, {name: SOUND[name] for name in names})
         return {
             key: {name: found[path] for name in names if (path := f"trials/{key}/{name}") in found}
             for key in ids
@@ -237,14 +271,20 @@ class Store:
             with_plugins: Whether to import the plug-ins that trials use. Without, trials whose loss
                 or schedule comes from a plug-in that is not imported are left out.
         """
-        names = (path.split("/") for path in self.files.listed("trials"))
-        paths = [f"trials/{parts[0]}/trial.json" for parts in names if parts[1:] == ["trial.json"]]
         found: dict[str, Trial] = {}
-        for content in self.files.read_many(paths).values():
+        shared: dict[str, Trial] = {}  # by the settings without the seed
+        for files in self._read_all(self.files.folders("trials"), "trial.json").values():
+            settings = from_json(files["trial.json"]) if files else {}
+            if with_plugins:
+                self.load_plugins(settings)
+            seed = settings.pop("seed", 0)
+            if not isinstance(seed, int) or not 0 <= seed < SEEDS:
+                continue
+            key = json.dumps(settings, sort_keys=True)
             with suppress(ValidationError):
-                if with_plugins and isinstance(settings := _parsed(content), dict):
-                    self.load_plugins(settings)
-                trial = Trial.model_validate_json(content)
+                if key not in shared:
+                    shared[key] = Trial.model_validate(settings)
+                trial = shared[key].with_seed(seed)
                 found[trial.id] = trial
         return found
 
