@@ -1,6 +1,6 @@
-"""Figures: accuracy by method, learning curves, and the figures of the paper.
+"""Figures: accuracy by method, learning curves, what a grid varies, and the figures of the paper.
 
 Enters: DataFrames of records. Leaves: PNG and PDF files.
 
-Uses: tables, pld_ray.losses.
+Uses: records, statistics, tables, pld_ray.losses.
 """

@@ -12,9 +12,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter, MaxNLocator
 
-from analysis.figures.style import PAGE, STYLE, Picture, method_colours, save
+from analysis.figures import ablation
+from analysis.figures.style import PAGE, STYLE, Picture, method_colours, save_all
 from analysis.tables import comparison
 
+MANY = 24  # settings, above which figures show the best ones
 MOST_REPORTED = 6  # methods without a bar in one section of a figure
 
 
@@ -24,13 +26,15 @@ def draw(
     folder: Path,
     reported: pd.DataFrame | None = None,
 ) -> list[Path]:
-    """Write the figures "accuracy", "gains" and "curves", each as PNG and PDF.
+    """Write the figures "accuracy", "gains", "curves" and "ablation", each as PNG and PDF.
 
-    If no trial has finished, nothing is written. "gains" needs a method to compare with.
+    If no trial has finished, nothing is written. "gains" needs a method to compare with, and the
+    figures of `ablation` need a setting that varies within a loss.
 
     Args:
         records: Records as returned by `records.frames.frame`.
-        curves: Epochs as returned by `records.frames.curves`.
+        curves: Epochs of the trials of `best_settings(records)`, as returned by
+            `records.frames.curves`.
         folder: Where to write; it is created if needed.
         reported: Results from elsewhere, as returned by `records.imported.beside`.
 
@@ -40,14 +44,41 @@ def draw(
     finished = records[records["finished"]]
     if finished.empty:
         return []
-    folder.mkdir(parents=True, exist_ok=True)
-    colours = method_colours(records)
+    shown = best_settings(records)
+    colours = method_colours(shown)
     with matplotlib.rc_context(STYLE):
-        paths = [save(accuracy(finished, colours, reported), folder / "accuracy")]
-        if len(compared := comparison.against(records)):
-            paths.append(save(gains(compared, colours), folder / "gains"))
-        paths.append(save(learning_curves(curves, colours), folder / "curves"))
-    return paths
+        pictures = {"accuracy": accuracy(shown[shown["finished"]], colours, reported)}
+        if len(compared := shown_gains(records)):
+            pictures["gains"] = gains(compared, method_colours(records))
+        pictures["curves"] = learning_curves(curves, colours)
+        pictures |= ablation.ablation(finished)[0]
+        return save_all(pictures, folder)
+
+
+def best_settings(records: pd.DataFrame) -> pd.DataFrame:
+    """Return the records of the best setting of each loss and pair, if there are many settings.
+
+    With up to `MANY` settings, all records are returned as they are. The method of the others is
+    named with its setting, because all losses of a pair stand in one section.
+    """
+    keys = ["student", "teacher", "loss", "setting", "method"]
+    if len(records[keys].drop_duplicates()) <= MANY:
+        return records
+    means = records[records["finished"]].groupby(keys, sort=False)["top1"].mean()
+    best = means.groupby(["student", "teacher", "loss"], sort=False).idxmax()
+    found = records[pd.MultiIndex.from_frame(records[keys]).isin(best.tolist())]
+    named = found["method"] + found["setting"].map(lambda said: said and f" ({said})")
+    return found.assign(method=named, setting="the best setting of each loss")
+
+
+def shown_gains(records: pd.DataFrame) -> pd.DataFrame:
+    """Return the table of `comparison.against`, of many methods only those that are best."""
+    compared = comparison.against(records)
+    if len(compared) <= MANY:
+        return compared
+    best = best_settings(records)
+    methods = records.loc[records["id"].isin(best["id"]), "method"]
+    return compared[compared["against"].isin(methods)]
 
 
 def accuracy(

@@ -6,6 +6,7 @@ Figures are made without pyplot, whose backend belongs to the user's own plots.
 from __future__ import annotations
 
 import io
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -56,11 +57,17 @@ def save(figure: Figure, path: Path) -> Path:
     return path.with_suffix(".png")
 
 
+def save_all(pictures: Mapping[str, Figure], folder: Path) -> list[Path]:
+    """Write figures by their names into a folder, which is created if needed; see `save`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return [save(picture, folder / name) for name, picture in pictures.items()]
+
+
 def method_colours(records: pd.DataFrame) -> dict[str, str]:
     """Return a colour for each method.
 
     The first method of a loss in COLOURS gets that colour; the others get the next colours of
-    PALETTE.
+    PALETTE. Of more methods than colours, those of a loss share one.
     """
     methods = records[["method", "loss"]].drop_duplicates().values.tolist()
     found: dict[str, str] = {}
@@ -70,4 +77,8 @@ def method_colours(records: pd.DataFrame) -> dict[str, str]:
             found[method] = own
     spare = [colour for colour in PALETTE if colour not in found.values()] or PALETTE
     others = [method for method, _ in methods if method not in found]
+    if len(methods) > len(PALETTE):
+        spares = [loss for loss in dict.fromkeys(records["loss"]) if loss not in COLOURS]
+        shared = COLOURS | {loss: spare[i % len(spare)] for i, loss in enumerate(spares)}
+        return {method: shared[loss] for method, loss in methods}
     return found | {method: spare[i % len(spare)] for i, method in enumerate(others)}

@@ -195,7 +195,9 @@ def _ours(plan: Plan, store: Store, frame: pd.DataFrame, folder: Path) -> list[B
         name = comparison.reference_name(table)
         caption = comparison_printing.explained(name)
         blocks.append(Block(f"{name} against the other methods", against, caption=caption))
-    drawn = methods.draw(frame, frames.curves(frame, store), folder, own.reported)
+    drawn = methods.draw(
+        frame, frames.curves(methods.best_settings(frame), store), folder, own.reported
+    )
     blocks += [Block(image=path) for path in drawn]
     trials = weights.students(plan, store)
     kept = {name: store.landscape(trial.id) for name, trial in trials.items()}

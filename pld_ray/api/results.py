@@ -167,6 +167,34 @@ class Results:
         """
         return self._drawn("curves")
 
+    def ablation_figure(
+        self, x: str, by: str = "loss.name", facet: str = "", metric: str = "top1"
+    ) -> Figure:
+        """Return a figure of a metric by settings of your choice.
+
+        Args:
+            x: The field on the x-axis: a setting that varies, such as "optimizer.lr", or student,
+                teacher, loss.name, method or setting.
+            by: The field with a line for each value.
+            facet: The field with a panel for each value; by default, the pair of networks.
+            metric: The metric on the y-axis.
+
+        Raises:
+            InputError: No trial has finished, or a field does not vary.
+        """
+        import matplotlib
+
+        from analysis.figures import ablation, style
+        from analysis.records import frames
+
+        plan = self._comparable()
+        frame = frames.frame(plan, self.store)
+        if not frame["finished"].any():
+            raise InputError(f"{plan.experiment.name}: nothing to draw yet: no trial has finished")
+        with matplotlib.rc_context(style.STYLE):
+            pictures, _ = ablation.chosen(frame[frame["finished"]], x, by, facet, metric)
+        return next(iter(pictures.values()))
+
     def student(self, trial_id: str) -> nn.Module:
         """Return the trained student of a trial, in evaluation mode.
 

@@ -13,6 +13,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pld_ray.errors import InputError
+
 if TYPE_CHECKING:
     from pld_ray.config.experiment import Experiment, Overrides
     from pld_ray.config.planning import Plan
@@ -346,10 +348,30 @@ def draw_figures(plan: Plan, store: Store, folder: Path) -> list[Path]:
 
     frame, name = frames.frame(plan, store), plan.experiment.name
     reported = imported.beside(frame, store)
-    paths = methods.draw(frame, frames.curves(frame, store), folder, reported)
+    curves = frames.curves(methods.best_settings(frame), store)
+    paths = methods.draw(frame, curves, folder, reported)
     return paths + paper_figures.draw_paper(
         frame, name, plan.experiment.miniature_of is not None, folder
     )
+
+
+def draw_chosen(
+    plan: Plan, store: Store, folder: Path, x: str, by: str, facet: str, metric: str
+) -> list[Path]:
+    """Draw a figure with axes that the user names (see `ablation.chosen`); return its paths."""
+    import matplotlib
+
+    from analysis.figures import ablation, style
+    from analysis.records import frames
+
+    frame = frames.frame(plan, store)
+    if not frame["finished"].any():
+        raise InputError(f"{plan.experiment.name}: nothing to draw yet: no trial has finished")
+    with matplotlib.rc_context(style.STYLE):
+        pictures, told = ablation.chosen(frame[frame["finished"]], x, by, facet, metric)
+        for sentence in told:
+            tell(f"note: {sentence}")
+        return style.save_all(pictures, folder)
 
 
 def say(kind: str, paths: list[Path]) -> None:

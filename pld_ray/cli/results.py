@@ -101,16 +101,36 @@ def figures(
     smoke: Smoke = False,
     storage: Storage = "results",
     out: Out = None,
+    x: Annotated[
+        str | None,
+        typer.Option(metavar="FIELD", help="Draw one figure with this field on the x-axis."),
+    ] = None,
+    by: Annotated[
+        str, typer.Option(metavar="FIELD", help="With --x: a line for each value of this field.")
+    ] = "loss.name",
+    facet: Annotated[
+        str, typer.Option(metavar="FIELD", help="With --x: a panel for each value of this field.")
+    ] = "",
+    metric: Annotated[
+        str, typer.Option("--y", metavar="METRIC", help="With --x: the metric on the y-axis.")
+    ] = "top1",
 ) -> None:
-    """Plot accuracies and learning curves as PNG and PDF files."""
+    """Plot accuracies, gains, learning curves and what the grid varies, as PNG and PDF files.
+
+    With --x, one figure of your choice is drawn instead, such as
+    --x loss.temperature --by loss.name --facet student.
+    """
     planned, store = session.opened(experiment, overrides, smoke, storage)
     if not planned.cells:
         raise InputError(
             f"{planned.experiment.name}: its search is not finished; run the experiment first"
         )
-    session.say(
-        "figures", session.draw_figures(planned, store, session.reports(planned, store, out))
-    )
+    folder = session.reports(planned, store, out)
+    if x is None:
+        paths = session.draw_figures(planned, store, folder)
+    else:
+        paths = session.draw_chosen(planned, store, folder, x, by, facet, metric)
+    session.say("figures", paths)
 
 
 @app.command()

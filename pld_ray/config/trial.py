@@ -26,7 +26,6 @@ from pld_ray.config.validation import Part, sentence
 from pld_ray.errors import nearest
 from pld_ray.losses import REGISTRY, LossParams
 
-
 SEEDS = 2**31  # seeds are below it
 
 

@@ -56,7 +56,6 @@ from pld_ray.store.documents import (
     to_lines,
 )
 
-
 OUTCOME = ("record.json", "epochs.jsonl", "failure.json", "stopped.json")
 
 

@@ -1,0 +1,503 @@
+"""Figures of what a grid varies: lines, heat maps and dots, chosen by the parameters themselves.
+
+    records -> parameters: the settings that vary within a loss, numbers or categories
+            -> ablation: the figures that show them
+               no number: dots by category; one: a line for each loss; two: a heat map for each
+               loss; more: a heat map of the two most important, and the effect of each parameter
+            -> chosen: one figure with axes that the user names
+
+A page has at most PANELS panels and COLOURS lines a panel. Every value is a mean: first over the
+settings that the figure does not show, for each seed, and then over the seeds. Bands and error bars
+are 95 % intervals of that mean over the seeds (`statistics.paired`); with two seeds there are none.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
+from matplotlib.patches import Rectangle
+
+from analysis.figures.style import COLOURS, PAGE, PALETTE, Picture
+from analysis.records.frames import SYMBOLS
+from analysis.statistics import paired
+from pld_ray.errors import InputError, nearest
+from pld_ray.losses import REGISTRY
+
+PANELS = 12  # on a page
+LINES = 12  # in a panel: as many as there are colours that can be told apart
+WRITTEN = 64  # cells of a heat map that are also written as numbers
+PREFIX = "trial."
+PAIR = ["student", "teacher"]
+Scale = Literal["linear", "log", "ordinal"]
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A setting that varies.
+
+    Attributes:
+        column: Its column in the records, such as "trial.optimizer.lr".
+        values: Its values: numbers in ascending order, or categories in the order of the grid.
+        scale: How numbers are placed on an axis; None for categories.
+    """
+
+    column: str
+    values: tuple[Any, ...]
+    scale: Scale | None
+
+    @property
+    def name(self) -> str:
+        """The name for people: the field, with the symbol of a parameter of a loss."""
+        field = self.column.removeprefix(PREFIX)
+        short = field.removeprefix("loss.")
+        return f"{short} ({SYMBOLS[short]})" if len(SYMBOLS.get(short, "")) == 1 else short
+
+    def at(self, value: Any) -> float:
+        """Return the place of a value on an axis."""
+        return float(value) if self.scale in ("linear", "log") else self.values.index(value)
+
+    def dress(self, axis: Axes) -> None:
+        """Set the scale, the ticks and the label of the x-axis."""
+        if self.scale == "log":
+            axis.set_xscale("log")
+        if self.scale in ("linear", "log") and len(self.values) > 8:
+            chosen = self.values[:: math.ceil(len(self.values) / 8)]
+        else:
+            chosen = self.values
+        axis.set_xticks([self.at(value) for value in chosen], [_text(value) for value in chosen])
+        axis.minorticks_off()
+        long = sum(len(_text(value)) for value in chosen) > 36
+        axis.tick_params(axis="x", rotation=30 if long else 0)
+        axis.set_xlabel(self.name)
+
+
+def parameters(records: pd.DataFrame) -> list[Parameter]:
+    """Return the settings that vary within a loss and a pair of networks.
+
+    A setting that others determine is left out, such as the second of two that the grid varies
+    together.
+
+    Args:
+        records: Records as returned by `records.frames.frame`.
+    """
+    columns = [str(name) for name in records if str(name).startswith(PREFIX)]
+    columns.sort(key=lambda name: not name.startswith("trial.loss."))
+    found: list[Parameter] = []
+    for column in columns:
+        values = records[column].map(_plain)
+        groups = [records[name] for name in [*PAIR, "loss"]]
+        groups += [records[each.column].map(_plain) for each in found]
+        if (values.groupby(groups, dropna=False).nunique() > 1).any():
+            found.append(_parameter(column, values))
+    return found
+
+
+def _plain(value: Any) -> Any:
+    """Return a value that can be compared and grouped; lists become text."""
+    return str(value) if isinstance(value, list | dict) else value
+
+
+def _parameter(column: str, values: pd.Series) -> Parameter:
+    known = [value for value in values.unique() if not _missing(value)]
+    numeric = all(isinstance(v, numbers.Real) and not isinstance(v, bool | np.bool_) for v in known)
+    if not numeric or len(known) < 3:
+        return Parameter(column, tuple(known), None)
+    ordered = tuple(sorted(float(value) for value in known))
+    return Parameter(column, ordered, _scale(np.array(ordered)))
+
+
+def _scale(values: np.ndarray[Any, Any]) -> Scale:
+    """Return the scale on which sorted values have the most even distances."""
+    positive = values[values > 0]
+    if len(positive) < 3 or positive[-1] < 8 * positive[0]:
+        return "linear"
+    steps, ratios = np.diff(positive), np.diff(np.log(positive))
+    if ratios.std() / ratios.mean() >= steps.std() / steps.mean():
+        return "linear"
+    return "log" if values[0] > 0 else "ordinal"
+
+
+def _missing(value: Any) -> bool:
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def _text(value: Any) -> str:
+    """Format a value of a parameter."""
+    if _missing(value):
+        return "none"
+    if isinstance(value, numbers.Real) and not isinstance(value, bool | np.bool_):
+        return f"{float(value):.4g}"
+    return str(value)
+
+
+def importance(records: pd.DataFrame, parameter: Parameter, metric: str = "top1") -> float:
+    """Return the share of the variance between settings that one parameter explains by itself.
+
+    It is the eta squared of the main effect, over the means of settings, averaged over the losses
+    and pairs of networks; a loss without the parameter counts as 0.
+    """
+    shares = []
+    for _, group in records.groupby([*PAIR, "loss"], sort=False):
+        cells = group.groupby(["setting", "method"])[metric].mean()
+        value = group.groupby(["setting", "method"])[parameter.column].first()
+        means = cells.groupby(value).transform("mean")
+        total = ((cells - cells.mean()) ** 2).sum()
+        shares.append(((means - cells.mean()) ** 2).sum() / total if total > 0 else 0.0)
+    return float(np.mean(shares)) if shares else 0.0
+
+
+def ablation(records: pd.DataFrame) -> tuple[dict[str, Picture], list[str]]:
+    """Draw what the grid varies.
+
+    Args:
+        records: Records of finished trials, as returned by `records.frames.frame`.
+
+    Returns:
+        The figures by name, none if nothing varies within a loss; and what they leave out, in
+        sentences.
+    """
+    varied = parameters(records)
+    number = [each for each in varied if each.scale is not None]
+    category = [each for each in varied if each.scale is None]
+    records, told = _fewer_losses(records)
+    if not varied:
+        return {}, []
+    if len(number) > 2 or (number and len(category) > 1):
+        ranked = sorted(number, key=lambda each: -importance(records, each))
+        drawn = {"ablation-effects": effects(records, varied)}
+        if len(ranked) > 1:
+            drawn |= _pages(heat_maps(records, ranked[0], ranked[1]))
+        return drawn, told
+    if not number and len(category) > 1:
+        return {"ablation-effects": effects(records, category)}, told
+    if len(number) == 2:
+        return _pages(heat_maps(records, number[0], number[1], category)), told
+    x, facet = (number[0], category) if number else (category[0], [])
+    return _pages(by_facet(records, x, facet)), told
+
+
+def _pages(pictures: Iterable[Picture]) -> dict[str, Picture]:
+    pages = list(pictures)
+    return {f"ablation-{n}" if len(pages) > 1 else "ablation": p for n, p in enumerate(pages, 1)}
+
+
+def _fewer_losses(records: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
+    """Leave out the losses for which there is no colour: those with the lowest best mean."""
+    best = records.groupby(["loss", "method", "setting"])["top1"].mean().groupby("loss").max()
+    if len(best) <= LINES:
+        return records, []
+    kept = best.sort_values(ascending=False).index[:LINES]
+    said = f"the figures of parameters show the best {LINES} of {len(best)} losses"
+    return records[records["loss"].isin(kept)], [said]
+
+
+def by_facet(
+    records: pd.DataFrame,
+    x: Parameter,
+    facet: Sequence[Parameter] = (),
+    by: str = "loss",
+    metric: str = "top1",
+    title: str = "",
+) -> list[Picture]:
+    """Draw a metric by one parameter, one panel for each pair of networks and value of `facet`.
+
+    Args:
+        records: Records of finished trials.
+        x: The parameter on the x-axis: lines for numbers, dots for categories.
+        facet: Parameters of which each combination has a panel of its own.
+        by: The column with one line, or one group of dots, for each value.
+        metric: The column on the y-axis.
+        title: Title of the legend.
+    """
+    keys = [*PAIR, *(each.column for each in facet)]
+    panels = list(_groups(records, keys))
+    colours = loss_colours(records[by].unique(), by)
+    pictures = []
+    for page in range(0, len(panels), PANELS):
+        shown = panels[page : page + PANELS]
+        columns = min(len(shown), 3)
+        rows = -(-len(shown) // columns)
+        picture = Picture(figsize=(1.6 + 3.1 * columns, 0.6 + 2.5 * rows))
+        axes = picture.subplots(rows, columns, squeeze=False, sharey=_sharing(shown, metric))
+        for axis in axes.flat[len(shown) :]:
+            axis.remove()
+        for axis, (key, panel) in zip(axes.flat, shown, strict=False):
+            draw_panel(axis, panel, x, by, colours, metric)
+            axis.set_title(_panel_title(key, facet, len(panels)))
+        for row in axes:
+            row[0].set_ylabel(_metric(metric))
+        _legend(picture, axes, colours, by, title)
+        pictures.append(picture)
+    return pictures
+
+
+def _sharing(panels: list[tuple[Any, pd.DataFrame]], metric: str) -> bool:
+    """Return whether panels are similar enough for one y-axis: none would use under a third."""
+    spans = [panel[metric].max() - panel[metric].min() for _, panel in panels]
+    whole = max(p[metric].max() for _, p in panels) - min(p[metric].min() for _, p in panels)
+    return bool(whole <= 3 * max(spans, default=0.0))
+
+
+def draw_panel(
+    axis: Axes, panel: pd.DataFrame, x: Parameter, by: str, colours: dict[Any, str], metric: str
+) -> None:
+    """Draw lines (numbers) or grouped dots (categories); a line without x is horizontal.
+
+    Args:
+        axis: The axes to draw on.
+        panel: Records of finished trials.
+        x: The parameter on the x-axis.
+        by: The column with one line for each value.
+        colours: The colour of each value of `by`.
+        metric: The column on the y-axis.
+    """
+    lines = list(panel.groupby(by, sort=False))
+    for place, (name, rows) in enumerate(lines):
+        colour = colours[name]
+        known = rows[rows[x.column].map(lambda value: not _missing(value))]
+        if known.empty:
+            mean, low, high = estimate(rows, metric)
+            axis.axhline(mean, color=colour, lw=1.4, ls="--")
+            if not math.isnan(low):
+                axis.axhspan(low, high, color=colour, alpha=0.1, lw=0)
+            continue
+        at = [value for value in x.values if (known[x.column].map(_plain) == value).any()]
+        cells = [known[known[x.column].map(_plain) == value] for value in at]
+        means, lows, highs = np.array([estimate(cell, metric) for cell in cells]).T
+        places = np.array([x.at(value) for value in at])
+        if x.scale is not None:
+            axis.plot(places, means, color=colour, lw=1.4, marker="o", ms=3.5)
+            axis.fill_between(places, lows, highs, color=colour, alpha=0.13, lw=0)
+            continue
+        offset = (place - (len(lines) - 1) / 2) * 0.7 / len(lines)
+        for value, cell in zip(places, cells, strict=True):
+            seeds = cell.groupby("seed")[metric].mean()
+            axis.plot(np.full(len(seeds), value + offset), seeds, "o", ms=3, mfc="none", mec=colour)
+        errors = np.nan_to_num(np.abs(np.array([lows, highs]) - means))
+        axis.errorbar(places + offset, means, errors, fmt="_", ms=10, mew=2, lw=1.4, color=colour)
+    x.dress(axis)
+    if x.scale is None:
+        axis.set_xlim(-0.6, len(x.values) - 0.4)
+        axis.grid(axis="x", visible=False)
+
+
+def estimate(rows: pd.DataFrame, metric: str) -> tuple[float, float, float]:
+    """Return the mean over seeds and its 95 % interval; a seed is its mean over settings."""
+    seeds = rows.groupby("seed")[metric].mean().to_numpy(dtype=float)
+    low, high = paired.interval(seeds)
+    return float(seeds.mean()), low, high
+
+
+def heat_maps(
+    records: pd.DataFrame, one: Parameter, two: Parameter, facet: Sequence[Parameter] = ()
+) -> list[Picture]:
+    """Draw top-1 by two parameters as a heat map for each loss, pair and value of `facet`.
+
+    The best setting of each map has a frame.
+
+    Args:
+        records: Records of finished trials.
+        one: The parameter on the x-axis.
+        two: The parameter on the y-axis.
+        facet: Parameters of which each combination has maps of its own.
+    """
+    keys = ["loss", *PAIR, *(each.column for each in facet)]
+    panels = list(_groups(records, keys))
+    several = len(records[PAIR].drop_duplicates()) > 1
+    pictures = []
+    for page in range(0, len(panels), PANELS):
+        shown = panels[page : page + PANELS]
+        grids = [_grid(panel, one, two) for _, panel in shown]
+        low, high = min(g.min().min() for g in grids), max(g.max().max() for g in grids)
+        width = 1.1 + 0.42 * max(4, len(one.values))
+        columns = min(len(shown), max(1, int(PAGE // width)))
+        rows = -(-len(shown) // columns)
+        height = 1.2 + 0.3 * max(4, len(two.values))
+        picture = Picture(figsize=(0.9 + width * columns, height * rows), layout="constrained")
+        axes = picture.subplots(rows, columns, squeeze=False)
+        for axis in axes.flat[len(shown) :]:
+            axis.remove()
+        image = None
+        for axis, (key, _), grid in zip(axes.flat, shown, grids, strict=False):
+            image = _draw_map(axis, grid, low, high)
+            axis.set_xlabel(one.name)
+            axis.set_ylabel(two.name)
+            title = _panel_title(key[1:], facet, 2 if several else 1)
+            axis.set_title("\n".join(part for part in (REGISTRY[key[0]].label, title) if part))
+        if image is not None:
+            bar = picture.colorbar(image, ax=picture.axes, shrink=0.8, pad=0.02)
+            bar.set_label("top-1 (%), mean; frame: best")
+        pictures.append(picture)
+    return pictures
+
+
+def _grid(panel: pd.DataFrame, one: Parameter, two: Parameter) -> pd.DataFrame:
+    """Return the mean top-1 by two parameters: a row for each value of `two`."""
+    keys = [panel[each.column].map(_plain).map(_text) for each in (two, one)]
+    grid = panel.groupby(keys)["top1"].mean().unstack()
+    order = [[_text(value) for value in each.values] for each in (two, one)]
+    rows, columns = (
+        [name for name in names if name in there] or ["none"]
+        for names, there in zip(order, (grid.index, grid.columns), strict=True)
+    )
+    return grid.reindex(index=rows, columns=columns)
+
+
+def _draw_map(axis: Axes, grid: pd.DataFrame, low: float, high: float) -> Any:
+    """Draw one heat map, with its numbers if they fit, and a frame around the best cell."""
+    values = grid.to_numpy(dtype=float)
+    image = axis.imshow(values, cmap="viridis", vmin=low, vmax=high, aspect="auto")
+    axis.set_xticks(range(len(grid.columns)), grid.columns, rotation=45, ha="right", fontsize=8)
+    axis.set_yticks(range(len(grid.index)), grid.index, fontsize=8)
+    axis.grid(visible=False)
+    if values.size <= WRITTEN:
+        middle = (low + high) / 2
+        for (y, x), value in np.ndenumerate(values):
+            if not math.isnan(value):
+                ink = "white" if value < middle else "black"
+                axis.text(x, y, f"{value:.1f}", ha="center", va="center", fontsize=6.5, color=ink)
+    if not np.isnan(values).all():
+        y, x = np.unravel_index(np.nanargmax(values), values.shape)
+        frame: Any = {"fill": False, "ec": "#D55E00", "lw": 2, "clip_on": False}
+        axis.add_patch(Rectangle((float(x) - 0.5, float(y) - 0.5), 1, 1, **frame))
+    return image
+
+
+def effects(records: pd.DataFrame, varied: Sequence[Parameter], metric: str = "top1") -> Picture:
+    """Draw the effect of each parameter by itself: the mean over all other settings.
+
+    The most important parameters come first; those that do not fit on the page are left out.
+    """
+    ranked = sorted(varied, key=lambda each: -importance(records, each, metric))[:PANELS]
+    columns = min(len(ranked), 3)
+    rows = -(-len(ranked) // columns)
+    picture = Picture(figsize=(1.6 + 3.1 * columns, 0.6 + 2.5 * rows))
+    axes = picture.subplots(rows, columns, squeeze=False, sharey=True)
+    colours = loss_colours(records["loss"].unique(), "loss")
+    for axis in axes.flat[len(ranked) :]:
+        axis.remove()
+    for axis, each in zip(axes.flat, ranked, strict=False):
+        draw_panel(axis, records, each, "loss", colours, metric)
+        axis.set_title(f"explains {importance(records, each, metric):.0%} of the variance")
+    for row in axes:
+        row[0].set_ylabel(_metric(metric))
+    _legend(picture, axes, colours, "loss")
+    return picture
+
+
+def chosen(
+    records: pd.DataFrame, x: str, by: str = "loss", facet: str = "", metric: str = "top1"
+) -> tuple[dict[str, Picture], list[str]]:
+    """Draw a metric by fields of the user's choice.
+
+    Args:
+        records: Records of finished trials, as returned by `records.frames.frame`.
+        x: The field on the x-axis: a setting that varies, such as "optimizer.lr", or student,
+            teacher, loss, method or setting.
+        by: The field with one line for each value.
+        facet: The field with one panel for each value; "" for the pairs of networks.
+        metric: The metric on the y-axis.
+
+    Returns:
+        The figures by name, and what they leave out.
+
+    Raises:
+        InputError: A field does not vary, or the metric is not known.
+    """
+    x_column, by_column = (field_column(records, field) for field in (x, by))
+    if metric not in records or not pd.api.types.is_numeric_dtype(records[metric]):
+        known = [n for n in records if pd.api.types.is_float_dtype(records[n])]
+        raise InputError(
+            f"--y is {metric!r}: expected a metric; {nearest(metric, map(str, known))}"
+        )
+    told: list[str] = []
+    values = records[by_column].map(_plain).map(_text)
+    records = records.assign(**{"_by": values})
+    if values.nunique() > LINES:
+        best = records.groupby("_by")[metric].mean().sort_values(ascending=False).index[:LINES]
+        told.append(f"the figure shows {LINES} of {values.nunique()} values of {by}")
+        records = records[records["_by"].isin(best)]
+    panels: list[Parameter] = []
+    if facet:
+        column = field_column(records, facet)
+        panels = [Parameter(column, tuple(records[column].map(_plain).unique()), None)]
+        for name in PAIR:
+            if name != column:
+                records = records.assign(**{name: ""})
+    shown = _parameter(x_column, records[x_column].map(_plain))
+    lines = ("loss", "") if by_column == "loss" else ("_by", by)
+    pictures = by_facet(records, shown, panels, lines[0], metric, lines[1])
+    name = f"{x}-by-{by}".replace(".", "-")
+    several = len(pictures) > 1
+    return {f"{name}-{n}" if several else name: p for n, p in enumerate(pictures, 1)}, told
+
+
+def field_column(records: pd.DataFrame, field: str) -> str:
+    """Return the column of a field in the records.
+
+    Raises:
+        InputError: The field is not known or does not vary.
+    """
+    named = {"loss.name": "loss", "student.name": "student", "teacher.name": "teacher"}
+    columns = {str(name).removeprefix(PREFIX): str(name) for name in records}
+    columns = {k: v for k, v in columns.items() if v.startswith(PREFIX)}
+    columns |= {name: name for name in ("student", "teacher", "setting", "method", "loss", "seed")}
+    columns |= named
+    if field not in columns:
+        known = ", ".join(name for name in columns if name not in named)
+        raise InputError(f"{field!r} does not vary in these trials: expected one of {known}")
+    return columns[field]
+
+
+def _groups(records: pd.DataFrame, keys: list[str]) -> Iterable[tuple[Any, pd.DataFrame]]:
+    """Return the groups of records by columns that may hold lists, in the order of the grid."""
+    columns = [records[name].map(_plain) for name in keys]
+    return records.groupby(columns, sort=False, dropna=False)
+
+
+def _panel_title(key: Any, facet: Sequence[Parameter], several: int) -> str:
+    """Return the title of a panel: the pair, if there are several, and the values of the facet."""
+    student, teacher, *values = key
+    pair = f"{teacher} → {student}" if teacher else student
+    said = [
+        REGISTRY[v].label if each.column == "loss" else f"{each.name} {_text(v)}"
+        for each, v in zip(facet, values, strict=True)
+    ]
+    return "\n".join([*([pair] if several > 1 and pair else []), *said])
+
+
+def _metric(metric: str) -> str:
+    names = {"top1": "validation top-1 (%)", "top5": "validation top-5 (%)"}
+    return names.get(metric, metric)
+
+
+def loss_colours(names: Iterable[Any], by: str) -> dict[Any, str]:
+    """Return a colour for each value: losses keep the colour that they have in all figures."""
+    names = list(names)
+    own = {name: COLOURS[name] for name in names if by == "loss" and name in COLOURS}
+    spare = [colour for colour in PALETTE if colour not in own.values()]
+    others = [name for name in names if name not in own]
+    return own | {name: spare[i % len(spare)] for i, name in enumerate(others)}
+
+
+def _legend(picture: Picture, axes: Any, colours: dict[Any, str], by: str, title: str = "") -> None:
+    """Add the legend at the right of the page, and say what dashed lines are."""
+    label = {name: REGISTRY[name].label if by == "loss" else str(name) for name in colours}
+    handles = [
+        Line2D([], [], color=colour, lw=1.4, marker="o", ms=3.5, label=label[name])
+        for name, colour in colours.items()
+    ]
+    if any(line.get_linestyle() == "--" for axis in picture.axes for line in axis.lines):
+        handles.append(Line2D([], [], color="#333333", lw=1.4, ls="--", label="without it"))
+    if len(handles) > 1:
+        where: Any = {"loc": "upper left", "bbox_to_anchor": (1.02, 1), "title": title or None}
+        axes[0][-1].legend(handles=handles, **where)
+    picture.tight_layout()
