@@ -94,7 +94,7 @@ def test_any_method_is_the_reference(results, wanted, name, gains, tmp_path):
         path.stem
         for path in methods.draw(frame, frames.curves(frames.frame(made, store), store), tmp_path)
     ]
-    assert names == ["accuracy", "gains", "curves"]
+    assert names == ["accuracy", "gains", "curves", "ranks", "profiles"]
 
 
 def test_without_pld_the_first_method_is_the_reference(experiment, tmp_path):
@@ -175,7 +175,7 @@ def test_tables_as_text_and_files(results, tmp_path):
     tables_ = [part.splitlines() for part in text.split("\n\n") if part.startswith("|")]
     assert [len({len(line) for line in lines}) for lines in tables_] == [1, 1]
     # PLD against CE over three seeds: 8, 8, 8
-    assert ["CE", "+8.00", "–", "–", "1.00", "3"] in rows
+    assert ["CE", "+8.00", "–", "–", "1.00", "3/0/0", "3"] in rows
     *written, against = comparison_printing.write(own, tmp_path / "out", made.experiment)
     assert against.name == "against.csv"
     paths = {path.suffix: path for path in written}
@@ -210,7 +210,8 @@ def test_figures_are_written_and_repeat_to_the_byte(results, tmp_path):
     assert len(curves) == 9 * 2
     first = methods.draw(frame, curves, tmp_path / "one")
     second = methods.draw(frame, curves, tmp_path / "two")
-    assert [p.name for p in first] == ["accuracy.png", "gains.png", "curves.png"]
+    names = ["accuracy.png", "gains.png", "curves.png", "ranks.png", "profiles.png"]
+    assert [p.name for p in first] == names
     for one, two in zip(first, second, strict=True):
         assert one.read_bytes() == two.read_bytes()
         assert one.with_suffix(".pdf").read_bytes() == two.with_suffix(".pdf").read_bytes()

@@ -26,10 +26,11 @@ def draw(
     folder: Path,
     reported: pd.DataFrame | None = None,
 ) -> list[Path]:
-    """Write the figures "accuracy", "gains", "curves" and "ablation", each as PNG and PDF.
+    """Write the figures of an experiment, each as PNG and PDF.
 
-    If no trial has finished, nothing is written. "gains" needs a method to compare with, and the
-    figures of `ablation` need a setting that varies within a loss.
+    These are "accuracy" and "curves", "gains" if there is a method to compare with, "ranks" and
+    "profiles" of three methods or more, and those of `ablation` if a setting varies within a loss.
+    If no trial has finished, nothing is written.
 
     Args:
         records: Records as returned by `records.frames.frame`.
@@ -51,6 +52,9 @@ def draw(
         if len(compared := shown_gains(records)):
             pictures["gains"] = gains(compared, method_colours(records))
         pictures["curves"] = learning_curves(curves, colours)
+        if len(ranking := comparison.ranking(shown)):
+            pictures["ranks"] = ranks(ranking, colours)
+            pictures["profiles"] = profiles(shown[shown["finished"]], colours)
         pictures |= ablation.ablation(finished)[0]
         return save_all(pictures, folder)
 
@@ -211,6 +215,85 @@ def gains(compared: pd.DataFrame, colours: dict[str, str]) -> Figure:
     axis.set_ylim(len(compared) - 0.5, -0.5)
     axis.grid(axis="y", visible=False)
     axis.set_xlabel(f"top-1 of {reference} minus that of the method (points)\nfilled: decided")
+    figure.tight_layout()
+    return figure
+
+
+def ranks(ranking: pd.DataFrame, colours: dict[str, str]) -> Figure:
+    """Draw the critical-difference diagram of Demšar 2006: mean ranks, best at the left.
+
+    Bars join methods that are not different; the scale of the critical difference is above them.
+
+    Args:
+        ranking: The table of `tables.comparison.ranking`; not empty.
+        colours: The colour of each method.
+    """
+    from analysis.statistics.ranks import Ranking  # scipy.stats takes a second to import
+
+    names, values = ranking["method"].tolist(), ranking["rank"].to_numpy()
+    said = ranking.attrs
+    groups = Ranking(said["blocks"], values, said["p"], said["distance"]).groups()
+    half = -(-len(names) // 2)
+    height = 0.55 + 0.22 * half + 0.1 * len(groups)
+    margin = 0.35 + 0.075 * max(map(len, names))
+    figure = Picture(figsize=(3.6 + 2 * margin, height + 0.25))
+    axis = figure.add_axes((margin / (3.6 + 2 * margin), 0, 3.6 / (3.6 + 2 * margin), 1))
+    axis.set_xlim(1, len(names))
+    axis.set_ylim(height, -0.25)  # inches below the axis of ranks, which is at 0.3
+    axis.axis("off")
+    axis.plot([1, len(names)], [0.3, 0.3], color="#333333", lw=1)
+    for tick in range(1, len(names) + 1):
+        axis.plot([tick, tick], [0.24, 0.3], color="#333333", lw=1)
+        axis.text(tick, 0.2, str(tick), ha="center", va="bottom", fontsize=8)
+    width = min(said["distance"], len(names) - 1)
+    axis.plot([1, 1 + width], [-0.02, -0.02], color="#333333", lw=2, solid_capstyle="butt")
+    note = f"critical difference {said['distance']:.2f}"
+    axis.text(1, -0.07, note, ha="left", va="bottom", fontsize=8)
+    for level, (first, last) in enumerate(groups):
+        y = 0.42 + 0.1 * level
+        ends = [values[first] - 0.03, values[last] + 0.03]
+        axis.plot(ends, [y, y], color="#333333", lw=3, solid_capstyle="butt")
+    below = 0.5 + 0.1 * len(groups)
+    for place, (name, value) in enumerate(zip(names, values, strict=True)):
+        left = place < half
+        y = below + 0.22 * (place if left else len(names) - 1 - place)
+        end = 1.0 if left else float(len(names))
+        axis.plot([value, value, end], [0.3, y, y], color=colours[name], lw=1.2)
+        at: Any = {"ha": "right" if left else "left", "va": "center", "fontsize": 8.5}
+        gap = -0.05 if left else 0.05
+        axis.text(end + gap * len(names) / 5, y, f"{name}  {value:.2f}", **at)
+    return figure
+
+
+def profiles(records: pd.DataFrame, colours: dict[str, str]) -> Figure:
+    """Draw performance profiles: the share of runs whose top-1 is above each value.
+
+    The distributions of the pairs of networks have the same weight (Agarwal et al. 2021, section
+    4.2). Up to six methods have a band of one standard error.
+
+    Args:
+        records: Records of finished trials.
+        colours: The colour of each method.
+    """
+    figure = Picture(figsize=(5.4, 3.2))
+    axis = figure.subplots()
+    sections = ["student", "teacher", "setting"]
+    levels = np.unique(records["top1"].to_numpy(dtype=float))
+    for method, rows in records.groupby("method", sort=False):
+        scores = [group["top1"].to_numpy(dtype=float) for _, group in rows.groupby(sections)]
+        shares = np.array([(score[:, None] > levels).mean(axis=0) for score in scores])
+        counts = np.array([[len(score)] for score in scores])
+        mean = shares.mean(axis=0)
+        error = np.sqrt((shares * (1 - shares) / counts).sum(axis=0)) / len(scores)
+        colour = colours[str(method)]
+        axis.step(levels, mean, where="post", color=colour, lw=1.4, label=method)
+        if records["method"].nunique() <= 6:
+            band: Any = {"step": "post", "color": colour, "alpha": 0.1, "lw": 0}
+            axis.fill_between(levels, mean - error, mean + error, **band)
+    axis.set_ylim(0, 1.02)
+    axis.set_xlabel("validation top-1 (%)")
+    axis.set_ylabel("share of runs above it")
+    axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     figure.tight_layout()
     return figure
 

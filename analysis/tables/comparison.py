@@ -37,6 +37,9 @@ class Tables:
         against: The table of `against`; empty if there is nothing to compare.
         pairs: The table of `all_pairs`; empty if it is not wanted.
         reported: Results from elsewhere, as returned by `records.imported.beside`.
+        ranking: The mean ranks of the methods, with the columns method and rank; `attrs` has those
+            of `statistics.ranks.Ranking`. It is empty with fewer than three methods, or if `pairs`
+            is not wanted.
         sort: The metric by which the settings of a loss are ordered, or "grid".
         held_out: Whether all trials are measured on held-out training images.
     """
@@ -45,6 +48,7 @@ class Tables:
     against: pd.DataFrame
     pairs: pd.DataFrame
     reported: pd.DataFrame
+    ranking: pd.DataFrame
     sort: str
     held_out: bool
 
@@ -71,6 +75,7 @@ def tables(
         against(records),
         all_pairs(records) if all_pairs_too else pd.DataFrame(),
         pd.DataFrame() if reported is None else reported,
+        ranking(records) if all_pairs_too else pd.DataFrame(),
         sort,
         bool(records["held_out"].all()),
     )
@@ -196,6 +201,29 @@ def all_pairs(records: pd.DataFrame) -> pd.DataFrame:
     scores = _scores(records)
     pairs = itertools.combinations(scores.columns, 2)
     return _compared([(one, scores[one], other, scores[other]) for one, other in pairs])
+
+
+def ranking(records: pd.DataFrame) -> pd.DataFrame:
+    """Rank the methods over the seeds and sections in which all of them have finished.
+
+    Args:
+        records: Records as returned by `records.frames.frame`.
+
+    Returns:
+        One row per method with the columns method and rank, the best first; `attrs` has blocks, p
+        and distance, as in `statistics.ranks.Ranking`. It is empty if there are fewer than three
+        methods or two blocks.
+    """
+    from analysis.statistics import ranks  # scipy.stats takes a second to import
+
+    scores = _scores(records)
+    found = ranks.rank(scores.to_numpy())
+    if found is None:
+        return pd.DataFrame()
+    table = pd.DataFrame({"method": scores.columns, "rank": found.ranks})
+    table = table.sort_values("rank", kind="stable", ignore_index=True)
+    table.attrs = {"blocks": found.blocks, "p": found.p, "distance": found.distance}
+    return table
 
 
 def _scores(records: pd.DataFrame, method: str | None = None) -> pd.DataFrame:

@@ -96,7 +96,8 @@ def printed_against(table: pd.DataFrame, pairs: bool = False) -> pd.DataFrame:
                 "Gain [95 %]": f"**{gain}**" if row["decided"] else gain,
                 "Effect d": signed(row["effect"]),
                 "p": _p_value(row["corrected"]),
-                "P(better)": f"{row['probability']:.2f}",
+                "P(better) [95 %]": _probability(row),
+                "W/T/L": f"{row['wins']:.0f}/{row['ties']:.0f}/{row['losses']:.0f}",
                 "n": f"{row['n']:.0f}",
             }
         )
@@ -108,13 +109,40 @@ def _p_value(p: float) -> str:
     return MISSING if math.isnan(p) else "<0.001" if p < 0.0005 else f"{p:.3f}"
 
 
+def _probability(row: Any) -> str:
+    """Format the probability of improvement with its interval."""
+    found = f"{row['probability']:.2f}"
+    if not math.isnan(row["probability_low"]):
+        found += f" [{row['probability_low']:.2f}, {row['probability_high']:.2f}]"
+    return found
+
+
+def printed_ranking(table: pd.DataFrame) -> pd.DataFrame:
+    """Format the table of `comparison.ranking` as strings."""
+    return pd.DataFrame(
+        {"Method": table["method"], "Mean rank": table["rank"].map("{:.2f}".format)}
+    )
+
+
+def explained_ranking(table: pd.DataFrame) -> str:
+    """Return the text under the table of `printed_ranking`."""
+    said = table.attrs
+    return (
+        f"Mean rank over {said['blocks']} blocks (a seed on a pair and setting, with all methods "
+        f"done); 1 is best. p of Friedman's test that all methods are equal: "
+        f"{_p_value(said['p'])}. Nemenyi: two methods are different if their mean ranks differ by "
+        f"more than {said['distance']:.2f} (5 % over all pairs)."
+    )
+
+
 def explained(reference: str = "the method") -> str:
     """Return the text under a table of `printed_against`."""
     return (
         f"Gain: top-1 of {reference} minus top-1 of the other, paired by seed; mean over pairs and "
         "seeds, with the 95\u00a0% confidence interval of one comparison. Effect: Cohen's d of the "
         "differences. p: t-test, with Holm's correction over the table. P(better): the probability "
-        f"that a run of {reference} beats a run of the other. Bold: p is below 0.05. No interval: "
+        f"that a run of {reference} beats a run of the other. W/T/L: paired runs that it wins, "
+        "ties and loses. Bold: p is below 0.05. No interval: "
         "the runs say nothing, because they do not differ or because there are too few; it takes "
         f"{paired.ENOUGH} seeds on each pair, or {paired.ENOUGH} pairs."
     )
@@ -181,6 +209,9 @@ def text(own: Tables, experiment: Experiment, top: int = TOP) -> str:
     if len(own.pairs):
         tail += ["", rendering.markdown(printed_against(own.pairs, True), 2), ""]
         tail.append(textwrap.fill(explained(), 100))
+    if len(own.ranking):
+        tail += ["", rendering.markdown(printed_ranking(own.ranking), 1), ""]
+        tail.append(textwrap.fill(explained_ranking(own.ranking), 100))
     return "\n".join([*head, rendering.markdown(cells, labels(cells)), *tail])
 
 
@@ -244,7 +275,7 @@ def _legend(own: Tables, experiment: Experiment, top: int) -> list[str]:
 def write(own: Tables, folder: Path, experiment: Experiment, top: int = TOP) -> list[Path]:
     """Write table.md, table.csv (full precision), table.tex and, unless they are empty, the others.
 
-    These are reported.csv, against.csv and pairs.csv. The CSV files have all settings.
+    These are reported.csv, against.csv, pairs.csv and ranking.csv. The CSV files have all settings.
 
     Args:
         own: The numbers.
@@ -261,7 +292,7 @@ def write(own: Tables, folder: Path, experiment: Experiment, top: int = TOP) -> 
     own.numbers.to_csv(paths[1], index=False)
     cells = printed(own.numbers, top)
     paths[2].write_text(rendering.latex(cells, labels(cells)), encoding="utf-8")
-    for name in ("reported", "against", "pairs"):
+    for name in ("reported", "against", "pairs", "ranking"):
         table, path = getattr(own, name), folder / f"{name}.csv"
         path.unlink(missing_ok=True)  # of an earlier call
         if len(table):

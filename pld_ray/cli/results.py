@@ -40,7 +40,7 @@ def tables(
     storage: Storage = "results",
     out: Out = None,
     all_pairs: Annotated[
-        bool, typer.Option("--all-pairs", help="Also compare every two methods.")
+        bool, typer.Option("--all-pairs", help="Also compare every two methods, and rank them.")
     ] = False,
     sort: Annotated[
         str,
