@@ -7,7 +7,7 @@ them. The reference is the method with which the others are compared (`Experimen
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -25,6 +25,8 @@ METRICS = ["top1", "top5", "kl_teacher_student", "agreement", "ece", "seconds"]
 
 
 SORTS: dict[str, Literal["max", "min"]] = {**DIRECTIONS, "seconds": "min"}
+# The names of two methods, and the scores of each by section, seed by seed
+Paired = tuple[str, str, dict[int, paired.Scores], dict[int, paired.Scores]]
 GRID = "grid"  # the order of the grid, instead of that of a metric
 
 
@@ -186,21 +188,29 @@ def against(records: pd.DataFrame) -> pd.DataFrame:
         One row per method with the columns method (the reference), against (the method), those of
         `paired.Comparison`, corrected (the p-value corrected over all rows) and decided.
     """
-    scores = _scores(records)
-    reference = _scores(records[records["reference"]], method="")
-    others = records.loc[~records["reference"], "method"].unique()
-    own = reference.reindex(scores.index)[""] if len(reference.columns) else None
-    if own is None:
-        return pd.DataFrame()
-    name = reference_name(records)
-    return _compared([(name, own, method, scores[method]) for method in others if method in scores])
+    return _compared(with_reference(records))
 
 
 def all_pairs(records: pd.DataFrame) -> pd.DataFrame:
     """Compare every two methods, as `against` does, with p-values corrected over all of them."""
     scores = _scores(records)
     pairs = itertools.combinations(scores.columns, 2)
-    return _compared([(one, scores[one], other, scores[other]) for one, other in pairs])
+    return _compared(_paired((one, scores[one], other, scores[other]) for one, other in pairs))
+
+
+def with_reference(records: pd.DataFrame) -> Iterator[Paired]:
+    """Yield the reference and each other method, with the scores of their common seeds.
+
+    Args:
+        records: Records as returned by `records.frames.frame`.
+    """
+    reference = _scores(records[records["reference"]], method="")
+    if not len(reference.columns):
+        return
+    scores, name = _scores(records), reference_name(records)
+    own = reference.reindex(scores.index)[""]
+    others = records.loc[~records["reference"], "method"].unique()
+    yield from _paired((name, own, method, scores[method]) for method in others if method in scores)
 
 
 def ranking(records: pd.DataFrame) -> pd.DataFrame:
@@ -241,23 +251,27 @@ def _scores(records: pd.DataFrame, method: str | None = None) -> pd.DataFrame:
     return scores[done["method"].unique()].astype(float)
 
 
-def _compared(pairs: Iterable[tuple[str, pd.Series, str, pd.Series]]) -> pd.DataFrame:
-    """Compare two methods by their scores, for each of several pairs of methods.
+def _paired(pairs: Iterable[tuple[str, pd.Series, str, pd.Series]]) -> Iterator[Paired]:
+    """Yield the common scores of two methods, for each of several pairs of methods that have some.
 
     Args:
         pairs: For each pair, name and scores of both methods; the scores as in `_scores`.
     """
-    rows = []
     for first, one, second, other in pairs:
         both = (one.notna() & other.notna()).to_numpy()
         if not both.any():
             continue
         places = one.index.to_frame(index=False).groupby(SECTION, sort=False).ngroup()[both]
         ends = np.flatnonzero(np.diff(places)) + 1  # the rows are sorted by section
-        found = paired.compare(
-            dict(enumerate(np.split(one.to_numpy()[both], ends))),
-            dict(enumerate(np.split(other.to_numpy()[both], ends))),
-        )
+        ours, theirs = (np.split(each.to_numpy()[both], ends) for each in (one, other))
+        yield first, second, dict(enumerate(ours)), dict(enumerate(theirs))
+
+
+def _compared(pairs: Iterable[Paired]) -> pd.DataFrame:
+    """Compare the scores of two methods, for each of several pairs of methods."""
+    rows = []
+    for first, second, ours, theirs in pairs:
+        found = paired.compare(ours, theirs)
         if found is not None:
             rows.append({"method": first, "against": second, **found._asdict()})
     table = pd.DataFrame(rows)

@@ -94,6 +94,55 @@ def best(
 
 
 @app.command()
+def power(
+    experiment: ExperimentName,
+    overrides: Overrides = None,
+    plugin: Plugins = None,
+    smoke: Smoke = False,
+    storage: Storage = "results",
+    effect: Annotated[
+        list[float] | None,
+        typer.Option(
+            metavar="POINTS",
+            help="Gain in points of top-1. May be repeated. The default is 0.2, 0.5 and 1.",
+        ),
+    ] = None,
+    wanted: Annotated[
+        float,
+        typer.Option(
+            "--power", min=0.01, max=0.99, help="Probability with which the gain is decided."
+        ),
+    ] = 0.8,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
+) -> None:
+    """Show how many seeds a gain takes, from the spread of the trials that have finished.
+
+    Gains are those of the experiment's reference: --set reference=kd sets it.
+    """
+    import textwrap
+
+    from analysis.records import frames
+    from analysis.tables import power as table
+    from analysis.tables import rendering
+
+    effects = effect or [0.2, 0.5, 1.0]
+    if wrong := [value for value in effects if not 0 < value < 100]:
+        raise InputError(f"--effect is {wrong[0]}: expected points of top-1, such as 0.5")
+    plan, store = session.opened(experiment, overrides, smoke, storage)
+    rows = table.of_records(frames.frame(plan, store), effects, wanted)
+    if rows.empty or rows["spread"].isna().all():
+        raise InputError(
+            f"{plan.experiment.name}: nothing is known about the spread yet: expected at least 3 "
+            "finished seeds of the reference and of another method, on each pair of networks"
+        )
+    if as_json:
+        typer.echo(rows.to_json(orient="records", indent=1))
+        return
+    typer.echo(rendering.markdown(table.printed(rows, effects), 1) + "\n")
+    typer.echo(textwrap.fill(table.explained(len(rows), wanted), 100))
+
+
+@app.command()
 def figures(
     experiment: ExperimentName,
     overrides: Overrides = None,
