@@ -3,6 +3,7 @@ import math
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -263,3 +264,71 @@ def test_landscape_figures_are_written(tmp_path):
     names = [p.name for p in logits.draw(tmp_path)]
     assert names == ["landscape_methods.png", "landscape_temperatures.png"]
     assert (tmp_path / "landscape_methods.pdf").stat().st_size > 1000
+
+
+# ---------------------------------------------------------------- sweeps
+
+SWEEP = """
+title: A sweep
+base: {data: digits, student: resnet8, teacher: resnet20, epochs: 2}
+grid:
+  loss: [ce, {name: kd, temperature: [1, 2, 4]}, {name: pld, temperature: [1, 2, 4]}]
+  optimizer.lr: [0.01, 0.1]
+seeds: [0, 1, 2]
+"""
+
+
+def sweep(experiment, tmp_path):
+    """Records of a sweep: KD and PLD are best at temperature 4, and 0.1 is better than 0.01."""
+    made = plan(experiment(SWEEP))
+    frame = frames.frame(made, Store(tmp_path / "none"))
+    frame["finished"], frame["teacher_top1"] = True, 99.0
+    trials = [cell.trial for cell in made.cells]
+    frame["top1"] = [
+        80.0 + getattr(t.loss, "temperature", 0) + 10 * t.optimizer.lr + t.seed for t in trials
+    ]
+    frame["ece"] = frame["top1"] / 100  # the lower, the better: the other way round
+    return made, frame
+
+
+def test_the_best_settings_of_each_loss_come_first(experiment, tmp_path):
+    _, frame = sweep(experiment, tmp_path)
+    table = comparison.tables(frame).numbers
+    assert list(table["method"]) == [
+        *("Teacher", "CE", "CE", *["KD (τ = 4)"] * 2, *["KD (τ = 2)"] * 2, *["KD (τ = 1)"] * 2),
+        *(*["PLD (τ = 4)"] * 2, *["PLD (τ = 2)"] * 2, *["PLD (τ = 1)"] * 2),
+    ]
+    assert list(table["setting"][:3]) == ["", "optimizer.lr 0.1", "optimizer.lr 0.01"]
+    by_ece = comparison.tables(frame, sort="ece").numbers
+    assert list(by_ece["method"])[3:5] == ["KD (τ = 1)"] * 2
+    assert by_ece.loc[1, "setting"] == "optimizer.lr 0.01"
+    as_listed = comparison.tables(frame, sort="grid").numbers
+    assert list(as_listed["method"]).count("Teacher") == 2
+    with pytest.raises(InputError, match="sort is 'top2': expected one of grid, top1"):
+        comparison.tables(frame, sort="top2")
+
+
+def test_a_teacher_that_differs_by_setting_keeps_its_rows(experiment, tmp_path):
+    _, frame = sweep(experiment, tmp_path)
+    for other in (98.0, math.nan):
+        frame.loc[frame["trial.optimizer.lr"] == 0.1, "teacher_top1"] = other
+        table = comparison.tables(frame).numbers
+        teachers = table[table["method"] == "Teacher"]
+        assert list(teachers["setting"]) == ["optimizer.lr 0.01", "optimizer.lr 0.1"]
+
+
+def test_the_first_settings_and_the_reference_are_printed(experiment, tmp_path):
+    made, frame = sweep(experiment, tmp_path)
+    own = comparison.tables(frame)
+    cells = comparison_printing.printed(own.numbers, 1)
+    assert list(cells["Method"]) == ["Teacher", "CE", "KD (τ = 4)", "PLD (τ = 4)", "PLD (τ = 1)"]
+    assert "PLD (τ = 1) gain" in cells
+    said = " ".join(comparison_printing.text(own, made.experiment, 1).split())
+    assert "Of each loss, the first setting; table.csv has all 14." in said
+    assert "Holm's correction over 6 comparisons" in said
+    assert "The images that choose the best setting also measure it" in said
+    held = comparison.tables(frame.assign(held_out=True))
+    said = " ".join(comparison_printing.text(held, made.experiment).split())
+    assert "It is measured on held-out training images." in said and "the first" not in said
+    paths = comparison_printing.write(own, tmp_path / "out", made.experiment, 1)
+    assert len(pd.read_csv(paths[1])) == 15 and len(pd.read_csv(paths[-1])) == 6

@@ -1,9 +1,11 @@
 """The index gives what the files of the trials say, whatever happens to it or to them."""
 
 import json
+from pathlib import Path
 
 import pytest
 
+from analysis.records import frames
 from pld_ray.store import files, index
 from pld_ray.store.documents import to_document, to_lines
 from pld_ray.store.store import Store
@@ -130,3 +132,32 @@ def test_a_file_that_was_just_written_is_not_indexed(store, monkeypatch):
     monkeypatch.setattr(files, "SETTLED", 10**15)
     top1(store)
     assert len(reads(store, monkeypatch)[1]) == 300
+
+
+def test_an_index_that_cannot_be_read_is_no_obstacle(store, monkeypatch):
+    if not store.files.local:
+        pytest.skip("an object store has no folders")
+    folder = Path(store.uri) / index.path("record.json")
+    folder.mkdir(parents=True)
+    assert top1(store) == EXPECTED
+    folder.rmdir()
+    folder.parent.rmdir()
+    folder.parent.write_bytes(b"")
+    assert top1(store) == EXPECTED
+
+
+def test_epochs_with_and_without_a_last_newline(store):
+    """The last newline may be missing, and a metric may have another type in another trial."""
+    path = f"trials/{IDS[1]}/epochs.jsonl"
+    store.files.write(path, (store.files.read(path) or b"").rstrip())
+    found = frames.epochs(IDS, store)
+    assert list(found["id"]) == IDS and (found["top1"] == 1).all()
+    store.files.write(path, to_lines([{"epoch": 1, "top1": 2.0, "own": "text"}]))
+    store.files.write(f"trials/{IDS[2]}/epochs.jsonl", to_lines([{"epoch": 1, "own": 1.5}] * 2))
+    found = frames.epochs(IDS, store)
+    assert len(found) == 301 and list(found["id"][:4]) == [*IDS[:3], IDS[2]]
+    assert found["own"].dropna().tolist() == ["text", 1.5, 1.5]
+    small = list(frames._batches(store.epoch_lines(IDS), most=1000))
+    assert len(small) > 5 and {k: v for part in small for k, v in part.items()} == (
+        store.epoch_lines(IDS)
+    )

@@ -340,6 +340,12 @@ def test_sparkline_by_hand():
     )
 
 
+def test_axes_without_x_are_refused(cli, tmp_path):
+    for options in (["--by", "seed"], ["--facet", "student"], ["--y", "ece"]):
+        said = cli("figures", "demo", *options, cwd=tmp_path)
+        assert said.returncode == 2 and "expected --x too" in said.stderr
+
+
 # ---------------------------------------------------------------- init and schema
 
 

@@ -2,5 +2,5 @@
 
 Enters: DataFrames of records. Leaves: PNG and PDF files.
 
-Uses: records, statistics, tables, pld_ray.losses.
+Uses: records, statistics, tables, pld_ray.losses, pld_ray.config.
 """

@@ -16,22 +16,27 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
 from matplotlib.lines import Line2D
-from matplotlib.patches import Rectangle
+from matplotlib.patches import Patch, Rectangle
 
-from analysis.figures.style import COLOURS, PAGE, PALETTE, Picture
+from analysis.figures.style import COLOURS, PAGE, PALETTE, Picture, escaped
 from analysis.records.frames import SYMBOLS
 from analysis.statistics import paired
+from pld_ray.config.search_space import METRICS as DIRECTIONS
 from pld_ray.errors import InputError, nearest
 from pld_ray.losses import REGISTRY
 
 PANELS = 12  # on a page
+NONE = "none"  # a setting that is None
 LINES = 12  # in a panel: as many as there are colours that can be told apart
 WRITTEN = 64  # cells of a heat map that are also written as numbers
 PREFIX = "trial."
@@ -47,16 +52,18 @@ class Parameter:
         column: Its column in the records, such as "trial.optimizer.lr".
         values: Its values: numbers in ascending order, or categories in the order of the grid.
         scale: How numbers are placed on an axis; None for categories.
+        label: The field, if the column has another name.
     """
 
     column: str
     values: tuple[Any, ...]
     scale: Scale | None
+    label: str = ""
 
     @property
     def name(self) -> str:
         """The name for people: the field, with the symbol of a parameter of a loss."""
-        field = self.column.removeprefix(PREFIX)
+        field = self.label or self.column.removeprefix(PREFIX)
         short = field.removeprefix("loss.")
         return f"{short} ({SYMBOLS[short]})" if len(SYMBOLS.get(short, "")) == 1 else short
 
@@ -72,10 +79,10 @@ class Parameter:
             chosen = self.values[:: math.ceil(len(self.values) / 8)]
         else:
             chosen = self.values
-        axis.set_xticks([self.at(value) for value in chosen], [_text(value) for value in chosen])
+        shown = texts(chosen)
+        axis.set_xticks([self.at(value) for value in chosen], shown)
         axis.minorticks_off()
-        long = sum(len(_text(value)) for value in chosen) > 36
-        axis.tick_params(axis="x", rotation=30 if long else 0)
+        axis.tick_params(axis="x", rotation=30 if sum(map(len, shown)) > 36 else 0)
         axis.set_xlabel(self.name)
 
 
@@ -88,30 +95,44 @@ def parameters(records: pd.DataFrame) -> list[Parameter]:
     Args:
         records: Records as returned by `records.frames.frame`.
     """
+    records = _prepared(records)
     columns = [str(name) for name in records if str(name).startswith(PREFIX)]
     columns.sort(key=lambda name: not name.startswith("trial.loss."))
     found: list[Parameter] = []
     for column in columns:
-        values = records[column].map(_plain)
-        groups = [records[name] for name in [*PAIR, "loss"]]
-        groups += [records[each.column].map(_plain) for each in found]
-        if (values.groupby(groups, dropna=False).nunique() > 1).any():
-            found.append(_parameter(column, values))
+        groups = [records[name] for name in [*PAIR, "loss", *(each.column for each in found)]]
+        if (records[column].groupby(groups, dropna=False).nunique() > 1).any():
+            found.append(_parameter(records, column))
     return found
 
 
-def _plain(value: Any) -> Any:
-    """Return a value that can be compared and grouped; lists become text."""
-    return str(value) if isinstance(value, list | dict) else value
+def _prepared(records: pd.DataFrame) -> pd.DataFrame:
+    """Return the records with settings that can be grouped.
+
+    A setting that is None is "none", lists become text, and a parameter that the loss does not have
+    is NaN.
+    """
+    found = {}
+    for column in (str(name) for name in records if str(name).startswith(PREFIX)):
+        field = column.removeprefix("trial.loss.")
+        values = [
+            (NONE if _missing(value) else str(value) if isinstance(value, list | dict) else value)
+            if field == column or field in REGISTRY[loss].model_fields
+            else math.nan
+            for loss, value in zip(records["loss"], records[column], strict=True)
+        ]
+        found[column] = pd.Series(values, index=records.index, dtype=object)
+    return records.assign(**found)
 
 
-def _parameter(column: str, values: pd.Series) -> Parameter:
-    known = [value for value in values.unique() if not _missing(value)]
+def _parameter(records: pd.DataFrame, column: str) -> Parameter:
+    """Return a column of prepared records as a parameter."""
+    known = [value for value in records[column].unique() if not _missing(value)]
     numeric = all(isinstance(v, numbers.Real) and not isinstance(v, bool | np.bool_) for v in known)
     if not numeric or len(known) < 3:
         return Parameter(column, tuple(known), None)
-    ordered = tuple(sorted(float(value) for value in known))
-    return Parameter(column, ordered, _scale(np.array(ordered)))
+    ordered = tuple(sorted(known))
+    return Parameter(column, ordered, _scale(np.array(ordered, dtype=float)))
 
 
 def _scale(values: np.ndarray[Any, Any]) -> Scale:
@@ -129,13 +150,23 @@ def _missing(value: Any) -> bool:
     return value is None or (isinstance(value, float) and math.isnan(value))
 
 
-def _text(value: Any) -> str:
-    """Format a value of a parameter."""
-    if _missing(value):
-        return "none"
+def texts(values: Iterable[Any]) -> list[str]:
+    """Format values of a parameter, with as many digits as it takes to tell them apart."""
+    values = list(values)
+    found: list[str] = []
+    for digits in (4, 6, 9, 17):
+        found = [_text(value, digits) for value in values]
+        if len(set(found)) == len(set(values)):
+            break
+    return found
+
+
+def _text(value: Any, digits: int) -> str:
     if isinstance(value, numbers.Real) and not isinstance(value, bool | np.bool_):
-        return f"{float(value):.4g}"
-    return str(value)
+        number = float(value)
+        whole = number.is_integer() and abs(number) < 1e6
+        return str(int(number)) if whole else f"{number:.{digits}g}"
+    return escaped(str(value))
 
 
 def importance(records: pd.DataFrame, parameter: Parameter, metric: str = "top1") -> float:
@@ -145,12 +176,13 @@ def importance(records: pd.DataFrame, parameter: Parameter, metric: str = "top1"
     and pairs of networks; a loss without the parameter counts as 0.
     """
     shares = []
-    for _, group in records.groupby([*PAIR, "loss"], sort=False):
-        cells = group.groupby(["setting", "method"])[metric].mean()
-        value = group.groupby(["setting", "method"])[parameter.column].first()
-        means = cells.groupby(value).transform("mean")
+    for _, group in _prepared(records).groupby([*PAIR, "loss"], sort=False):
+        cells = group.groupby(["setting", "method"])[metric].mean().dropna()
+        value = group.drop_duplicates(["setting", "method"]).set_index(["setting", "method"])
+        means = cells.groupby(value[parameter.column].reindex(cells.index), dropna=False)
+        between = ((means.transform("mean") - cells.mean()) ** 2).sum()
         total = ((cells - cells.mean()) ** 2).sum()
-        shares.append(((means - cells.mean()) ** 2).sum() / total if total > 0 else 0.0)
+        shares.append(between / total if total > 1e-12 else 0.0)
     return float(np.mean(shares)) if shares else 0.0
 
 
@@ -158,18 +190,20 @@ def ablation(records: pd.DataFrame) -> tuple[dict[str, Picture], list[str]]:
     """Draw what the grid varies.
 
     Args:
-        records: Records of finished trials, as returned by `records.frames.frame`.
+        records: Records as returned by `records.frames.frame`.
 
     Returns:
         The figures by name, none if nothing varies within a loss; and what they leave out, in
         sentences.
     """
+    records, unfinished = _finished(records, "top1")
     varied = parameters(records)
     number = [each for each in varied if each.scale is not None]
     category = [each for each in varied if each.scale is None]
-    records, told = _fewer_losses(records)
     if not varied:
         return {}, []
+    records, told = _fewer_losses(records)
+    told = [*unfinished, *told]
     if len(number) > 2 or (number and len(category) > 1):
         ranked = sorted(number, key=lambda each: -importance(records, each))
         drawn = {"ablation-effects": effects(records, varied)}
@@ -182,6 +216,18 @@ def ablation(records: pd.DataFrame) -> tuple[dict[str, Picture], list[str]]:
         return _pages(heat_maps(records, number[0], number[1], category)), told
     x, facet = (number[0], category) if number else (category[0], [])
     return _pages(by_facet(records, x, facet)), told
+
+
+def _finished(records: pd.DataFrame, metric: str) -> tuple[pd.DataFrame, list[str]]:
+    """Return the trials with a value of the metric, prepared, and a sentence if some have none."""
+    done = records[records["finished"] & records[metric].notna()]
+    if len(done) == len(records):
+        return _prepared(done), []
+    said = (
+        f"{len(records) - len(done)} of {len(records)} trials have no {metric} yet: figures of "
+        "settings compare means over different settings or seeds until all have finished"
+    )
+    return _prepared(done), [said]
 
 
 def _pages(pictures: Iterable[Picture]) -> dict[str, Picture]:
@@ -220,6 +266,7 @@ def by_facet(
     keys = [*PAIR, *(each.column for each in facet)]
     panels = list(_groups(records, keys))
     colours = loss_colours(records[by].unique(), by)
+    several = len(records[PAIR].drop_duplicates()) > 1
     pictures = []
     for page in range(0, len(panels), PANELS):
         shown = panels[page : page + PANELS]
@@ -231,7 +278,7 @@ def by_facet(
             axis.remove()
         for axis, (key, panel) in zip(axes.flat, shown, strict=False):
             draw_panel(axis, panel, x, by, colours, metric)
-            axis.set_title(_panel_title(key, facet, len(panels)))
+            axis.set_title(_panel_title(key, facet, several))
         for row in axes:
             row[0].set_ylabel(_metric(metric))
         _legend(picture, axes, colours, by, title)
@@ -262,20 +309,21 @@ def draw_panel(
     lines = list(panel.groupby(by, sort=False))
     for place, (name, rows) in enumerate(lines):
         colour = colours[name]
-        known = rows[rows[x.column].map(lambda value: not _missing(value))]
+        known = rows[rows[x.column].notna()]
         if known.empty:
             mean, low, high = estimate(rows, metric)
             axis.axhline(mean, color=colour, lw=1.4, ls="--")
             if not math.isnan(low):
                 axis.axhspan(low, high, color=colour, alpha=0.1, lw=0)
             continue
-        at = [value for value in x.values if (known[x.column].map(_plain) == value).any()]
-        cells = [known[known[x.column].map(_plain) == value] for value in at]
+        at = [value for value in x.values if (known[x.column] == value).any()]
+        cells = [known[known[x.column] == value] for value in at]
         means, lows, highs = np.array([estimate(cell, metric) for cell in cells]).T
         places = np.array([x.at(value) for value in at])
         if x.scale is not None:
             axis.plot(places, means, color=colour, lw=1.4, marker="o", ms=3.5)
-            axis.fill_between(places, lows, highs, color=colour, alpha=0.13, lw=0)
+            if not np.isnan(lows).all():
+                axis.fill_between(places, lows, highs, color=colour, alpha=0.13, lw=0)
             continue
         offset = (place - (len(lines) - 1) / 2) * 0.7 / len(lines)
         for value, cell in zip(places, cells, strict=True):
@@ -301,7 +349,7 @@ def heat_maps(
 ) -> list[Picture]:
     """Draw top-1 by two parameters as a heat map for each loss, pair and value of `facet`.
 
-    The best setting of each map has a frame.
+    The best setting of each map has a frame. All maps, on all pages, have the same colours.
 
     Args:
         records: Records of finished trials.
@@ -310,13 +358,14 @@ def heat_maps(
         facet: Parameters of which each combination has maps of its own.
     """
     keys = ["loss", *PAIR, *(each.column for each in facet)]
-    panels = list(_groups(records, keys))
+    panels = [(key, _grid(panel, one, two)) for key, panel in _groups(records, keys)]
     several = len(records[PAIR].drop_duplicates()) > 1
+    low = min(float(np.nanmin(grid.to_numpy())) for _, grid in panels)
+    high = max(float(np.nanmax(grid.to_numpy())) for _, grid in panels)
+    colours = Normalize(low, high) if low < high else Normalize(low - 1, high + 1)
     pictures = []
     for page in range(0, len(panels), PANELS):
         shown = panels[page : page + PANELS]
-        grids = [_grid(panel, one, two) for _, panel in shown]
-        low, high = min(g.min().min() for g in grids), max(g.max().max() for g in grids)
         width = 1.1 + 0.42 * max(4, len(one.values))
         columns = min(len(shown), max(1, int(PAGE // width)))
         rows = -(-len(shown) // columns)
@@ -325,50 +374,51 @@ def heat_maps(
         axes = picture.subplots(rows, columns, squeeze=False)
         for axis in axes.flat[len(shown) :]:
             axis.remove()
-        image = None
-        for axis, (key, _), grid in zip(axes.flat, shown, grids, strict=False):
-            image = _draw_map(axis, grid, low, high)
+        for axis, (key, grid) in zip(axes.flat, shown, strict=False):
+            _draw_map(axis, grid, colours)
             axis.set_xlabel(one.name)
             axis.set_ylabel(two.name)
-            title = _panel_title(key[1:], facet, 2 if several else 1)
+            title = _panel_title(key[1:], facet, several)
             axis.set_title("\n".join(part for part in (REGISTRY[key[0]].label, title) if part))
-        if image is not None:
-            bar = picture.colorbar(image, ax=picture.axes, shrink=0.8, pad=0.02)
-            bar.set_label("top-1 (%), mean; frame: best")
+        scale = ScalarMappable(colours, "viridis")
+        bar = picture.colorbar(scale, ax=picture.axes, shrink=0.8, pad=0.02)
+        bar.set_label("top-1 (%), mean; frame: best")
         pictures.append(picture)
     return pictures
 
 
 def _grid(panel: pd.DataFrame, one: Parameter, two: Parameter) -> pd.DataFrame:
-    """Return the mean top-1 by two parameters: a row for each value of `two`."""
-    keys = [panel[each.column].map(_plain).map(_text) for each in (two, one)]
-    grid = panel.groupby(keys)["top1"].mean().unstack()
-    order = [[_text(value) for value in each.values] for each in (two, one)]
-    rows, columns = (
-        [name for name in names if name in there] or ["none"]
-        for names, there in zip(order, (grid.index, grid.columns), strict=True)
-    )
-    return grid.reindex(index=rows, columns=columns)
+    """Return the mean top-1 by two parameters: a row for each value of `two`, as text."""
+    places, labels = [], []
+    for each in (two, one):
+        absent = len(each.values)  # the place of trials whose loss lacks the parameter
+        at = panel[each.column].map(dict(zip(each.values, range(absent), strict=True)))
+        places.append(at.fillna(absent).astype(int))
+        there = [*range(absent)] if at.notna().any() else [absent]
+        named = [*texts(each.values), "without"]
+        labels.append((there, [named[place] for place in there]))
+    grid = panel.groupby(places)["top1"].mean().unstack()
+    (rows, row_names), (columns, column_names) = labels
+    grid = grid.reindex(index=rows, columns=columns)
+    return grid.set_axis(row_names, axis="index").set_axis(column_names, axis="columns")
 
 
-def _draw_map(axis: Axes, grid: pd.DataFrame, low: float, high: float) -> Any:
+def _draw_map(axis: Axes, grid: pd.DataFrame, colours: Normalize) -> None:
     """Draw one heat map, with its numbers if they fit, and a frame around the best cell."""
     values = grid.to_numpy(dtype=float)
-    image = axis.imshow(values, cmap="viridis", vmin=low, vmax=high, aspect="auto")
+    axis.imshow(values, cmap="viridis", norm=colours, aspect="auto")
     axis.set_xticks(range(len(grid.columns)), grid.columns, rotation=45, ha="right", fontsize=8)
     axis.set_yticks(range(len(grid.index)), grid.index, fontsize=8)
     axis.grid(visible=False)
     if values.size <= WRITTEN:
-        middle = (low + high) / 2
         for (y, x), value in np.ndenumerate(values):
             if not math.isnan(value):
-                ink = "white" if value < middle else "black"
+                ink = "white" if colours(value) < 0.5 else "black"
                 axis.text(x, y, f"{value:.1f}", ha="center", va="center", fontsize=6.5, color=ink)
     if not np.isnan(values).all():
         y, x = np.unravel_index(np.nanargmax(values), values.shape)
         frame: Any = {"fill": False, "ec": "#D55E00", "lw": 2, "clip_on": False}
         axis.add_patch(Rectangle((float(x) - 0.5, float(y) - 0.5), 1, 1, **frame))
-    return image
 
 
 def effects(records: pd.DataFrame, varied: Sequence[Parameter], metric: str = "top1") -> Picture:
@@ -399,7 +449,7 @@ def chosen(
     """Draw a metric by fields of the user's choice.
 
     Args:
-        records: Records of finished trials, as returned by `records.frames.frame`.
+        records: Records as returned by `records.frames.frame`.
         x: The field on the x-axis: a setting that varies, such as "optimizer.lr", or student,
             teacher, loss, method or setting.
         by: The field with one line for each value.
@@ -412,30 +462,40 @@ def chosen(
     Raises:
         InputError: A field does not vary, or the metric is not known.
     """
-    x_column, by_column = (field_column(records, field) for field in (x, by))
-    if metric not in records or not pd.api.types.is_numeric_dtype(records[metric]):
-        known = [n for n in records if pd.api.types.is_float_dtype(records[n])]
-        raise InputError(
-            f"--y is {metric!r}: expected a metric; {nearest(metric, map(str, known))}"
-        )
-    told: list[str] = []
-    values = records[by_column].map(_plain).map(_text)
-    records = records.assign(**{"_by": values})
-    if values.nunique() > LINES:
-        best = records.groupby("_by")[metric].mean().sort_values(ascending=False).index[:LINES]
-        told.append(f"the figure shows {LINES} of {values.nunique()} values of {by}")
-        records = records[records["_by"].isin(best)]
-    panels: list[Parameter] = []
-    if facet:
-        column = field_column(records, facet)
-        panels = [Parameter(column, tuple(records[column].map(_plain).unique()), None)]
-        for name in PAIR:
-            if name != column:
-                records = records.assign(**{name: ""})
-    shown = _parameter(x_column, records[x_column].map(_plain))
-    lines = ("loss", "") if by_column == "loss" else ("_by", by)
-    pictures = by_facet(records, shown, panels, lines[0], metric, lines[1])
-    name = f"{x}-by-{by}".replace(".", "-")
+    kinds = {str(name): records[name].dtype.kind for name in records}
+    settings = ("seed", "epochs")
+    metrics = [n for n, kind in kinds.items() if kind in "if" and n not in settings]
+    metrics = [name for name in metrics if not name.startswith(PREFIX)]
+    if metric not in metrics:
+        raise InputError(f"--y is {metric!r}: expected a metric; {nearest(metric, metrics)}")
+    columns = [field_column(records, field) for field in (x, by, *([facet] if facet else []))]
+    records, told = _finished(records, metric)
+    if records.empty:
+        raise InputError(f"--y is {metric!r}: no trial has a value of it")
+    renamed = {"loss": "loss"} if columns[1] == "loss" else {columns[1]: "_by"}
+    lines = records[columns[1]].where(records[columns[1]].notna(), "without")
+    shown = {"_x": records[columns[0]], "_facet": records[columns[-1]].fillna("without")}
+    records = records.assign(**shown, **{renamed[columns[1]]: lines})
+    if {*columns} & {*PAIR}:  # a panel for each pair would tear them apart
+        records = records.assign(student="", teacher="")
+    line = renamed[columns[1]]
+    if (count := records[line].nunique()) > LINES:
+        down = DIRECTIONS.get(metric, "min" if metric == "seconds" else "max") == "max"
+        best = records.groupby(line)[metric].mean().sort_values(ascending=not down).index[:LINES]
+        told.append(f"the figure shows the best {LINES} of {count} values of {by} by {metric}")
+        records = records[records[line].isin(best)]
+    number = replace(_parameter(records, "_x"), label=x.removeprefix("loss."))
+    panels = [Parameter("_facet", (), None, facet)] if facet else []
+    title = "" if line == "loss" else by
+    pictures = by_facet(records, number, panels, line, metric, title)
+    parts = [
+        *([metric] if metric != "top1" else []),
+        x,
+        "by",
+        by,
+        *(["per", facet] if facet else []),
+    ]
+    name = "-".join(parts).replace(".", "-")
     several = len(pictures) > 1
     return {f"{name}-{n}" if several else name: p for n, p in enumerate(pictures, 1)}, told
 
@@ -458,25 +518,28 @@ def field_column(records: pd.DataFrame, field: str) -> str:
 
 
 def _groups(records: pd.DataFrame, keys: list[str]) -> Iterable[tuple[Any, pd.DataFrame]]:
-    """Return the groups of records by columns that may hold lists, in the order of the grid."""
-    columns = [records[name].map(_plain) for name in keys]
-    return records.groupby(columns, sort=False, dropna=False)
+    """Return the groups of prepared records, in the order of the grid."""
+    return records.groupby(keys, sort=False, dropna=False)
 
 
-def _panel_title(key: Any, facet: Sequence[Parameter], several: int) -> str:
+def _panel_title(key: Any, facet: Sequence[Parameter], several: bool) -> str:
     """Return the title of a panel: the pair, if there are several, and the values of the facet."""
     student, teacher, *values = key
     pair = f"{teacher} → {student}" if teacher else student
     said = [
-        REGISTRY[v].label if each.column == "loss" else f"{each.name} {_text(v)}"
+        REGISTRY[v].label
+        if each.label in ("loss", "loss.name") and v in REGISTRY
+        else texts([v])[0]
+        if each.label in (*PAIR, "method", "setting")
+        else f"{each.name} {texts([v])[0]}"
         for each, v in zip(facet, values, strict=True)
     ]
-    return "\n".join([*([pair] if several > 1 and pair else []), *said])
+    return "\n".join([*([escaped(pair)] if several and pair else []), *said])
 
 
 def _metric(metric: str) -> str:
     names = {"top1": "validation top-1 (%)", "top5": "validation top-5 (%)"}
-    return names.get(metric, metric)
+    return escaped(names.get(metric, metric))
 
 
 def loss_colours(names: Iterable[Any], by: str) -> dict[Any, str]:
@@ -490,13 +553,16 @@ def loss_colours(names: Iterable[Any], by: str) -> dict[Any, str]:
 
 def _legend(picture: Picture, axes: Any, colours: dict[Any, str], by: str, title: str = "") -> None:
     """Add the legend at the right of the page, and say what dashed lines are."""
-    label = {name: REGISTRY[name].label if by == "loss" else str(name) for name in colours}
-    handles = [
+    names = [REGISTRY[name].label for name in colours] if by == "loss" else texts(colours)
+    label = dict(zip(colours, names, strict=True))
+    handles: list[Artist] = [
         Line2D([], [], color=colour, lw=1.4, marker="o", ms=3.5, label=label[name])
         for name, colour in colours.items()
     ]
     if any(line.get_linestyle() == "--" for axis in picture.axes for line in axis.lines):
         handles.append(Line2D([], [], color="#333333", lw=1.4, ls="--", label="without it"))
+    if any(axis.collections for axis in picture.axes):
+        handles.append(Patch(color="#333333", alpha=0.13, lw=0, label="95 % interval"))
     if len(handles) > 1:
         where: Any = {"loc": "upper left", "bbox_to_anchor": (1.02, 1), "title": title or None}
         axes[0][-1].legend(handles=handles, **where)

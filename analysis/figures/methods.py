@@ -12,8 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter, MaxNLocator
 
-from analysis.figures import ablation
-from analysis.figures.style import PAGE, STYLE, Picture, method_colours, save_all
+from analysis.figures.style import PAGE, STYLE, Picture, escaped, method_colours, save_all
 from analysis.tables import comparison
 
 MANY = 24  # settings, above which figures show the best ones
@@ -28,9 +27,8 @@ def draw(
 ) -> list[Path]:
     """Write the figures of an experiment, each as PNG and PDF.
 
-    These are "accuracy" and "curves", "gains" if there is a method to compare with, "ranks" and
-    "profiles" of three methods or more, and those of `ablation` if a setting varies within a loss.
-    If no trial has finished, nothing is written.
+    These are "accuracy" and "curves", "gains" if there is a method to compare with, and "ranks" and
+    "profiles" of three methods or more. If no trial has finished, nothing is written.
 
     Args:
         records: Records as returned by `records.frames.frame`.
@@ -55,7 +53,6 @@ def draw(
         if len(ranking := comparison.ranking(shown)):
             pictures["ranks"] = ranks(ranking, colours)
             pictures["profiles"] = profiles(shown[shown["finished"]], colours)
-        pictures |= ablation.ablation(finished)[0]
         return save_all(pictures, folder)
 
 
@@ -261,7 +258,7 @@ def ranks(ranking: pd.DataFrame, colours: dict[str, str]) -> Figure:
         axis.plot([value, value, end], [0.3, y, y], color=colours[name], lw=1.2)
         at: Any = {"ha": "right" if left else "left", "va": "center", "fontsize": 8.5}
         gap = -0.05 if left else 0.05
-        axis.text(end + gap * len(names) / 5, y, f"{name}  {value:.2f}", **at)
+        axis.text(end + gap * len(names) / 5, y, f"{escaped(name)}  {value:.2f}", **at)
     return figure
 
 
@@ -286,7 +283,7 @@ def profiles(records: pd.DataFrame, colours: dict[str, str]) -> Figure:
         mean = shares.mean(axis=0)
         error = np.sqrt((shares * (1 - shares) / counts).sum(axis=0)) / len(scores)
         colour = colours[str(method)]
-        axis.step(levels, mean, where="post", color=colour, lw=1.4, label=method)
+        axis.step(levels, mean, where="post", color=colour, lw=1.4, label=escaped(str(method)))
         if records["method"].nunique() <= 6:
             band: Any = {"step": "post", "color": colour, "alpha": 0.1, "lw": 0}
             axis.fill_between(levels, mean - error, mean + error, **band)
@@ -351,5 +348,4 @@ def _title(key: Any) -> str:
 
 def _wrap(label: str) -> str:
     """Break a label into lines at its parameters; a dollar sign begins no formula."""
-    label = label.replace("$", r"\$")
-    return label.replace(" (", "\n(").replace(", ", ",\n")
+    return escaped(label).replace(" (", "\n(").replace(", ", ",\n")

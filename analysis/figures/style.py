@@ -57,6 +57,11 @@ def save(figure: Figure, path: Path) -> Path:
     return path.with_suffix(".png")
 
 
+def escaped(text: str) -> str:
+    """Return a text in which a dollar sign begins no formula."""
+    return text.replace("$", r"\$")
+
+
 def save_all(pictures: Mapping[str, Figure], folder: Path) -> list[Path]:
     """Write figures by their names into a folder, which is created if needed; see `save`."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ import pandas as pd
 from pld_ray.config.planning import Plan
 from pld_ray.config.trial import Trial
 from pld_ray.errors import InputError, nearest
+from pld_ray.store.documents import parse_epochs
 from pld_ray.store.store import Store
 
 GROUP = ["student", "teacher", "setting", "method"]  # seeds are averaged within these columns
@@ -166,15 +167,38 @@ def curves(records: pd.DataFrame, store: Store) -> pd.DataFrame:
 
 def epochs(trial_ids: Iterable[str], store: Store) -> pd.DataFrame:
     """Return one row per epoch of each trial, with the columns id, epoch and the metrics."""
-    from pyarrow import json
-
     found = store.epoch_lines(trial_ids)
-    if not found:
-        return pd.DataFrame(columns=["id", "epoch"])
-    lines = b"".join(found.values())
-    whole = json.ReadOptions(use_threads=False, block_size=len(lines) + 1)
-    table = json.read_json(io.BytesIO(lines), whole).to_pandas()
-    ids = np.repeat(list(found), [content.count(b"\n") for content in found.values()])
+    tables = [_parsed(batch) for batch in _batches(found)]
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=["id", "epoch"])
+
+
+def _batches(lines: dict[str, bytes], most: int = 2**28) -> Iterator[dict[str, bytes]]:
+    """Yield the epochs of trials in parts of about `most` bytes, because Arrow reads up to 2 GiB."""
+    batch: dict[str, bytes] = {}
+    size = 0
+    for key, content in lines.items():
+        batch[key] = content
+        size += len(content)
+        if size > most:
+            yield batch
+            batch, size = {}, 0
+    if batch:
+        yield batch
+
+
+def _parsed(lines: dict[str, bytes]) -> pd.DataFrame:
+    """Return the epochs of trials, which are lines of JSON, as a table."""
+    from pyarrow import ArrowInvalid, json
+
+    parts = {key: content.strip().splitlines() for key, content in lines.items()}
+    ids = np.repeat(list(parts), [len(part) for part in parts.values()])
+    content = b"\n".join(line for part in parts.values() for line in part)
+    whole = json.ReadOptions(use_threads=False, block_size=len(content) + 1)
+    try:
+        table = json.read_json(io.BytesIO(content), whole).to_pandas()
+    except ArrowInvalid:  # such as a metric that is a number in one trial and a text in another
+        rows = [epoch for part in lines.values() for epoch in parse_epochs(part)]
+        table = pd.DataFrame(rows)
     table.insert(0, "id", ids)
     return table
 

@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import matplotlib
 import pandas as pd
 from PIL import Image
 
-from analysis.figures import methods, paper_figures
+from analysis.figures import ablation, methods, paper_figures, style
 from analysis.landscapes import logits, weights
 from analysis.records import frames, imported
 from analysis.tables import (
@@ -184,21 +185,28 @@ def _ours(plan: Plan, store: Store, frame: pd.DataFrame, folder: Path) -> list[B
     """Return the comparison of an experiment's trials, and its figures and landscapes."""
     own = comparison.tables(frame, imported.beside(frame, store))
     table = own.numbers
-    cells, legend = comparison_printing.printed(table), " ".join(comparison_printing.legend(table))
+    cells = comparison_printing.printed(table, comparison_printing.TOP)
+    legend = " ".join(comparison_printing.legend(table))
+    legend += " " + comparison_printing.order_legend(own)
     blocks = [Block("All metrics", cells, comparison_printing.labels(cells), caption=legend)]
     if len(own.reported):
         shown = comparison_printing.printed_reported(own.reported, table)
         named, caption = comparison_printing.labels(shown), comparison_printing.REPORTED
         blocks.append(Block("Results from elsewhere", shown, named, caption=caption))
-    against = comparison_printing.printed_against(own.against)
+    shown_against = comparison_printing.shown_methods(own.against, table, comparison_printing.TOP)
+    against = comparison_printing.printed_against(shown_against)
     if len(against):
         name = comparison.reference_name(table)
-        caption = comparison_printing.explained(name)
+        caption = comparison_printing.explained(len(own.against), name)
         blocks.append(Block(f"{name} against the other methods", against, caption=caption))
     drawn = methods.draw(
         frame, frames.curves(methods.best_settings(frame), store), folder, own.reported
     )
+    pictures, told = ablation.ablation(frame)
+    with matplotlib.rc_context(style.STYLE):
+        drawn += style.save_all(pictures, folder)
     blocks += [Block(image=path) for path in drawn]
+    blocks += [Block(caption=sentence.capitalize() + ".") for sentence in told]
     trials = weights.students(plan, store)
     kept = {name: store.landscape(trial.id) for name, trial in trials.items()}
     known = {name: one for name, one in kept.items() if one is not None}

@@ -40,6 +40,29 @@ def of_search(progress: Sequence[SearchProgress], metric: str) -> list[dict[str,
     return rows
 
 
+def drawn(progress: Sequence[SearchProgress]) -> pd.DataFrame:
+    """Return one row per drawn trial of a search.
+
+    Args:
+        progress: The cells of one experiment.
+
+    Returns:
+        The columns student, teacher, setting, method, number (from 1), state, epoch, score, and the
+        drawn value of each searched field; None for a field that does not apply to the cell.
+    """
+    cells = tuple(each.group.cell for each in progress)
+    places = frames.places(Plan(progress[0].group.experiment, cells)).drop(columns="seed")
+    fields = dict.fromkeys(field for each in progress for field in each.group.space)
+    rows = [
+        {**place, "number": number, "state": trial.state, "epoch": trial.epoch}
+        | {"score": trial.score, **{field: trial.point.get(field) for field in fields}}
+        for place, each in zip(places.to_dict("records"), progress, strict=True)
+        for number, trial in enumerate(each.drawn, 1)
+    ]
+    columns = [*places, "number", "state", "epoch", "score", *fields]
+    return pd.DataFrame(rows, columns=columns).astype({"score": float})
+
+
 def of_grid(frame: pd.DataFrame, metric: str = "top1") -> list[dict[str, Any]]:
     """Return the setting with the highest mean over seeds, per loss and (student, teacher) pair.
 

@@ -151,7 +151,7 @@ def ordered(table: pd.DataFrame, sort: str) -> pd.DataFrame:
     found = table.loc[keys.sort_values(["pair", "loss", "score"], kind="stable").index]
     teacher = found["loss"] == "teacher"
     again = found.duplicated(["student", "teacher", "loss", "top1"])
-    one = found[teacher].groupby(["student", "teacher"])["top1"].transform("nunique") <= 1
+    one = found[teacher].groupby(["student", "teacher"])["top1"].transform("nunique", False) <= 1
     one = teacher & one.reindex(found.index, fill_value=False)
     found["setting"] = found["setting"].mask(one, "")
     return found[~(again & one)].reset_index(drop=True)

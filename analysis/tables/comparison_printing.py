@@ -29,7 +29,7 @@ def printed(table: pd.DataFrame, top: int = 0) -> pd.DataFrame:
     rows = []
     reference, place = reference_name(table), _places(table)
     if top:
-        table = table[_rank(table) < top]
+        table = table[_is_shown(table, top)]
     for row in table.to_dict("records"):
         teacher = row["loss"] == "teacher"
         cells = place(row)
@@ -62,10 +62,17 @@ def _places(table: pd.DataFrame) -> Callable[[Any], dict[str, str]]:
     return place
 
 
-def _rank(table: pd.DataFrame) -> pd.Series:
-    """Return the place of each row among the settings of its loss and pair, from 0; teachers: 0."""
-    place = table.groupby(["student", "teacher", "loss"], sort=False).cumcount()
-    return place.where(table["loss"] != "teacher", 0)
+def _is_shown(table: pd.DataFrame, top: int) -> pd.Series:
+    """Return for each row whether it is printed.
+
+    These are the first settings of each loss and pair, the teachers, and the best setting of the
+    reference, with which the others are compared.
+    """
+    pairs = ["student", "teacher"]
+    place = table.groupby([*pairs, "loss"], sort=False).cumcount()
+    reference = table["reference"].astype(bool)
+    own = reference & (table[reference].groupby(pairs).cumcount().reindex(table.index) == 0)
+    return (place < top) | own | (table["loss"] == "teacher")
 
 
 def _spread(row: dict[Any, Any], metric: str, digits: int, scale: float = 1) -> str:
@@ -135,14 +142,19 @@ def explained_ranking(table: pd.DataFrame) -> str:
     )
 
 
-def explained(reference: str = "the method") -> str:
-    """Return the text under a table of `printed_against`."""
+def explained(comparisons: int, reference: str = "the method") -> str:
+    """Return the text under a table of `printed_against`.
+
+    Args:
+        comparisons: The number of comparisons over which p is corrected, also those not shown.
+        reference: The name of the method whose gains they are.
+    """
     return (
         f"Gain: top-1 of {reference} minus top-1 of the other, paired by seed; mean over pairs and "
         "seeds, with the 95\u00a0% confidence interval of one comparison. Effect: Cohen's d of the "
-        "differences. p: t-test, with Holm's correction over the table. P(better): the probability "
-        f"that a run of {reference} beats a run of the other. W/T/L: paired runs that it wins, "
-        "ties and loses. Bold: p is below 0.05. No interval: "
+        f"differences. p: t-test, with Holm's correction over {comparisons} comparisons. "
+        f"P(better): the probability that a run of {reference} beats a run of the other. W/T/L: paired runs "
+        "that it wins, ties and loses. Bold: p is below 0.05. No interval: "
         "the runs say nothing, because they do not differ or because there are too few; it takes "
         f"{paired.ENOUGH} seeds on each pair, or {paired.ENOUGH} pairs."
     )
@@ -205,10 +217,10 @@ def text(own: Tables, experiment: Experiment, top: int = TOP) -> str:
     against = shown_methods(own.against, table, top)
     if len(against):
         tail += ["", rendering.markdown(printed_against(against), 1)]
-        tail += ["", textwrap.fill(explained(reference_name(table)), 100)]
+        tail += ["", textwrap.fill(explained(len(own.against), reference_name(table)), 100)]
     if len(own.pairs):
         tail += ["", rendering.markdown(printed_against(own.pairs, True), 2), ""]
-        tail.append(textwrap.fill(explained(), 100))
+        tail.append(textwrap.fill(explained(len(own.pairs)), 100))
     if len(own.ranking):
         tail += ["", rendering.markdown(printed_ranking(own.ranking), 1), ""]
         tail.append(textwrap.fill(explained_ranking(own.ranking), 100))
@@ -219,7 +231,7 @@ def shown_methods(against: pd.DataFrame, table: pd.DataFrame, top: int) -> pd.Da
     """Return those comparisons whose method `printed` shows."""
     if not top or against.empty:
         return against
-    return against[against["against"].isin(table.loc[_rank(table) < top, "method"])]
+    return against[against["against"].isin(table.loc[_is_shown(table, top), "method"])]
 
 
 def labels(cells: pd.DataFrame) -> int:
@@ -249,7 +261,8 @@ def order_legend(own: Tables, top: int = TOP) -> str:
     settings = table.groupby(["student", "teacher", "loss"]).size()
     if settings.max() <= 1:
         return ""
-    cut = f"Of each loss, the first {top} settings; table.csv has all {len(table)} rows. "
+    first = "setting" if top == 1 else f"{top} settings"
+    cut = f"Of each loss, the first {first}; table.csv has all {len(table)}. "
     said = cut if top and settings.max() > top else ""
     if own.sort == GRID:
         return said

@@ -192,7 +192,7 @@ class Results:
         if not frame["finished"].any():
             raise InputError(f"{plan.experiment.name}: nothing to draw yet: no trial has finished")
         with matplotlib.rc_context(style.STYLE):
-            pictures, _ = ablation.chosen(frame[frame["finished"]], x, by, facet, metric)
+            pictures, _ = ablation.chosen(frame, x, by, facet, metric)
         return next(iter(pictures.values()))
 
     def student(self, trial_id: str) -> nn.Module:

@@ -343,16 +343,48 @@ def write_tables(
 
 def draw_figures(plan: Plan, store: Store, folder: Path) -> list[Path]:
     """Draw the figures of an experiment into a folder and return their paths."""
-    from analysis.figures import methods, paper_figures
+    import matplotlib
+
+    from analysis.figures import ablation, methods, paper_figures, style
     from analysis.records import frames, imported
 
+    sought = draw_search(plan, store, folder)
+    if not plan.cells:  # the search is not finished
+        return sought
     frame, name = frames.frame(plan, store), plan.experiment.name
     reported = imported.beside(frame, store)
     curves = frames.curves(methods.best_settings(frame), store)
     paths = methods.draw(frame, curves, folder, reported)
-    return paths + paper_figures.draw_paper(
-        frame, name, plan.experiment.miniature_of is not None, folder
-    )
+    pictures, told = ablation.ablation(frame)
+    for sentence in told if pictures else ():
+        tell(f"note: {sentence}")
+    with matplotlib.rc_context(style.STYLE):
+        paths += style.save_all(pictures, folder)
+    return [
+        *sought,
+        *paths,
+        *paper_figures.draw_paper(frame, name, plan.experiment.miniature_of is not None, folder),
+    ]
+
+
+def draw_search(plan: Plan, store: Store, folder: Path) -> list[Path]:
+    """Draw the figures of the search of an experiment, if it has one; return their paths."""
+    if plan.experiment.search is None:
+        return []
+    import matplotlib
+
+    from analysis.figures import searches, style
+    from analysis.tables import best
+    from pld_ray.sweep import search
+
+    progress = search.look(plan.experiment, store)
+    space = {field: found for each in progress for field, found in each.group.space.items()}
+    sought = plan.experiment.search
+    with matplotlib.rc_context(style.STYLE):
+        pictures, told = searches.draw(best.drawn(progress), space, sought.metric, sought.better)
+        for sentence in told:
+            tell(f"note: {sentence}")
+        return style.save_all(pictures, folder) if pictures else []
 
 
 def draw_chosen(
@@ -368,7 +400,7 @@ def draw_chosen(
     if not frame["finished"].any():
         raise InputError(f"{plan.experiment.name}: nothing to draw yet: no trial has finished")
     with matplotlib.rc_context(style.STYLE):
-        pictures, told = ablation.chosen(frame[frame["finished"]], x, by, facet, metric)
+        pictures, told = ablation.chosen(frame, x, by, facet, metric)
         for sentence in told:
             tell(f"note: {sentence}")
         return style.save_all(pictures, folder)

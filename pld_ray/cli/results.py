@@ -169,15 +169,17 @@ def figures(
     With --x, one figure of your choice is drawn instead, such as
     --x loss.temperature --by loss.name --facet student.
     """
+    if x is None and (by, facet, metric) != ("loss.name", "", "top1"):
+        raise InputError("--by, --facet and --y: expected --x too, the field on the x-axis")
     planned, store = session.opened(experiment, overrides, smoke, storage)
-    if not planned.cells:
-        raise InputError(
-            f"{planned.experiment.name}: its search is not finished; run the experiment first"
-        )
     folder = session.reports(planned, store, out)
     if x is None:
         paths = session.draw_figures(planned, store, folder)
-    else:
+    if not planned.cells and (x is not None or not paths):
+        raise InputError(
+            f"{planned.experiment.name}: its search is not finished; run the experiment first"
+        )
+    if x is not None:
         paths = session.draw_chosen(planned, store, folder, x, by, facet, metric)
     session.say("figures", paths)
 

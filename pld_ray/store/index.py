@@ -86,17 +86,18 @@ def _load(files: Files, name: str) -> dict[str, Row]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    content = files.read(path(name))
-    if content is None:
-        return {}
     try:
+        content = files.read(path(name))
+        if content is None:
+            return {}
         file = pq.ParquetFile(pa.BufferReader(content), page_checksum_verification=True)
         table = file.read()  # `pq.read_table` would import pyarrow.dataset, which takes a second
         columns = [table.column(column).to_pylist() for column in ("id", "stamp", "content")]
     except (pa.ArrowException, OSError, KeyError) as error:
         LOG.info("%s: %s; it is written again", files.place(path(name)), error)
         return {}
-    return {key: Row(stamp, content) for key, stamp, content in zip(*columns, strict=True)}
+    rows = zip(*columns, strict=True)
+    return {key: Row(stamp, content) for key, stamp, content in rows if content is not None}
 
 
 def _write(files: Files, name: str, rows: dict[str, Row]) -> None:
