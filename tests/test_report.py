@@ -6,7 +6,9 @@ from html.parser import HTMLParser
 import pytest
 import torch
 
-from analysis.report import page
+from analysis.records import frames
+from analysis.report import page, summary
+from analysis.tables import comparison
 from pld_ray.config.experiment import load_experiment
 from pld_ray.config.planning import plan
 from pld_ray.store.store import Store
@@ -83,3 +85,31 @@ def test_without_any_result_it_shows_what_is_reported(tmp_path):
     html, _ = page.write(plans, Store(tmp_path / "none"), tmp_path / "out")
     text = html.read_text()
     assert "0 of 3 trials finished" in text and "69.83" in text and "All metrics" not in text
+
+
+def test_the_summary_says_what_is_decided(experiment, tmp_path):
+    text = "base: {data: digits, student: resnet8, teacher: resnet20, epochs: 1}\n"
+    text += "grid: {loss: [ce, ls, kd, pld]}\nseeds: [0, 1, 2, 3]\n"
+    made = plan(experiment(text))
+    frame = frames.frame(made, Store(tmp_path / "none"))
+    scores = {
+        "ce": [1.0, 2.1, 3.0, 4.1],
+        "ls": [9.0, 2.0, 7.0, 1.0],
+        "kd": [5.0, 6.0, 7.0, 8.0],
+        "pld": [4.0, 5.0, 6.0, 7.0],
+    }
+    frame["top1"] = [scores[cell.trial.loss.name][cell.trial.seed] for cell in made.cells]
+    frame["finished"] = True
+    said = summary.sentences(frame, comparison.tables(frame), "digits")
+    assert said[0] == "Compared: CE, LS, KD, PLD, on digits, resnet20 → resnet8; 4 seeds each."
+    # PLD minus CE: 3, 2.9, 3, 2.9; minus LS: -5, 3, -1, 6; minus KD: always -1
+    half = 3.182446 * 0.0577350 / 2
+    better = f"CE (+2.95 [+{2.95 - half:.2f}, +{2.95 + half:.2f}])"
+    assert said[1] == (f"Decided at 5 % (paired t-test, Holm over 3): PLD is better than {better}.")
+    assert said[2].startswith("Not decided: PLD against LS (+0.75 [−")
+    assert said[3].endswith("PLD against KD (−1.00).") and "Nothing can be said" in said[3]
+    assert len(said) == 4
+    some = frame[(frame["seed"] == 0) | (frame["loss"] == "pld")]
+    assert summary.sentences(some, comparison.tables(some), "digits")[0].endswith(
+        "; 1 to 4 seeds each."
+    )

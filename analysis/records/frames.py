@@ -173,7 +173,7 @@ def epochs(trial_ids: Iterable[str], store: Store) -> pd.DataFrame:
 
 
 def _batches(lines: dict[str, bytes], most: int = 2**28) -> Iterator[dict[str, bytes]]:
-    """Yield the epochs of trials in parts of about `most` bytes, because Arrow reads up to 2 GiB."""
+    """Yield the epochs of trials in parts of about `most` bytes; Arrow reads up to 2 GiB."""
     batch: dict[str, bytes] = {}
     size = 0
     for key, content in lines.items():

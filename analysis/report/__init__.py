@@ -2,5 +2,6 @@
 
 Enters: plans and their store. Leaves: one self-contained HTML file, and the same as Markdown.
 
-Uses: records, tables, figures, landscapes, pld_ray.config, pld_ray.store, pld_ray.sweep.
+Uses: records, statistics, tables, figures, landscapes, pld_ray.config, pld_ray.store,
+pld_ray.sweep.
 """

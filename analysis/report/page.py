@@ -22,6 +22,7 @@ from PIL import Image
 from analysis.figures import ablation, methods, paper_figures, style
 from analysis.landscapes import logits, weights
 from analysis.records import frames, imported
+from analysis.report import summary
 from analysis.tables import (
     best,
     comparison,
@@ -70,6 +71,7 @@ class Section:
         state: How many trials have finished.
         command: The command that runs the experiment.
         note: Note of the experiment.
+        summary: What was compared, and what is decided.
         blocks: Tables and pictures.
         trials: The id, label, state and spec of each trial.
         elsewhere: Ids of trials that earlier sections list.
@@ -80,6 +82,7 @@ class Section:
     state: str = ""
     command: str = ""
     note: str = ""
+    summary: str = ""
     blocks: list[Block] = field(default_factory=list)
     trials: list[dict[str, str]] = field(default_factory=list)
     elsewhere: list[str] = field(default_factory=list)
@@ -164,7 +167,10 @@ def _section(
         rows = best.of_search(search.look(experiment, store), metric)
         section.blocks.append(Block("Best settings of each cell", best.printed(rows, metric), 3))
     if frame["finished"].any():
-        section.blocks += _ours(plan, store, frame, folder)
+        own = comparison.tables(frame, imported.beside(frame, store))
+        dataset = " and ".join(dict.fromkeys(cell.trial.data.name for cell in plan.cells))
+        section.summary = " ".join(summary.sentences(frame, own, dataset))
+        section.blocks += _ours(plan, store, frame, own, folder)
     for key, outcome in found.items():
         if key not in shown:
             trial, record = plan.trials[key], outcome.record
@@ -181,9 +187,10 @@ def _section(
     return section
 
 
-def _ours(plan: Plan, store: Store, frame: pd.DataFrame, folder: Path) -> list[Block]:
+def _ours(
+    plan: Plan, store: Store, frame: pd.DataFrame, own: comparison.Tables, folder: Path
+) -> list[Block]:
     """Return the comparison of an experiment's trials, and its figures and landscapes."""
-    own = comparison.tables(frame, imported.beside(frame, store))
     table = own.numbers
     cells = comparison_printing.printed(table, comparison_printing.TOP)
     legend = " ".join(comparison_printing.legend(table))
@@ -299,7 +306,8 @@ def _markdown(page: dict[str, Any], folder: Path) -> str:
     """Render the page as Markdown."""
     lines = [f"# {page['title']}", f"pld-ray {page['version']}, {page['date']}. {page['summary']}"]
     for section in page["sections"]:
-        lines += [f"## {section.title}", f"{section.state} · `{section.command}`", section.note]
+        lines += [f"## {section.title}", f"{section.state} · `{section.command}`"]
+        lines += [section.summary, section.note]
         for block in section.blocks:
             lines += [f"### {block.title}" if block.title else "", *_block(block, folder)]
         if section.trials:

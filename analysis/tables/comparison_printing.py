@@ -153,9 +153,9 @@ def explained(comparisons: int, reference: str = "the method") -> str:
         f"Gain: top-1 of {reference} minus top-1 of the other, paired by seed; mean over pairs and "
         "seeds, with the 95\u00a0% confidence interval of one comparison. Effect: Cohen's d of the "
         f"differences. p: t-test, with Holm's correction over {comparisons} comparisons. "
-        f"P(better): the probability that a run of {reference} beats a run of the other. W/T/L: paired runs "
-        "that it wins, ties and loses. Bold: p is below 0.05. No interval: "
-        "the runs say nothing, because they do not differ or because there are too few; it takes "
+        f"P(better): the probability that a run of {reference} beats a run of the other. "
+        "W/T/L: paired runs that it wins, ties and loses. Bold: p is below 0.05. No interval: the "
+        "runs say nothing, because they do not differ or because there are too few; it takes "
         f"{paired.ENOUGH} seeds on each pair, or {paired.ENOUGH} pairs."
     )
 
