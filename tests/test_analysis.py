@@ -117,6 +117,15 @@ def test_a_reference_that_is_no_method_is_refused(experiment):
         frames.check_reference(made)
 
 
+def test_the_ranking_of_the_finished_methods(results):
+    table = comparison.ranking(frames.frame(*results))
+    assert list(table["method"]) == ["PLD", "KD (τ = 1)", "CE"] and list(table["rank"]) == [1, 2, 3]
+    assert table.attrs["blocks"] == 3
+    own = comparison.tables(frames.frame(*results), all_pairs_too=True)
+    said = " ".join(comparison_printing.text(own, results[0].experiment).split())
+    assert "| PLD | 1.00 |" in said and "Mean rank over 3 blocks" in said
+
+
 def test_all_pairs_of_methods(results):
     pairs = comparison.all_pairs(frames.frame(*results))
     found = {(row["method"], row["against"]): row for row in pairs.to_dict("records")}

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 import numbers
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -472,13 +473,13 @@ def chosen(
     records, told = _finished(records, metric)
     if records.empty:
         raise InputError(f"--y is {metric!r}: no trial has a value of it")
-    renamed = {"loss": "loss"} if columns[1] == "loss" else {columns[1]: "_by"}
-    lines = records[columns[1]].where(records[columns[1]].notna(), "without")
-    shown = {"_x": records[columns[0]], "_facet": records[columns[-1]].fillna("without")}
-    records = records.assign(**shown, **{renamed[columns[1]]: lines})
+    line = "loss" if columns[1] == "loss" else "_by"
+    values = {"_x": columns[0], line: columns[1], "_facet": columns[-1]}
+    records = records.assign(**{new: records[old] for new, old in values.items()})
+    for new in (line, "_facet"):  # of losses that lack the parameter
+        records[new] = records[new].where(records[new].notna(), "without")
     if {*columns} & {*PAIR}:  # a panel for each pair would tear them apart
         records = records.assign(student="", teacher="")
-    line = renamed[columns[1]]
     if (count := records[line].nunique()) > LINES:
         down = DIRECTIONS.get(metric, "min" if metric == "seconds" else "max") == "max"
         best = records.groupby(line)[metric].mean().sort_values(ascending=not down).index[:LINES]
@@ -488,14 +489,8 @@ def chosen(
     panels = [Parameter("_facet", (), None, facet)] if facet else []
     title = "" if line == "loss" else by
     pictures = by_facet(records, number, panels, line, metric, title)
-    parts = [
-        *([metric] if metric != "top1" else []),
-        x,
-        "by",
-        by,
-        *(["per", facet] if facet else []),
-    ]
-    name = "-".join(parts).replace(".", "-")
+    name = f"{x}-by-{by}" + (f"-per-{facet}" if facet else "")
+    name = re.sub("[^A-Za-z0-9_-]+", "-", name if metric == "top1" else f"{metric}-{name}")
     several = len(pictures) > 1
     return {f"{name}-{n}" if several else name: p for n, p in enumerate(pictures, 1)}, told
 

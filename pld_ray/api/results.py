@@ -32,6 +32,7 @@ class Table:
         numbers: One row per method, in full precision (see `analysis.tables.comparison`).
         against: The reference against each other method; empty with one method.
         pairs: Every two methods, if they were asked for; else empty.
+        ranking: The mean ranks of the methods, if they were asked for; else empty.
         reported: Imported results beside our own (see `analysis.records.imported.beside`).
         cells: What is shown of `numbers`, as strings.
         text: All tables as Markdown, with legends.
@@ -40,6 +41,7 @@ class Table:
     numbers: pd.DataFrame
     against: pd.DataFrame
     pairs: pd.DataFrame
+    ranking: pd.DataFrame
     reported: pd.DataFrame
     cells: pd.DataFrame
     text: str
@@ -116,7 +118,7 @@ class Results:
         """Return the tables that the command line prints, for an experiment.
 
         Args:
-            all_pairs: Whether to compare every two methods as well.
+            all_pairs: Whether to compare every two methods as well, and to rank them.
             sort: The metric by which the settings of a loss are ordered, or "grid".
             top: The number of settings of each loss that `text` and `cells` show; 0 for all.
 
@@ -141,7 +143,8 @@ class Results:
             found = paper_entries.of_table(declared, frame)
             parts.append(paper_printing.text(declared, found, miniature))
         cells = comparison_printing.printed(own.numbers, top)
-        return Table(own.numbers, own.against, own.pairs, own.reported, cells, "\n\n".join(parts))
+        text = "\n\n".join(parts)
+        return Table(own.numbers, own.against, own.pairs, own.ranking, own.reported, cells, text)
 
     def accuracy_figure(self) -> Figure:
         """Return the figure of top-1 by method, with every seed as a dot.
