@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from matplotlib.patches import Rectangle
 
-from analysis.figures import ablation, methods
+from analysis.figures import ablation, methods, parameters
 from analysis.records import frames
 from pld_ray.config.experiment import load_experiment
 from pld_ray.config.planning import plan
@@ -41,7 +41,7 @@ def additive(trial):
 
 def test_parameters(experiment, tmp_path):
     frame = records(plan(experiment(TEXT)), tmp_path, additive)
-    found = {each.column: each for each in ablation.parameters(frame)}
+    found = {each.column: each for each in parameters.parameters(frame)}
     assert list(found) == ["trial.loss.temperature", "trial.optimizer.lr"]
     assert found["trial.loss.temperature"].values == (1, 2, 4, 8)
     assert [each.scale for each in found.values()] == ["log", "log"]
@@ -51,7 +51,7 @@ def test_parameters(experiment, tmp_path):
 def test_parameters_that_others_determine_are_left_out(tmp_path):
     made = plan(load_experiment("ce_weight"))
     frame = records(made, tmp_path, lambda trial: 70.0)
-    found = ablation.parameters(frame)
+    found = parameters.parameters(frame)
     assert [each.column for each in found] == ["trial.loss.ce_weight"]
     assert found[0].scale == "linear" and len(found[0].values) == 11
 
@@ -68,19 +68,19 @@ def test_parameters_that_others_determine_are_left_out(tmp_path):
     ],
 )
 def test_scales(values, scale):
-    assert ablation._scale(np.array(values, dtype=float)) == scale
+    assert parameters.scale_of(np.array(values, dtype=float)) == scale
 
 
 def test_importance_is_the_share_of_the_variance(experiment, tmp_path):
     """Without interaction, the variances of the two effects add up."""
     frame = records(plan(experiment(TEXT)), tmp_path, additive)
     kd = frame[frame["loss"] == "kd"]
-    temperature, rate = ablation.parameters(kd)
+    temperature, rate = parameters.parameters(kd)
     spread = [np.var([0, 3, 2, -1]), np.var([0, 1, -1])]
-    assert ablation.importance(kd, temperature) == pytest.approx(spread[0] / sum(spread))
-    assert ablation.importance(kd, rate) == pytest.approx(spread[1] / sum(spread))
+    assert parameters.importance(kd, temperature) == pytest.approx(spread[0] / sum(spread))
+    assert parameters.importance(kd, rate) == pytest.approx(spread[1] / sum(spread))
     # CE has no temperature: a third of the losses counts as 0
-    shares = ablation.importance(frame, temperature)
+    shares = parameters.importance(frame, temperature)
     assert shares == pytest.approx(2 / 3 * spread[0] / sum(spread))
 
 
@@ -283,13 +283,13 @@ def test_none_is_a_value(experiment, tmp_path):
     text = text.replace("temperature: [1, 2, 4, 8]", "temperature: 2")
     score = {None: 90, 1: 70, 5: 71, 25: 72}
     frame = records(plan(experiment(text)), tmp_path, lambda t: score[t.clip_grad] + t.seed)
-    (found,) = ablation.parameters(frame)
+    (found,) = parameters.parameters(frame)
     assert found.values == ("none", 1, 5, 25) and found.scale is None
-    assert ablation.importance(frame, found) == pytest.approx(1)
+    assert parameters.importance(frame, found) == pytest.approx(1)
     (axis,) = ablation.ablation(frame)[0]["ablation"].axes
     assert [tick.get_text() for tick in axis.get_xticklabels()] == ["none", "1", "5", "25"]
     two = frame[frame["trial.clip_grad"].isna() | (frame["trial.clip_grad"] == 1)]
-    assert [each.values for each in ablation.parameters(two)] == [("none", 1)]
+    assert [each.values for each in parameters.parameters(two)] == [("none", 1)]
 
 
 def test_values_that_look_alike_stay_apart(experiment, tmp_path):

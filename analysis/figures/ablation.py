@@ -1,6 +1,6 @@
 """Figures of what a grid varies: lines, heat maps and dots, chosen by the parameters themselves.
 
-    records -> parameters: the settings that vary within a loss, numbers or categories
+    records -> parameters (parameters.py): settings that vary within a loss, numbers or categories
             -> ablation: the figures that show them
                no number: dots by category; one: a line for each loss; two: a heat map for each
                loss; more: a heat map of the two most important, and the effect of each parameter
@@ -14,11 +14,10 @@ are 95 % intervals of that mean over the seeds (`statistics.paired`); with two s
 from __future__ import annotations
 
 import math
-import numbers
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -29,162 +28,25 @@ from matplotlib.colors import Normalize
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 
+from analysis.figures.parameters import (
+    PAIR,
+    PREFIX,
+    Parameter,
+    importance,
+    parameter,
+    parameters,
+    prepared,
+    texts,
+)
 from analysis.figures.style import COLOURS, PAGE, PALETTE, Picture, escaped
-from analysis.records.frames import SYMBOLS
 from analysis.statistics import paired
 from pld_ray.config.search_space import METRICS as DIRECTIONS
 from pld_ray.errors import InputError, nearest
 from pld_ray.losses import REGISTRY
 
 PANELS = 12  # on a page
-NONE = "none"  # a setting that is None
 LINES = 12  # in a panel: as many as there are colours that can be told apart
 WRITTEN = 64  # cells of a heat map that are also written as numbers
-PREFIX = "trial."
-PAIR = ["student", "teacher"]
-Scale = Literal["linear", "log", "ordinal"]
-
-
-@dataclass(frozen=True)
-class Parameter:
-    """A setting that varies.
-
-    Attributes:
-        column: Its column in the records, such as "trial.optimizer.lr".
-        values: Its values: numbers in ascending order, or categories in the order of the grid.
-        scale: How numbers are placed on an axis; None for categories.
-        label: The field, if the column has another name.
-    """
-
-    column: str
-    values: tuple[Any, ...]
-    scale: Scale | None
-    label: str = ""
-
-    @property
-    def name(self) -> str:
-        """The name for people: the field, with the symbol of a parameter of a loss."""
-        field = self.label or self.column.removeprefix(PREFIX)
-        short = field.removeprefix("loss.")
-        return f"{short} ({SYMBOLS[short]})" if len(SYMBOLS.get(short, "")) == 1 else short
-
-    def at(self, value: Any) -> float:
-        """Return the place of a value on an axis."""
-        return float(value) if self.scale in ("linear", "log") else self.values.index(value)
-
-    def dress(self, axis: Axes) -> None:
-        """Set the scale, the ticks and the label of the x-axis."""
-        if self.scale == "log":
-            axis.set_xscale("log")
-        if self.scale in ("linear", "log") and len(self.values) > 8:
-            chosen = self.values[:: math.ceil(len(self.values) / 8)]
-        else:
-            chosen = self.values
-        shown = texts(chosen)
-        axis.set_xticks([self.at(value) for value in chosen], shown)
-        axis.minorticks_off()
-        axis.tick_params(axis="x", rotation=30 if sum(map(len, shown)) > 36 else 0)
-        axis.set_xlabel(self.name)
-
-
-def parameters(records: pd.DataFrame) -> list[Parameter]:
-    """Return the settings that vary within a loss and a pair of networks.
-
-    A setting that others determine is left out, such as the second of two that the grid varies
-    together.
-
-    Args:
-        records: Records as returned by `records.frames.frame`.
-    """
-    records = _prepared(records)
-    columns = [str(name) for name in records if str(name).startswith(PREFIX)]
-    columns.sort(key=lambda name: not name.startswith("trial.loss."))
-    found: list[Parameter] = []
-    for column in columns:
-        groups = [records[name] for name in [*PAIR, "loss", *(each.column for each in found)]]
-        if (records[column].groupby(groups, dropna=False).nunique() > 1).any():
-            found.append(_parameter(records, column))
-    return found
-
-
-def _prepared(records: pd.DataFrame) -> pd.DataFrame:
-    """Return the records with settings that can be grouped.
-
-    A setting that is None is "none", lists become text, and a parameter that the loss does not have
-    is NaN.
-    """
-    found = {}
-    for column in (str(name) for name in records if str(name).startswith(PREFIX)):
-        field = column.removeprefix("trial.loss.")
-        values = [
-            (NONE if _missing(value) else str(value) if isinstance(value, list | dict) else value)
-            if field == column or field in REGISTRY[loss].model_fields
-            else math.nan
-            for loss, value in zip(records["loss"], records[column], strict=True)
-        ]
-        found[column] = pd.Series(values, index=records.index, dtype=object)
-    return records.assign(**found)
-
-
-def _parameter(records: pd.DataFrame, column: str) -> Parameter:
-    """Return a column of prepared records as a parameter."""
-    known = [value for value in records[column].unique() if not _missing(value)]
-    numeric = all(isinstance(v, numbers.Real) and not isinstance(v, bool | np.bool_) for v in known)
-    if not numeric or len(known) < 3:
-        return Parameter(column, tuple(known), None)
-    ordered = tuple(sorted(known))
-    return Parameter(column, ordered, _scale(np.array(ordered, dtype=float)))
-
-
-def _scale(values: np.ndarray[Any, Any]) -> Scale:
-    """Return the scale on which sorted values have the most even distances."""
-    positive = values[values > 0]
-    if len(positive) < 3 or positive[-1] < 8 * positive[0]:
-        return "linear"
-    steps, ratios = np.diff(positive), np.diff(np.log(positive))
-    if ratios.std() / ratios.mean() >= steps.std() / steps.mean():
-        return "linear"
-    return "log" if values[0] > 0 else "ordinal"
-
-
-def _missing(value: Any) -> bool:
-    return value is None or (isinstance(value, float) and math.isnan(value))
-
-
-def texts(values: Iterable[Any]) -> list[str]:
-    """Format values of a parameter, with as many digits as it takes to tell them apart."""
-    values = list(values)
-    found: list[str] = []
-    for digits in (4, 6, 9, 17):
-        found = [_text(value, digits) for value in values]
-        if len(set(found)) == len(set(values)):
-            break
-    return found
-
-
-def _text(value: Any, digits: int) -> str:
-    if isinstance(value, numbers.Real) and not isinstance(value, bool | np.bool_):
-        number = float(value)
-        whole = number.is_integer() and abs(number) < 1e6
-        return str(int(number)) if whole else f"{number:.{digits}g}"
-    return escaped(str(value))
-
-
-def importance(records: pd.DataFrame, parameter: Parameter, metric: str = "top1") -> float:
-    """Return the share of the variance between settings that one parameter explains by itself.
-
-    It is the eta squared of the main effect, over the means of settings, averaged over the losses
-    and pairs of networks; a loss without the parameter counts as 0.
-    """
-    shares = []
-    for _, group in _prepared(records).groupby([*PAIR, "loss"], sort=False):
-        cells = group.groupby(["setting", "method"])[metric].mean().dropna()
-        value = group.drop_duplicates(["setting", "method"]).set_index(["setting", "method"])
-        means = cells.groupby(value[parameter.column].reindex(cells.index), dropna=False)
-        between = ((means.transform("mean") - cells.mean()) ** 2).sum()
-        total = ((cells - cells.mean()) ** 2).sum()
-        shares.append(between / total if total > 1e-12 else 0.0)
-    return float(np.mean(shares)) if shares else 0.0
 
 
 def ablation(records: pd.DataFrame) -> tuple[dict[str, Picture], list[str]]:
@@ -223,12 +85,12 @@ def _finished(records: pd.DataFrame, metric: str) -> tuple[pd.DataFrame, list[st
     """Return the trials with a value of the metric, prepared, and a sentence if some have none."""
     done = records[records["finished"] & records[metric].notna()]
     if len(done) == len(records):
-        return _prepared(done), []
+        return prepared(done), []
     said = (
         f"{len(records) - len(done)} of {len(records)} trials have no {metric} yet: figures of "
         "settings compare means over different settings or seeds until all have finished"
     )
-    return _prepared(done), [said]
+    return prepared(done), [said]
 
 
 def _pages(pictures: Iterable[Picture]) -> dict[str, Picture]:
@@ -427,7 +289,8 @@ def effects(records: pd.DataFrame, varied: Sequence[Parameter], metric: str = "t
 
     The most important parameters come first; those that do not fit on the page are left out.
     """
-    ranked = sorted(varied, key=lambda each: -importance(records, each, metric))[:PANELS]
+    shares = {each: importance(records, each, metric) for each in varied}
+    ranked = sorted(varied, key=lambda each: -shares[each])[:PANELS]
     columns = min(len(ranked), 3)
     rows = -(-len(ranked) // columns)
     picture = Picture(figsize=(1.6 + 3.1 * columns, 0.6 + 2.5 * rows))
@@ -437,7 +300,7 @@ def effects(records: pd.DataFrame, varied: Sequence[Parameter], metric: str = "t
         axis.remove()
     for axis, each in zip(axes.flat, ranked, strict=False):
         draw_panel(axis, records, each, "loss", colours, metric)
-        axis.set_title(f"explains {importance(records, each, metric):.0%} of the variance")
+        axis.set_title(f"explains {shares[each]:.0%} of the variance")
     for row in axes:
         row[0].set_ylabel(_metric(metric))
     _legend(picture, axes, colours, "loss")
@@ -485,7 +348,7 @@ def chosen(
         best = records.groupby(line)[metric].mean().sort_values(ascending=not down).index[:LINES]
         told.append(f"the figure shows the best {LINES} of {count} values of {by} by {metric}")
         records = records[records[line].isin(best)]
-    number = replace(_parameter(records, "_x"), label=x.removeprefix("loss."))
+    number = replace(parameter(records, "_x"), label=x.removeprefix("loss."))
     panels = [Parameter("_facet", (), None, facet)] if facet else []
     title = "" if line == "loss" else by
     pictures = by_facet(records, number, panels, line, metric, title)
