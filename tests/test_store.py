@@ -17,7 +17,8 @@ from pld_ray.data.datasets import load
 from pld_ray.distill.loop import train
 from pld_ray.errors import InputError
 from pld_ray.store.documents import to_document, to_lines
-from pld_ray.store.store import Outcome, Store
+from pld_ray.store.outcomes import Outcome
+from pld_ray.store.store import Store
 
 TRIAL = Trial.model_validate({"data": "digits", "student": "resnet8", "loss": "ce", "epochs": 3})
 

@@ -11,7 +11,8 @@ import pandas as pd
 from pld_ray.config.trial import Trial
 from pld_ray.errors import InputError
 from pld_ray.store.files import Files
-from pld_ray.store.store import Outcome, Store
+from pld_ray.store.outcomes import Outcome
+from pld_ray.store.store import Store
 
 FORMATS = (".csv", ".parquet")
 

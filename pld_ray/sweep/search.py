@@ -23,7 +23,8 @@ from pld_ray.config.search_space import METRICS, Point, Range, Search, Tried, po
 from pld_ray.config.trial import Trial
 from pld_ray.errors import InputError, nearest
 from pld_ray.losses import REGISTRY
-from pld_ray.store.store import Outcome, Store
+from pld_ray.store.outcomes import Outcome
+from pld_ray.store.store import Store
 
 
 @dataclass(frozen=True)
