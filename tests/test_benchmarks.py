@@ -49,6 +49,17 @@ def test_coverage(monkeypatch, capsys):
     assert not leaves_out(rng.normal(0, 1, (2, 6)) * 0 + [-1, 1] * 3, rng)
 
 
+def test_sequential(monkeypatch, capsys):
+    benchmark = runpy.run_path(str(FOLDER / "sequential.py"))
+    monkeypatch.setattr(sys, "argv", ["sequential.py", "--repeats", "2000"])
+    benchmark["main"]()
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| 3, 4 ")]
+    ours, all_spent, naive = (float(part) for part in lines[0].split("|")[3:6])
+    assert 3.5 < ours < all_spent < naive < 10
+    runs = benchmark["np"].array([[1.0, 2.0, 4.0, 3.0]])  # scipy.stats.ttest_1samp
+    assert benchmark["p_values"](runs, (3, 4))[0] == pytest.approx([0.118, 0.0304], abs=1e-3)
+
+
 @pytest.mark.slow
 def test_grid_counts_the_teachers_images(tmp_path, local_ray):
     sys.path.insert(0, str(FOLDER))

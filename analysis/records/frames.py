@@ -43,6 +43,8 @@ def frame(plan: Plan, store: Store) -> pd.DataFrame:
         - method: label of the loss, with the parameters that vary.
         - original, original_teacher: in a miniature, the trial of the paper that this trial
           replaces, and its teacher.
+        - looks: the numbers of seeds at which the methods are compared while more seeds are run; ()
+          if the seeds are fixed.
         - reference: whether the other methods are compared with this one (bool).
         - finished: whether the trial has finished (bool).
         - notes: messages of the trial to the user.
@@ -75,6 +77,7 @@ def frame(plan: Plan, store: Store) -> pd.DataFrame:
             "held_out": bool(cell.trial.data.holdout),
             "original": original.trial,
             "original_teacher": original.teacher or "",
+            "looks": plan.experiment.looks,
             "reference": reference,
             "finished": record is not None,
             "notes": [] if record is None else record.get("notes", []),
@@ -89,7 +92,7 @@ def frame(plan: Plan, store: Store) -> pd.DataFrame:
         if isinstance(cell.trial.teacher, Trial) and cell.trial.teacher.id in records:
             row["teacher_top1"] = records[cell.trial.teacher.id]["metrics"]["top1"]
         rows.append(row)
-    empty = ["id", *GROUP, "seed", "loss", "dataset", "own_metrics", "held_out"]
+    empty = ["id", *GROUP, "seed", "loss", "dataset", "own_metrics", "held_out", "looks"]
     empty += ["reference", "finished", "notes", "top1"]
     frame = pd.DataFrame(rows, columns=None if rows else empty)
     frame = frame.astype({"finished": bool, "reference": bool})

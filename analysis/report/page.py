@@ -204,7 +204,7 @@ def _ours(
     against = comparison_printing.printed_against(shown_against)
     if len(against):
         name = comparison.reference_name(table)
-        caption = comparison_printing.explained(len(own.against), name)
+        caption = comparison_printing.explained(len(own.against), name, own.looks)
         blocks.append(Block(f"{name} against the other methods", against, caption=caption))
     drawn = methods.draw(
         frame, frames.curves(methods.best_settings(frame), store), folder, own.reported

@@ -41,6 +41,8 @@ def sentences(records: pd.DataFrame, own: comparison.Tables, dataset: str) -> li
     if against.empty:
         return said
     reference, rule = against["method"].iloc[0], f"paired t-test, Holm over {len(against)}"
+    if looks := comparison.looks_of(records):
+        rule += f", repeated at up to {len(looks)} looks"
     groups: dict[str, list[str]] = {"better": [], "worse": [], "open": [], "unknown": []}
     for row in against.to_dict("records"):
         interval = f" [{signed(row['low'])}, {signed(row['high'])}]"

@@ -4,7 +4,8 @@ A comparison takes the scores of two methods on several pairs of networks, run b
 same seed see the same images in the same order, so they are paired by construction.
 
 Intervals and p-values are Student's, on the paired differences. They keep their promise with three
-runs already, where the percentile bootstrap does not (`benchmarks/coverage.py`).
+runs already, where the percentile bootstrap does not (`benchmarks/coverage.py`). Where seeds are
+added until the order is decided, both are corrected for the repeated looks (see `sequential`).
 """
 
 from __future__ import annotations
@@ -18,12 +19,15 @@ import numpy.typing as npt
 from scipy import special
 from scipy.optimize import brentq
 
+from analysis.statistics import sequential
+from analysis.statistics.sequential import Looks
+
 Scores = npt.NDArray[np.float64]
 ENOUGH = 3  # fewest runs of which a spread is estimated; the spread of two says almost nothing
 
 
 class Estimate(NamedTuple):
-    """A mean, its 95 % confidence interval, and the p-value of the hypothesis that it is 0.
+    """A mean, its confidence interval (95 %), and the p-value of the hypothesis that it is 0.
 
     Interval and p-value are NaN where the runs say nothing: there are too few, or they are equal.
     """
@@ -67,7 +71,7 @@ class Comparison(NamedTuple):
     losses: int
 
 
-def mean_of(samples: Sequence[Scores]) -> Estimate:
+def mean_of(samples: Sequence[Scores], level: float = 0.05) -> Estimate:
     """Estimate the mean over samples of their means, each with the same weight.
 
     The variance of each sample is estimated by itself. The degrees of freedom follow Welch and
@@ -78,6 +82,7 @@ def mean_of(samples: Sequence[Scores]) -> Estimate:
 
     Args:
         samples: The runs of each sample, [n]; for example the differences on a pair of networks.
+        level: The probability that the interval leaves out the mean.
     """
     mean = float(np.mean([sample.mean() for sample in samples]))
     if min(map(len, samples)) < ENOUGH:
@@ -92,7 +97,7 @@ def mean_of(samples: Sequence[Scores]) -> Estimate:
     freedom = total**2 / (variances**2 / sizes).sum() - 1
     freedom = min(freedom, (sizes - 1).sum())
     error = math.sqrt(total) / len(samples)
-    half = error * float(special.stdtrit(freedom, 0.975))
+    half = error * float(special.stdtrit(freedom, 1 - level / 2))
     p = 2 * float(special.stdtr(freedom, -abs(mean) / error))
     return Estimate(mean, mean - half, mean + half, p)
 
@@ -105,7 +110,39 @@ def interval(scores: Scores) -> tuple[float, float]:
     return found.low, found.high
 
 
-def compare(ours: Mapping[Any, Scores], others: Mapping[Any, Scores]) -> Comparison | None:
+def mean_at_looks(samples: Sequence[Scores], looks: Looks, level: float = 0.05) -> Estimate:
+    """Estimate as `mean_of`, from samples that grow while the estimate is looked at.
+
+    The estimate is that of the last look whose runs are all there: `reached(samples, looks)` runs
+    of each sample. Its interval and p-value hold whenever the looks end.
+
+    Args:
+        samples: The runs of each sample, [n], in the order in which they were made.
+        looks: The number of runs at each look; empty for samples that are complete.
+        level: The probability that the interval leaves out the mean.
+    """
+    if not looks:
+        return mean_of(samples, level)
+    runs = reached(samples, looks)
+    now = [n for n in looks if n <= runs]
+    levels = sequential.levels(looks, level)
+    found = [
+        mean_of([each[:n] for each in samples], at) for n, at in zip(now, levels, strict=False)
+    ]
+    if not found:
+        return mean_of(samples)._replace(low=math.nan, high=math.nan, p=math.nan)
+    p = sequential.adjusted([each.p for each in found], looks)
+    return found[-1]._replace(p=math.nan if math.isnan(found[-1].p) else p)
+
+
+def reached(samples: Sequence[Scores], looks: Looks) -> int:
+    """Return the number of runs of each sample at the last look whose runs are all there, or 0."""
+    return max((n for n in looks if n <= min(map(len, samples))), default=0)
+
+
+def compare(
+    ours: Mapping[Any, Scores], others: Mapping[Any, Scores], looks: Looks = ()
+) -> Comparison | None:
     """Compare two methods by their paired runs.
 
     The probability of improvement follows Agarwal et al. 2021, averaged over pairs of networks.
@@ -113,6 +150,8 @@ def compare(ours: Mapping[Any, Scores], others: Mapping[Any, Scores]) -> Compari
     Args:
         ours: Scores [n] of the first method for each pair of networks.
         others: Scores [n] of the second method, with the runs in the same order.
+        looks: The numbers of seeds at which the methods are compared while more are run; runs after
+            the last look that is complete do not count yet. Empty if the seeds are fixed.
 
     Returns:
         The comparison, or None if no pair of networks has runs of both methods.
@@ -121,11 +160,14 @@ def compare(ours: Mapping[Any, Scores], others: Mapping[Any, Scores]) -> Compari
     if not shared:
         return None
     differences = [ours[key] - others[key] for key in shared]
+    found = mean_at_looks(differences, looks)
+    if runs := reached(differences, looks):
+        ours, others = ({key: each[key][:runs] for key in shared} for each in (ours, others))
+        differences = [each[:runs] for each in differences]
     pooled = np.concatenate(differences)
     spread = pooled.std(ddof=1) if len(pooled) > 1 else 0.0
     effect = float(pooled.mean() / spread) if spread > 0 else math.nan
     better = float(np.mean([improvement(ours[key], others[key]) for key in shared]))
-    found = mean_of(differences)
     counts = [int((pooled > 0).sum()), int((pooled == 0).sum()), int((pooled < 0).sum())]
     bounds = improvement_interval(better, [len(ours[key]) for key in shared])
     return Comparison(len(pooled), *found[:3], effect, found.p, better, *bounds, *counts)

@@ -16,6 +16,7 @@ import pandas as pd
 
 from analysis.records.frames import GROUP, summary
 from analysis.statistics import paired
+from analysis.statistics.sequential import Looks
 from pld_ray.config.search_space import METRICS as DIRECTIONS
 from pld_ray.errors import InputError
 from pld_ray.losses import REGISTRY
@@ -44,6 +45,7 @@ class Tables:
             is not wanted.
         sort: The metric by which the settings of a loss are ordered, or "grid".
         held_out: Whether all trials are measured on held-out training images.
+        looks: The numbers of seeds at which methods are compared; empty if the seeds are fixed.
     """
 
     numbers: pd.DataFrame
@@ -53,6 +55,7 @@ class Tables:
     ranking: pd.DataFrame
     sort: str
     held_out: bool
+    looks: Looks
 
 
 def tables(
@@ -80,6 +83,7 @@ def tables(
         ranking(records) if all_pairs_too else pd.DataFrame(),
         sort,
         bool(records["held_out"].all()),
+        looks_of(records),
     )
 
 
@@ -188,14 +192,20 @@ def against(records: pd.DataFrame) -> pd.DataFrame:
         One row per method with the columns method (the reference), against (the method), those of
         `paired.Comparison`, corrected (the p-value corrected over all rows) and decided.
     """
-    return _compared(with_reference(records))
+    return _compared(with_reference(records), looks_of(records))
 
 
 def all_pairs(records: pd.DataFrame) -> pd.DataFrame:
     """Compare every two methods, as `against` does, with p-values corrected over all of them."""
     scores = _scores(records)
     pairs = itertools.combinations(scores.columns, 2)
-    return _compared(_paired((one, scores[one], other, scores[other]) for one, other in pairs))
+    compared = _paired((one, scores[one], other, scores[other]) for one, other in pairs)
+    return _compared(compared, looks_of(records))
+
+
+def looks_of(records: pd.DataFrame) -> Looks:
+    """Return the numbers of seeds at which methods are compared; empty if the seeds are fixed."""
+    return records["looks"].iloc[0] if len(records) else ()
 
 
 def with_reference(records: pd.DataFrame) -> Iterator[Paired]:
@@ -267,11 +277,11 @@ def _paired(pairs: Iterable[tuple[str, pd.Series, str, pd.Series]]) -> Iterator[
         yield first, second, dict(enumerate(ours)), dict(enumerate(theirs))
 
 
-def _compared(pairs: Iterable[Paired]) -> pd.DataFrame:
+def _compared(pairs: Iterable[Paired], looks: Looks) -> pd.DataFrame:
     """Compare the scores of two methods, for each of several pairs of methods."""
     rows = []
     for first, second, ours, theirs in pairs:
-        found = paired.compare(ours, theirs)
+        found = paired.compare(ours, theirs, looks)
         if found is not None:
             rows.append({"method": first, "against": second, **found._asdict()})
     table = pd.DataFrame(rows)

@@ -11,6 +11,7 @@ from typing import Any
 import pandas as pd
 
 from analysis.statistics import paired
+from analysis.statistics.sequential import Looks
 from analysis.tables import rendering
 from analysis.tables.comparison import GRID, SECTION, Tables, reference_name
 from analysis.tables.rendering import MISSING, signed
@@ -142,13 +143,21 @@ def explained_ranking(table: pd.DataFrame) -> str:
     )
 
 
-def explained(comparisons: int, reference: str = "the method") -> str:
+def explained(comparisons: int, reference: str = "the method", looks: Looks = ()) -> str:
     """Return the text under a table of `printed_against`.
 
     Args:
         comparisons: The number of comparisons over which p is corrected, also those not shown.
         reference: The name of the method whose gains they are.
+        looks: The numbers of seeds at which methods are compared; empty if the seeds are fixed.
     """
+    repeated = ""
+    if looks:
+        repeated = (
+            " Seeds are added until decided: n is that of the last of the looks, at "
+            f"{', '.join(map(str, looks))} seeds; the interval of the gain and p are corrected for "
+            "all looks."
+        )
     return (
         f"Gain: top-1 of {reference} minus top-1 of the other, paired by seed; mean over pairs and "
         "seeds, with the 95\u00a0% confidence interval of one comparison. Effect: Cohen's d of the "
@@ -156,7 +165,7 @@ def explained(comparisons: int, reference: str = "the method") -> str:
         f"P(better): the probability that a run of {reference} beats a run of the other. "
         "W/T/L: paired runs that it wins, ties and loses. Bold: p is below 0.05. No interval: the "
         "runs say nothing, because they do not differ or because there are too few; it takes "
-        f"{paired.ENOUGH} seeds on each pair, or {paired.ENOUGH} pairs."
+        f"{paired.ENOUGH} seeds on each pair, or {paired.ENOUGH} pairs.{repeated}"
     )
 
 
@@ -217,10 +226,13 @@ def text(own: Tables, experiment: Experiment, top: int = TOP) -> str:
     against = shown_methods(own.against, table, top)
     if len(against):
         tail += ["", rendering.markdown(printed_against(against), 1)]
-        tail += ["", textwrap.fill(explained(len(own.against), reference_name(table)), 100)]
+        tail += [
+            "",
+            textwrap.fill(explained(len(own.against), reference_name(table), own.looks), 100),
+        ]
     if len(own.pairs):
         tail += ["", rendering.markdown(printed_against(own.pairs, True), 2), ""]
-        tail.append(textwrap.fill(explained(len(own.pairs)), 100))
+        tail.append(textwrap.fill(explained(len(own.pairs), looks=own.looks), 100))
     if len(own.ranking):
         tail += ["", rendering.markdown(printed_ranking(own.ranking), 1), ""]
         tail.append(textwrap.fill(explained_ranking(own.ranking), 100))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,9 @@ import pandas as pd
 
 from analysis.statistics import paired
 from analysis.statistics.paired import Scores
+from analysis.statistics.sequential import Looks
 from analysis.tables import reported
+from analysis.tables.comparison import looks_of
 from analysis.tables.paper_tables import METRICS, TEACHER, PaperTable
 from analysis.tables.reported import network
 from pld_ray.config.trial import Trial
@@ -34,6 +36,7 @@ class Entry:
         reported_std: The reported standard deviation, NaN if there is none.
         trial: The trial of one of the seeds; None for a teacher.
         teacher: The paper's name of the teacher.
+        best: Whether it is better than every other method at its place (see `best`).
     """
 
     row: str
@@ -47,6 +50,7 @@ class Entry:
     reported_std: float
     trial: Trial | None = None
     teacher: str = ""
+    best: bool = False
 
     @property
     def values(self) -> Scores:
@@ -118,7 +122,8 @@ def of_table(table: PaperTable, records: pd.DataFrame) -> list[Entry]:
                     teacher=network(teacher),
                 )
             )
-    return found
+    marks = best(found, looks_of(records))
+    return [replace(entry, best=mark) for entry, mark in zip(found, marks, strict=True)]
 
 
 def scores_by_seed(cells: pd.DataFrame, metric: str) -> dict[int, float]:
@@ -185,7 +190,7 @@ def gains(table: PaperTable, found: list[Entry]) -> list[Gain]:
     return result
 
 
-def best(found: list[Entry]) -> list[bool]:
+def best(found: list[Entry], looks: Looks = ()) -> list[bool]:
     """Return for each entry whether it is better than every other method at its place.
 
     The p-value of an entry is the largest of its paired comparisons with the others, or 1 if it is
@@ -194,12 +199,13 @@ def best(found: list[Entry]) -> list[bool]:
 
     Args:
         found: The cells of the table.
+        looks: As in `records.frames.frame`.
     """
-    p = [_best_p(entry, found) for entry in found]
+    p = [_best_p(entry, found, looks) for entry in found]
     return [value < 0.05 for value in paired.corrected(p)]
 
 
-def _best_p(entry: Entry, found: list[Entry]) -> float:
+def _best_p(entry: Entry, found: list[Entry], looks: Looks) -> float:
     """Return the largest p-value of an entry against the others at its place; NaN without any."""
     others = [
         e
@@ -214,7 +220,7 @@ def _best_p(entry: Entry, found: list[Entry]) -> float:
     for other in others:
         seeds = [seed for seed in entry.scores if seed in other.scores]
         gains = np.array([sign * (entry.scores[seed] - other.scores[seed]) for seed in seeds])
-        gain = paired.mean_of([gains]) if seeds else None
+        gain = paired.mean_at_looks([gains], looks) if seeds else None
         better = gain is not None and gain.mean > 0 and not math.isnan(gain.p)
         p.append(gain.p if gain is not None and better else 1.0)
     return max(p)

@@ -9,7 +9,7 @@ import pandas as pd
 
 from analysis.statistics import paired
 from analysis.tables import rendering
-from analysis.tables.paper_entries import Entry, best, gains
+from analysis.tables.paper_entries import Entry, gains
 from analysis.tables.paper_tables import METRICS, PaperTable, title
 from analysis.tables.rendering import MISSING, signed
 
@@ -21,7 +21,7 @@ def _number(value: float, std: float) -> str:
     return f"{value:.2f}" + ("" if math.isnan(std) else f"±{std:.2f}")
 
 
-def _cell(entry: Entry | None, alone: bool, compare: bool, best: bool) -> str:
+def _cell(entry: Entry | None, alone: bool, compare: bool) -> str:
     """Format one cell: ours [reported, difference]."""
     if entry is None:
         return ""
@@ -31,7 +31,7 @@ def _cell(entry: Entry | None, alone: bool, compare: bool, best: bool) -> str:
     text = _number(entry.mean, entry.std)
     if entry.scores and len(entry.scores) < entry.planned:
         text += f" (n={len(entry.scores)})"
-    if best:
+    if entry.best:
         text = f"**{text}**"
     if math.isnan(entry.reported):
         return text
@@ -52,13 +52,12 @@ def printed(table: PaperTable, found: list[Entry], miniature: bool) -> pd.DataFr
     alone = not any(entry.scores for entry in found)
     rows = list(dict.fromkeys(entry.row for entry in found))
     columns = list(dict.fromkeys(entry.column for entry in found))
-    at = {(e.row, e.column): (e, is_best) for e, is_best in zip(found, best(found), strict=True)}
+    at = {(entry.row, entry.column): entry for entry in found}
     lines = []
     for row in rows:
         line = {table.rows.capitalize(): row}
         for column in columns:
-            entry, marked = at.get((row, column), (None, False))
-            line[column] = _cell(entry, alone, not miniature, marked)
+            line[column] = _cell(at.get((row, column)), alone, not miniature)
         lines.append(line)
     return pd.DataFrame(lines)
 
@@ -101,7 +100,7 @@ def legend(table: PaperTable, found: list[Entry], miniature: bool) -> str:
         )
     else:
         text = f"{metrics}: ours ± std [reported, difference]; {MISSING}: no finished trial."
-    if any(best(found)):
+    if any(entry.best for entry in found):
         text += (
             " Bold: better than every other method at its place; p is below 0.05 with Holm's "
             "correction over the table."
@@ -142,7 +141,7 @@ def write(table: PaperTable, found: list[Entry], miniature: bool, folder: Path) 
     paths = [folder / f"{table.name}.{kind}" for kind in ("md", "csv", "tex")]
     paths[0].write_text(text(table, found, miniature) + "\n", encoding="utf-8")
     rows = []
-    for entry, is_best in zip(found, best(found), strict=True):
+    for entry in found:
         low, high = paired.interval(entry.values)
         rows.append(
             {
@@ -158,7 +157,7 @@ def write(table: PaperTable, found: list[Entry], miniature: bool, folder: Path) 
                 "reported": entry.reported,
                 "reported_std": entry.reported_std,
                 "difference": math.nan if miniature else entry.mean - entry.reported,
-                "best": is_best,
+                "best": entry.best,
             }
         )
     pd.DataFrame(rows).to_csv(paths[1], index=False)

@@ -139,7 +139,9 @@ def show_search(progress: list[SearchProgress]) -> None:
     unique = {each.group.key: each for each in progress}.values()
     drawn, coming = sum(len(e.drawn) for e in unique), sum(e.to_draw for e in unique)
     left = sum(len(each.open) for each in unique)
-    after = f"the best settings on {len(experiment.seeds)} seeds" if experiment.seeds else "nothing"
+    seeds = len(experiment.all_seeds)
+    often = f"{experiment.looks[0]} to {seeds}" if experiment.looks else f"{seeds}"
+    after = f"the best settings on {often} seeds" if seeds else "nothing"
     if left or coming:
         print(
             f"search over {len(unique)} cells: {drawn} trials drawn, {left} of them to run, "

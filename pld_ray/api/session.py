@@ -16,6 +16,9 @@ from typing import TYPE_CHECKING, Any
 from pld_ray.errors import InputError
 
 if TYPE_CHECKING:
+    import pandas as pd
+
+    from analysis.tables.undecided import MethodProgress
     from pld_ray.config.experiment import Experiment, Overrides
     from pld_ray.config.planning import Plan
     from pld_ray.config.trial import Trial
@@ -34,6 +37,9 @@ def execute(
 ) -> tuple[Plan, dict[str, str]]:
     """Run what is left of an experiment: its search, then its trials.
 
+    Where seeds are added by a rule, this goes on until the rule wants no more. Each trial runs at
+    most once in a call.
+
     Args:
         plan: The plan of the experiment.
         store: The store for records, weights and banks.
@@ -48,11 +54,19 @@ def execute(
     if plan.experiment.search is not None:
         failures |= run_search(plan.experiment, store, address, log)
         plan = planned(plan.experiment, store)
-    needed = replace(plan, searched=())
-    if pending := pending_trials(needed, store):
+    tried: set[str] = set()
+    while True:
+        needed = replace(plan, searched=())
+        pending = pending_trials(needed, store)
+        pending = {key: trial for key, trial in pending.items() if key not in tried}
+        if not pending:
+            break
+        tried |= pending.keys()
         planned_banks(pending, store)
         failures |= train(needed, pending, store, address, log=log)
-    else:
+        plan = planned(plan.experiment, store)
+        tell_seeds(plan, store)
+    if not tried:
         print(f"{plan.experiment.name}: all {len(plan.trials)} trials are done")
     return plan, failures
 
@@ -261,7 +275,54 @@ def planned(experiment: Experiment, store: Store) -> Plan:
     from pld_ray.config.planning import plan
     from pld_ray.sweep import search
 
-    return plan(experiment) if experiment.search is None else search.plan(experiment, store)
+    found = plan(experiment) if experiment.search is None else search.plan(experiment, store)
+    return with_enough_seeds(found, store) if experiment.looks and found.cells else found
+
+
+def with_enough_seeds(plan: Plan, store: Store) -> Plan:
+    """Return the plan without the seeds that are not wanted yet, where they are added by a rule.
+
+    Args:
+        plan: The plan with all seeds of the rule.
+        store: The store with the records so far.
+    """
+    from analysis.records import frames
+    from analysis.tables import undecided
+
+    frame = frames.frame(plan, store)
+    wanted = undecided.seeds_wanted(frame, _method_progress(plan, frame, store))
+    places = frames.places(plan)
+    seeds = (places["seed"] - plan.experiment.all_seeds[0]).tolist()
+    groups = places[frames.GROUP].itertuples(index=False, name=None)
+    numbered = enumerate(zip(seeds, groups, strict=True))
+    return plan.part(i for i, (seed, group) in numbered if seed < wanted[group])
+
+
+def _method_progress(plan: Plan, frame: pd.DataFrame, store: Store) -> list[MethodProgress]:
+    """Return how far the comparison of each method is, where seeds are added by a rule."""
+    from analysis.tables import undecided
+    from pld_ray.config.parts import Seeds
+
+    assert isinstance(plan.experiment.seeds, Seeds)
+    unfinished = store.outcomes(frame.loc[~frame["finished"], "id"])
+    failed = {key for key, found in unfinished.items() if (found.failure or {}).get("final")}
+    return undecided.progress(frame, plan.experiment.seeds, failed)
+
+
+def tell_seeds(plan: Plan, store: Store) -> None:
+    """Print which methods are decided, where seeds are added by a rule."""
+    from analysis.records import frames
+    from analysis.tables import comparison, undecided
+    from pld_ray.api import plan_table
+    from pld_ray.config.parts import Seeds
+
+    if not isinstance(rule := plan.experiment.seeds, Seeds) or not plan.cells:
+        return
+    frame = frames.frame(plan, store)
+    found, reference = _method_progress(plan, frame, store), comparison.reference_name(frame)
+    looks = ", ".join(map(str, rule.looks))
+    head = f"seeds (at {looks})", "until decided"
+    print(plan_table.aligned(head, undecided.described(found, reference, rule.effect)))
 
 
 def reports(plan: Plan, store: Store, out: Path | None) -> Path:

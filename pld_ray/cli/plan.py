@@ -51,6 +51,7 @@ def plan(
         plan_table.show(plans[0], store, done)
         if plans[0].experiment.search is not None:
             plan_table.show_search(search.look(plans[0].experiment, store))
+        session.tell_seeds(plans[0], store)
     else:
         plan_table.show_shared(plans, done)
     if banks or unknown:

@@ -14,8 +14,10 @@ from typing import Annotated, Any
 
 from pydantic import (
     BaseModel,
+    Discriminator,
     Field,
     PrivateAttr,
+    Tag,
     ValidationError,
     field_validator,
     model_validator,
@@ -24,7 +26,7 @@ from pydantic import (
 from pld_ray import plugins
 from pld_ray.config.grid import axis
 from pld_ray.config.merge import merge, named, nest
-from pld_ray.config.parts import Data, Model, Resources
+from pld_ray.config.parts import Data, Model, Resources, Seeds
 from pld_ray.config.paths import absolute_paths, absolute_plugin
 from pld_ray.config.search_space import Search
 from pld_ray.config.trial import SEEDS
@@ -64,6 +66,10 @@ class _Sentences(type(Part)):  # type: ignore[misc]
             raise InputError(f"Experiment: {sentence(error, Experiment)}") from None
 
 
+def _kind_of_seeds(value: Any) -> str:
+    return "<rule>" if isinstance(value, dict | Seeds) else "<list>"
+
+
 class Experiment(Part, metaclass=_Sentences):
     """A question, the settings that all trials share, and those that vary: one YAML file.
 
@@ -83,8 +89,10 @@ class Experiment(Part, metaclass=_Sentences):
         reference: The method with which tables, statistics and figures compare the others: the
             name of a loss, or a method as tables name it. Of several settings of a loss, the first
             is the reference. The default is PLD if the experiment has it, else the first method.
-        seeds: The seeds for which each cell of the grid runs. With a search, these are the seeds
-            on which the best settings are compared; the default is then an empty list.
+        seeds: The seeds for which each cell of the grid runs: a list, or the rule by which seeds
+            are added until the order of the methods is decided (see `parts.Seeds`). With a search,
+            these are the seeds on which the best settings are compared; the default is then an
+            empty list.
         resources: The resources that trials request from the cluster.
         search: The search for the best settings of each cell.
         overrides: Values of trial fields that override `base` and `grid`; `--set` adds to them.
@@ -100,7 +108,11 @@ class Experiment(Part, metaclass=_Sentences):
     base: dict[str, Any] = {}
     grid: dict[str, list[Any]] = {}
     reference: str = ""
-    seeds: list[Annotated[int, Field(ge=0, lt=SEEDS)]] = [0]
+    seeds: Annotated[
+        Annotated[list[Annotated[int, Field(ge=0, lt=SEEDS)]], Tag("<list>")]
+        | Annotated[Seeds, Tag("<rule>")],
+        Discriminator(_kind_of_seeds),
+    ] = [0]
     resources: Resources = Resources()
     search: Search | None = None
     overrides: dict[str, Any] = {}
@@ -113,6 +125,16 @@ class Experiment(Part, metaclass=_Sentences):
     def file(self) -> Path | None:
         """The YAML file of the experiment, or None if it was made in Python."""
         return self._file
+
+    @property
+    def all_seeds(self) -> list[int]:
+        """The seeds for which a cell of the grid runs, or can run if they are added by a rule."""
+        return self.seeds.all if isinstance(self.seeds, Seeds) else self.seeds
+
+    @property
+    def looks(self) -> tuple[int, ...]:
+        """The numbers of seeds at which methods are compared; empty if the seeds are a list."""
+        return self.seeds.looks if isinstance(self.seeds, Seeds) else ()
 
     def identified(self, identify: Callable[[Data], str | None]) -> Experiment:
         """Return a copy whose trials are identified by what their data holds.
@@ -148,9 +170,11 @@ class Experiment(Part, metaclass=_Sentences):
 
     @model_validator(mode="after")
     def _seeds(self) -> Experiment:
+        if isinstance(self.seeds, Seeds) and self.seeds.all[-1] >= SEEDS:
+            raise ValueError(f"seeds.first is {self.seeds.first}: the last seed is {SEEDS} or more")
         if self.search is None and not self.seeds:
             raise ValueError("seeds is []: expected at least one seed")
-        if self.search is not None and self.search.seed in self.seeds:
+        if self.search is not None and self.search.seed in self.all_seeds:
             raise ValueError(
                 f"search.seed is {self.search.seed}, which is also one of seeds: the best settings "
                 "must be compared on seeds that the search does not use"

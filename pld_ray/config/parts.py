@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, field_validator, model_validator
@@ -279,3 +280,45 @@ class Resources(Part):
             said = "expected a whole number of GPUs, or a fraction of one"
             raise PydanticCustomError("gpus", said)
         return gpus
+
+
+class Seeds(Part):
+    """Seeds that are added until the order of the methods is decided.
+
+    All cells begin with `min` seeds. At each look, the reference is compared with every other
+    method; the methods that are still open, and the reference, get more seeds until the next look.
+
+    Attributes:
+        min: The number of seeds of each cell at the first look.
+        max: The number of seeds at the last look.
+        until: What ends the seeds of a method: "decided" for its comparison with the reference.
+        effect: The smallest effect of interest, in points of top-1: a method also gets no more
+            seeds if the interval of its difference from the reference lies within ± this value.
+        first: The first seed; the others follow it.
+    """
+
+    min: int = Field(3, ge=3)
+    max: int = Field(ge=3, le=1000)
+    until: Literal["decided"]
+    effect: float | None = Field(None, gt=0)
+    first: int = Field(0, ge=0)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Seeds:
+        if self.max <= self.min:
+            raise ValueError(f"max is {self.max}: expected more seeds than min, {self.min}")
+        return self
+
+    @property
+    def all(self) -> list[int]:
+        """The seeds of a cell that is never decided."""
+        return list(range(self.first, self.first + self.max))
+
+    @property
+    def looks(self) -> tuple[int, ...]:
+        """The numbers of seeds at which the methods are compared: each about half more."""
+        ratio = self.max / self.min
+        steps = math.ceil(math.log(ratio) / math.log(1.5))
+        return tuple(
+            dict.fromkeys(round(self.min * ratio ** (i / steps)) for i in range(steps + 1))
+        )

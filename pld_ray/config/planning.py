@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
@@ -75,12 +75,21 @@ class Plan:
         searched: The trials of a search; tables do not show them.
         points: After a search, one trial per cell: the cell as the grid has it, without the values
             that the search has chosen. Tables take the names of rows from these trials.
+        kept: The numbers of the cells among those for all seeds, where seeds are added by a rule
+            and not all are there; else None.
     """
 
     experiment: Experiment
     cells: tuple[Cell, ...]
     searched: tuple[Trial, ...] = ()
     points: tuple[Trial, ...] | None = None
+    kept: tuple[int, ...] | None = None
+
+    def part(self, kept: Iterable[int]) -> Plan:
+        """Return the plan with only some of its cells, of which these are the numbers."""
+        kept = tuple(kept)
+        points = self.points and tuple(self.points[i] for i in kept)
+        return replace(self, cells=tuple(self.cells[i] for i in kept), points=points, kept=kept)
 
     @cached_property
     def originals(self) -> tuple[Cell, ...]:
@@ -88,7 +97,8 @@ class Plan:
         original = self.experiment.miniature_of
         if original is None or original.search is not None:
             return self.cells
-        return plan(original).cells
+        cells = plan(original).cells
+        return cells if self.kept is None else tuple(cells[i] for i in self.kept)
 
     @cached_property
     def shown(self) -> tuple[Trial, ...]:
@@ -168,7 +178,7 @@ def plan(experiment: Experiment) -> Plan:
     """
     cells: list[Cell] = []
     for settings in combinations(experiment):
-        cells += build(experiment, settings, experiment.seeds)
+        cells += build(experiment, settings, experiment.all_seeds)
     return Plan(experiment, tuple(cells))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import Any, TypeVar, get_args
 
 from pydantic import (
@@ -65,7 +66,8 @@ def sentence(error: ValidationError, model: type[BaseModel]) -> str:
     """
     # An unknown field comes first: a misspelt one is often also reported as missing.
     first = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")
-    loc = [str(part) for part in first["loc"]]
+    # without the tags of unions, such as "<list>"
+    loc = [str(part) for part in first["loc"] if not str(part).startswith("<")]
     path = ".".join(loc)
     value, context = first["input"], first.get("ctx", {})
     match first["type"]:
@@ -92,9 +94,13 @@ def _parent(model: type[BaseModel], loc: list[str]) -> type[BaseModel]:
     """Return the (nested) model that holds the last field of a location."""
     for name in loc[:-1]:
         field = model.model_fields.get(name)
-        kinds = (field.annotation, *get_args(field.annotation)) if field is not None else ()
-        model = next(
-            (kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)),
-            model,
-        )
+        model = next(_models(field.annotation), model) if field is not None else model
     return model
+
+
+def _models(kind: Any) -> Iterator[type[BaseModel]]:
+    """Yield the models in the annotation of a field."""
+    if isinstance(kind, type) and issubclass(kind, BaseModel):
+        yield kind
+    for part in get_args(kind):
+        yield from _models(part)
