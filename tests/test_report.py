@@ -72,12 +72,27 @@ def test_the_page_needs_no_network_and_shows_every_trial_once(made, tmp_path):
     assert "3 of 20 trials finished; 5 min of training" in text
     assert "3 of 5 trials finished" in text and "Table 2: Homogeneous pairs" in text
     assert '"name": "resnet20"' in text  # a spec, behind a click
-    assert "@import" not in html.read_text() and "<script" not in html.read_text()
+    (script,) = re.findall("<script.*?</script>", html.read_text(), re.DOTALL)
+    for network in ("@import", "http:", "https:", "fetch(", "src=", "XMLHttp", "import("):
+        assert network not in script and (network == "src=" or network not in html.read_text())
+    rows = re.findall(r"<tr data-trial=([0-9a-f]{16})><td>([^<]*)<", html.read_text())
+    labels = {key: trial.loss.label for made in plans for key, trial in made.trials.items()}
+    assert len(rows) >= 2 and all(labels[key] == method for key, method in rows)
     written = markdown.read_text()
     pictures = re.findall(r"!\[.*?\]\((.*?)\)", written)
     assert len(pictures) == sum(link.startswith("data:") for link in parsed.links) > 4
     assert all((tmp_path / "out" / picture).is_file() for picture in pictures)
     assert "| average " in written and "+0.42" in written
+
+
+def test_a_large_grid_has_the_settings_of_each_cell_once(experiment, tmp_path, monkeypatch):
+    text = "base: {data: digits, student: resnet8, epochs: 2}\ngrid: {loss: [ce, ls]}\n"
+    made = plan(experiment(text + "seeds: [0, 1, 2]"))
+    monkeypatch.setattr(page, "MANY", 5)
+    html, _ = page.write([made], Store(tmp_path / "none"), tmp_path / "out")
+    found = re.findall(r'<(\w+) class="trial" id="t(\w+)"', html.read_text())
+    kinds = dict((key, kind) for kind, key in found)
+    assert [kinds[cell.trial.id] for cell in made.cells] == ["details", "div", "div"] * 2
 
 
 def test_without_any_result_it_shows_what_is_reported(tmp_path):

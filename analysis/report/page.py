@@ -1,7 +1,8 @@
 """Write one page with all tables, figures, specs of trials, machines and costs.
 
-The page is a self-contained HTML file (embedded pictures, no scripts, no network access) and the
-same as Markdown, with the pictures next to it.
+The page is a self-contained HTML file (embedded pictures, no network access) and the same as
+Markdown, with the pictures next to it. A script sorts tables, filters rows and shows settings; the
+page is complete without it.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ from pld_ray.store.store import Store
 from pld_ray.sweep import search
 from pld_ray.units import duration
 
+MANY = 500  # trials, above which the settings of a cell are shown for its first seed only
 TITLE = "Plackett-Luce Distillation: reported and reproduced"
 
 
@@ -52,6 +54,7 @@ class Block:
         labels: Number of leading columns that identify the row.
         image: Path of the picture.
         caption: Text below it.
+        row_trials: For each row of the table the id of a trial whose settings it stands for, or "".
     """
 
     title: str = ""
@@ -59,6 +62,7 @@ class Block:
     labels: int = 1
     image: Path | None = None
     caption: str = ""
+    row_trials: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -171,6 +175,7 @@ def _section(
         dataset = " and ".join(dict.fromkeys(cell.trial.data.name for cell in plan.cells))
         section.summary = " ".join(summary.sentences(frame, own, dataset))
         section.blocks += _ours(plan, store, frame, own, folder)
+    specified: set[int] = set()
     for key, outcome in found.items():
         if key not in shown:
             trial, record = plan.trials[key], outcome.record
@@ -180,7 +185,9 @@ def _section(
             if record is not None:
                 state = f"top-1 {record['metrics']['top1']:.2f}"
                 spec = {"trial": spec, "metrics": record["metrics"], "ran": record["environment"]}
-            text = json.dumps(spec, indent=1)
+            first = len(found) <= MANY or id(trial.unseeded) not in specified
+            specified.add(id(trial.unseeded))  # the seeds of a cell share it
+            text = json.dumps(spec, indent=1) if first else ""
             section.trials.append(
                 {"id": key, "label": plan.labels[key], "state": state, "spec": text}
             )
@@ -195,7 +202,11 @@ def _ours(
     cells = comparison_printing.printed(table, comparison_printing.TOP)
     legend = " ".join(comparison_printing.legend(table))
     legend += " " + comparison_printing.order_legend(own)
-    blocks = [Block("All metrics", cells, comparison_printing.labels(cells), caption=legend)]
+    first = frame.groupby(frames.GROUP)["id"].first()
+    printed = table[comparison_printing.is_shown(table, comparison_printing.TOP)]
+    trials = [first.get(tuple(row), "") for row in printed[frames.GROUP].values.tolist()]
+    labels = comparison_printing.labels(cells)
+    blocks = [Block("All metrics", cells, labels, caption=legend, row_trials=trials)]
     if len(own.reported):
         shown = comparison_printing.printed_reported(own.reported, table)
         named, caption = comparison_printing.labels(shown), comparison_printing.REPORTED
@@ -214,12 +225,12 @@ def _ours(
         drawn += style.save_all(pictures, folder)
     blocks += [Block(image=path) for path in drawn]
     blocks += [Block(caption=sentence.capitalize() + ".") for sentence in told]
-    trials = weights.students(plan, store)
-    kept = {name: store.landscape(trial.id) for name, trial in trials.items()}
+    students = weights.students(plan, store)
+    kept = {name: store.landscape(trial.id) for name, trial in students.items()}
     known = {name: one for name, one in kept.items() if one is not None}
     if known:
-        paths = weights.draw(trials, store, folder)
-        sharp = weights.printed(weights.numbers(trials, known, store))
+        paths = weights.draw(students, store, folder)
+        sharp = weights.printed(weights.numbers(students, known, store))
         blocks.append(Block("The loss around the trained weights", image=paths[0]))
         blocks.append(Block(cells=sharp, caption=weights.LEGEND))
     return blocks

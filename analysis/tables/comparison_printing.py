@@ -30,7 +30,7 @@ def printed(table: pd.DataFrame, top: int = 0) -> pd.DataFrame:
     rows = []
     reference, place = reference_name(table), _places(table)
     if top:
-        table = table[_is_shown(table, top)]
+        table = table[is_shown(table, top)]
     for row in table.to_dict("records"):
         teacher = row["loss"] == "teacher"
         cells = place(row)
@@ -63,7 +63,7 @@ def _places(table: pd.DataFrame) -> Callable[[Any], dict[str, str]]:
     return place
 
 
-def _is_shown(table: pd.DataFrame, top: int) -> pd.Series:
+def is_shown(table: pd.DataFrame, top: int) -> pd.Series:
     """Return for each row whether it is printed.
 
     These are the first settings of each loss and pair, the teachers, and the best setting of the
@@ -243,7 +243,7 @@ def shown_methods(against: pd.DataFrame, table: pd.DataFrame, top: int) -> pd.Da
     """Return those comparisons whose method `printed` shows."""
     if not top or against.empty:
         return against
-    return against[against["against"].isin(table.loc[_is_shown(table, top), "method"])]
+    return against[against["against"].isin(table.loc[is_shown(table, top), "method"])]
 
 
 def labels(cells: pd.DataFrame) -> int:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 
 import pandas as pd
 
@@ -72,23 +73,25 @@ def latex(cells: pd.DataFrame, labels: int) -> str:
     return tex
 
 
-def html(cells: pd.DataFrame, labels: int) -> str:
+def html(cells: pd.DataFrame, labels: int, trials: Sequence[str] = ()) -> str:
     """Format a table of strings as an HTML table.
 
     Args:
         cells: The table.
         labels: The number of leading columns that are text; the others have the class n.
+        trials: For each row the id of a trial whose settings it stands for, or "".
     """
 
-    def row(values: list[str], tag: str) -> str:
+    def row(values: list[str], tag: str, trial: str = "") -> str:
         parts = [
             f"<{tag}{'' if i < labels else ' class=n'}>{_escape(value)}</{tag}>"
             for i, value in enumerate(values)
         ]
-        return f"<tr>{''.join(parts)}</tr>"
+        return f"<tr{trial and f' data-trial={trial}'}>{''.join(parts)}</tr>"
 
-    head = row(list(cells.columns), "th")
-    body = "\n".join(row(values, "td") for values in cells.astype(str).values.tolist())
+    head, values = row(list(cells.columns), "th"), cells.astype(str).values.tolist()
+    named = trials or [""] * len(values)
+    body = "\n".join(row(each, "td", trial) for each, trial in zip(values, named, strict=True))
     return f"<table>\n<thead>{head}</thead>\n<tbody>\n{body}\n</tbody>\n</table>"
 
 
