@@ -38,6 +38,8 @@ FOLLOW = """
 import shlex, sys
 sys.executable = {executable!r}
 from pld_ray.cli.main import main
+from pld_ray.sweep import cluster
+cluster.init(num_cpus=2, include_dashboard=False, log_to_driver=False)  # one Ray for all commands
 for line in {lines!r}:
     print("$", line)
     sys.argv = shlex.split(line)

@@ -85,6 +85,14 @@ def test_the_page_needs_no_network_and_shows_every_trial_once(made, tmp_path):
     assert "| average " in written and "+0.42" in written
 
 
+def test_lost_files_of_epochs_cost_the_curves_alone(made, tmp_path):
+    plans, store = made
+    for file in (tmp_path / "results").rglob("epochs.jsonl"):
+        file.unlink()
+    html, _ = page.write(plans[:1], store, tmp_path / "out")
+    assert 'alt="accuracy"' in html.read_text() and 'alt="curves"' not in html.read_text()
+
+
 def test_a_large_grid_has_the_settings_of_each_cell_once(experiment, tmp_path, monkeypatch):
     text = "base: {data: digits, student: resnet8, epochs: 2}\ngrid: {loss: [ce, ls]}\n"
     made = plan(experiment(text + "seeds: [0, 1, 2]"))

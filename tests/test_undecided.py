@@ -112,7 +112,7 @@ def test_the_order_of_the_looks():
     }
     found = undecided.progress(records_of(scores), RULE)
     assert states(found) == {"CE": ("decided", 3), "KD": ("small", 3), "DIST": ("max", 20)}
-    wanted = undecided.seeds_wanted(records_of(scores), found)
+    wanted = undecided.seeds_wanted(records_of(scores), RULE, found)
     assert wanted[("s", "t", "", "PLD")] == 20 and wanted[("s", "t", "", "CE")] == 3
     ce = next(each for each in found if each.method == "CE")
     differences = 80 - scores["CE"][:3]
@@ -212,7 +212,7 @@ def test_the_best_settings_of_a_search_grow_too(experiment, tmp_path):
         ("{max: 9, untl: decided}", r"seeds\.untl: unknown field; did you mean 'until'\?"),
         ("{max: 9, until: decided, effect: 0}", r"seeds\.effect is 0: "),
         ("{max: 9, until: decided, first: 9223372036854775807}", r"seeds\.first is 92233"),
-        ("7", r"seeds is 7: "),
+        ("7", r"seeds is 7: expected a list, such as \[0, 1, 2\], or a rule"),
         ("[0, x]", r"seeds\.1 is 'x': "),
     ],
 )
@@ -222,10 +222,63 @@ def test_wrong_rules(experiment, seeds, said):
         experiment(TEXT.replace(line, f"seeds: {seeds}"))
 
 
-def test_a_rule_needs_a_comparison(experiment, tmp_path):
-    made = experiment(TEXT.replace("[ce, kd, pld]", "[pld]"))
+@pytest.mark.parametrize(
+    "search",
+    ["", "search: {space: {optimizer.lr: {choice: [0.1, 0.2]}}, algorithm: grid, seed: 99}"],
+)
+def test_a_rule_needs_a_comparison(experiment, tmp_path, search):
+    made = experiment(TEXT.replace("[ce, kd, pld]", "[pld]") + search)
     with pytest.raises(InputError, match=r"seeds\.until is 'decided': expected at least two"):
-        session.planned(made, Store(tmp_path / "results"))
+        pld_ray.plan(made, storage=tmp_path / "results")
+
+
+def test_table_and_rule_correct_for_the_same_comparisons():
+    """KD never differs from PLD, so it says nothing; it counts for the correction of CE."""
+    differences = np.array([0.4, 3.9, 1, 0.8, -1.5, 2.5, -0.9, 2.2, 0.1]) + 0.54
+    rule = Seeds(min=3, max=9, until="decided")
+    scores = {"PLD": np.full(9, 80.0), "CE": 80 - differences, "KD": np.full(9, 80.0)}
+    records = records_of(scores, rule.looks)
+    found = undecided.progress(records, rule)
+    assert states(found) == {"CE": ("max", 9), "KD": ("max", 9)}
+    assert ("PLD against KD", "not decided with all 9 seeds; gain +0.00, the same in all runs") in (
+        undecided.described(found, "PLD", None)
+    )
+    for rows in (records, records[(records["method"] != "KD") | (records["seed"] == 99)]):
+        table = comparison.against(rows).set_index("against")
+        p = table.loc["CE", "p"]
+        assert p < 0.05 and table.loc["CE", "corrected"] == pytest.approx(
+            2 * p if "KD" in table.index else p
+        )
+    assert not comparison.against(records)["decided"].any()
+
+
+def test_trials_that_failed_for_good(experiment, tmp_path):
+    """All trials of KD on one pair; then the teacher of KD and PLD."""
+    store = Store(tmp_path / "results")
+    text = TEXT.replace("[ce, kd, pld]", "[ce, kd, pld], student: [resnet8, resnet14]")
+    made = experiment(text)
+    plan = session.planned(made, store)
+    for trial in plan.trials.values():
+        if trial.loss.name == "kd" and trial.student.name == "resnet14":
+            store.fail(trial.id, "NaN", "", final=True)
+        else:
+            record = {"metrics": {"top1": score(trial.loss.name, trial.seed)}}
+            store.finish(trial, record | {"seconds": {"seconds": 1.0}}, {"w": torch.zeros(1)})
+    plan = session.planned(made, store)
+    found = session._method_progress(plan, frames.frame(plan, store), store)
+    assert states(found) == {"CE": ("decided", 3), "KD": ("failed", 3)}
+    assert len(plan.cells) == 2 * 3 * 3
+
+    other = Store(tmp_path / "other")
+    for trial in plan.trials.values():
+        if trial.id in plan.teacher_ids:
+            other.fail(trial.id, "NaN", "", final=True)
+        elif trial.teacher is None:
+            record = {"metrics": {"top1": 60.0}, "seconds": {"seconds": 1.0}}
+            other.finish(trial, record, {"w": torch.zeros(1)})
+    again = session.planned(made, other)
+    found = session._method_progress(again, frames.frame(again, other), other)
+    assert states(found) == {"CE": ("failed", 3), "KD": ("failed", 3)}
 
 
 @pytest.mark.slow

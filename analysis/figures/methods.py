@@ -49,7 +49,8 @@ def draw(
         pictures = {"accuracy": accuracy(shown[shown["finished"]], colours, reported)}
         if len(compared := shown_gains(records)):
             pictures["gains"] = gains(compared, method_colours(records))
-        pictures["curves"] = learning_curves(curves, colours)
+        if len(curves):  # else the files of epochs are lost
+            pictures["curves"] = learning_curves(curves, colours)
         if len(ranking := comparison.ranking(shown)):
             pictures["ranks"] = ranks(ranking, colours)
             pictures["profiles"] = profiles(shown[shown["finished"]], colours)

@@ -192,7 +192,8 @@ def against(records: pd.DataFrame) -> pd.DataFrame:
         One row per method with the columns method (the reference), against (the method), those of
         `paired.Comparison`, corrected (the p-value corrected over all rows) and decided.
     """
-    return _compared(with_reference(records), looks_of(records))
+    others = records.loc[~records["reference"], "method"].nunique()
+    return _compared(with_reference(records), looks_of(records), others)
 
 
 def all_pairs(records: pd.DataFrame) -> pd.DataFrame:
@@ -200,7 +201,8 @@ def all_pairs(records: pd.DataFrame) -> pd.DataFrame:
     scores = _scores(records)
     pairs = itertools.combinations(scores.columns, 2)
     compared = _paired((one, scores[one], other, scores[other]) for one, other in pairs)
-    return _compared(compared, looks_of(records))
+    methods = records["method"].nunique()
+    return _compared(compared, looks_of(records), methods * (methods - 1) // 2)
 
 
 def looks_of(records: pd.DataFrame) -> Looks:
@@ -277,8 +279,15 @@ def _paired(pairs: Iterable[tuple[str, pd.Series, str, pd.Series]]) -> Iterator[
         yield first, second, dict(enumerate(ours)), dict(enumerate(theirs))
 
 
-def _compared(pairs: Iterable[Paired], looks: Looks) -> pd.DataFrame:
-    """Compare the scores of two methods, for each of several pairs of methods."""
+def _compared(pairs: Iterable[Paired], looks: Looks, planned: int) -> pd.DataFrame:
+    """Compare the scores of two methods, for each of several pairs of methods.
+
+    Args:
+        pairs: The pairs that have scores.
+        looks: As in `records.frames.frame`. With looks, p is corrected for all planned pairs, also
+            those that say nothing yet: what is decided stays decided.
+        planned: The number of pairs of methods.
+    """
     rows = []
     for first, second, ours, theirs in pairs:
         found = paired.compare(ours, theirs, looks)
@@ -286,6 +295,9 @@ def _compared(pairs: Iterable[Paired], looks: Looks) -> pd.DataFrame:
             rows.append({"method": first, "against": second, **found._asdict()})
     table = pd.DataFrame(rows)
     if rows:
-        table["corrected"] = paired.corrected(table["p"].tolist())
+        p = table["p"]
+        counted = [*p.fillna(1.0), *[1.0] * (planned - len(p))] if looks else p.tolist()
+        table["corrected"] = paired.corrected(counted)[: len(p)]
+        table.loc[p.isna(), "corrected"] = np.nan
         table["decided"] = table["corrected"] < 0.05
     return table

@@ -17,7 +17,6 @@ from analysis.statistics import paired
 from analysis.tables import comparison
 from analysis.tables.rendering import signed
 from pld_ray.config.parts import Seeds
-from pld_ray.errors import InputError
 
 State = Literal["open", "decided", "small", "max", "failed"]
 
@@ -50,16 +49,11 @@ def progress(
             wanted yet do not matter.
         rule: The rule by which seeds are added.
         failed: Ids of the trials that have failed for good.
-
-    Raises:
-        InputError: There is no method to compare with the reference.
     """
-    methods = list(dict.fromkeys(records.loc[~records["reference"], "method"]))
-    if not methods:
-        raise InputError(
-            "seeds.until is 'decided': expected at least two methods, of which one is compared "
-            "with the others; or a list of seeds"
-        )
+    sections = {name: _sections(rows) for name, rows in records.groupby("method", sort=False)}
+    with_reference = _sections(records[records["reference"]])
+    others = records.loc[~records["reference"], "method"].unique()
+    methods = [name for name in others if sections[name] & with_reference]
     pairs = {
         other: [ours[key] - theirs[key] for key in ours]
         for _, other, ours, theirs in comparison.with_reference(records)
@@ -76,7 +70,8 @@ def progress(
             break
         for name in still_open:
             samples = [each[:look] for each in pairs.get(name, [])]
-            if not samples or paired.reached(samples, rule.looks) < look:
+            missing = len(samples) < len(sections[name] & with_reference)
+            if missing or paired.reached(samples, rule.looks) < look:
                 found[name] = found[name]._replace(state="failed")
                 continue
             gain = paired.mean_at_looks(samples, rule.looks)
@@ -94,23 +89,34 @@ def progress(
     return list(found.values())
 
 
-def seeds_wanted(records: pd.DataFrame, found: list[MethodProgress]) -> dict[tuple[str, ...], int]:
+def _sections(records: pd.DataFrame) -> set[tuple[str, ...]]:
+    """Return the places of records: student, teacher and setting."""
+    return set(records[comparison.SECTION].itertuples(index=False, name=None))
+
+
+def seeds_wanted(
+    records: pd.DataFrame, rule: Seeds, found: list[MethodProgress]
+) -> dict[tuple[str, ...], int]:
     """Return how many seeds each cell takes.
 
     Args:
         records: Records as returned by `records.frames.frame`.
+        rule: The rule by which seeds are added.
         found: What `progress` returned.
 
     Returns:
         The number of seeds by the values of GROUP. The reference has those of all other methods.
+        What nothing is compared with has the fewest.
     """
     seeds = {each.method: each.seeds for each in found}
-    most = max(seeds.values())
-    return {
-        group: most if reference else seeds[group[-1]]
-        for *group_, reference in records[[*GROUP, "reference"]].drop_duplicates().values.tolist()
-        if (group := tuple(group_))
-    }
+    most = max(seeds.values(), default=rule.min)
+    with_reference = _sections(records[records["reference"]])
+    wanted: dict[tuple[str, ...], int] = {}
+    for *group, reference in records[[*GROUP, "reference"]].drop_duplicates().values.tolist():
+        *section, method = group
+        compared = most if reference else seeds.get(method, rule.min)
+        wanted[tuple(group)] = compared if tuple(section) in with_reference else rule.min
+    return wanted
 
 
 def described(
@@ -134,7 +140,8 @@ def described(
             "failed": "no more seeds, because a trial has failed",
         }[each.state]
         if (gain := each.gain) is not None:
-            bounds = "" if math.isnan(gain.low) else f" [{signed(gain.low)}, {signed(gain.high)}]"
+            bounds = f" [{signed(gain.low)}, {signed(gain.high)}]"
+            bounds = ", the same in all runs" if math.isnan(gain.low) else bounds
             said += f"; gain {signed(gain.mean)}{bounds}"
         rows.append((f"{reference} against {each.method}", said))
     return rows

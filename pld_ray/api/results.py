@@ -241,7 +241,9 @@ class Results:
                 return methods.accuracy(done, colours, imported.beside(frame, self.store))
             if name == "gains":
                 return methods.gains(compared, colours)
-            return methods.learning_curves(self.curves(), colours)
+            if (curves := self.curves()).empty:
+                raise InputError(f"{plan.experiment.name}: the files of epochs are lost")
+            return methods.learning_curves(curves, colours)
 
     def _comparable(self) -> Plan:
         """Return the plan, or raise InputError without trials that can be compared."""

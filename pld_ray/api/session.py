@@ -252,22 +252,27 @@ def opened(
     identity = DataIdentity(store, download)
     loaded = load_experiment(experiment, overrides or (), smoke).identified(identity)
     plan = planned(loaded, store)
-    if loaded.reference:
-        _check_reference(plan, store)
+    if loaded.reference or loaded.looks:
+        _check_methods(plan, store)
     for note in [*identity.notes, *changed_plugins(store)]:
         tell(f"note: {note}")
     return plan, store
 
 
-def _check_reference(plan: Plan, store: Store) -> None:
-    """Raise InputError if none of the methods has the name of the reference."""
+def _check_methods(plan: Plan, store: Store) -> None:
+    """Raise InputError if no method is the reference, or none is left to compare by a rule."""
     from analysis.records import frames
     from pld_ray.sweep import search
 
     if plan.experiment.search is not None:  # before it ends, it has no cells
         cells = tuple(each.group.cell for each in search.look(plan.experiment, store))
-        plan = replace(plan, cells=cells, points=None)
+        plan = replace(plan, cells=cells, points=None, kept=None)
     frames.check_reference(plan)
+    if plan.experiment.looks and frames.places(plan)["method"].nunique() < 2:
+        raise InputError(
+            f"{plan.experiment.name}: seeds.until is 'decided': expected at least two methods, of "
+            "which one is compared with the others; or a list of seeds"
+        )
 
 
 def planned(experiment: Experiment, store: Store) -> Plan:
@@ -288,9 +293,13 @@ def with_enough_seeds(plan: Plan, store: Store) -> Plan:
     """
     from analysis.records import frames
     from analysis.tables import undecided
+    from pld_ray.config.parts import Seeds
 
     frame = frames.frame(plan, store)
-    wanted = undecided.seeds_wanted(frame, _method_progress(plan, frame, store))
+    assert isinstance(plan.experiment.seeds, Seeds)
+    wanted = undecided.seeds_wanted(
+        frame, plan.experiment.seeds, _method_progress(plan, frame, store)
+    )
     places = frames.places(plan)
     seeds = (places["seed"] - plan.experiment.all_seeds[0]).tolist()
     groups = places[frames.GROUP].itertuples(index=False, name=None)
@@ -302,10 +311,16 @@ def _method_progress(plan: Plan, frame: pd.DataFrame, store: Store) -> list[Meth
     """Return how far the comparison of each method is, where seeds are added by a rule."""
     from analysis.tables import undecided
     from pld_ray.config.parts import Seeds
+    from pld_ray.config.trial import Trial
 
     assert isinstance(plan.experiment.seeds, Seeds)
-    unfinished = store.outcomes(frame.loc[~frame["finished"], "id"])
+    unfinished = store.outcomes(plan.trials.keys() - store.finished(plan.trials))
     failed = {key for key, found in unfinished.items() if (found.failure or {}).get("final")}
+    for key in unfinished:  # no trial runs without its teacher
+        above = plan.trials[key].teacher
+        while isinstance(above, Trial):
+            failed |= {key} if above.id in failed else set()
+            above = above.teacher
     return undecided.progress(frame, plan.experiment.seeds, failed)
 
 
@@ -321,7 +336,7 @@ def tell_seeds(plan: Plan, store: Store) -> None:
     frame = frames.frame(plan, store)
     found, reference = _method_progress(plan, frame, store), comparison.reference_name(frame)
     looks = ", ".join(map(str, rule.looks))
-    head = f"seeds (at {looks})", "until decided"
+    head = f"seeds (at {looks})", "until decided [95 % interval of one comparison]"
     print(plan_table.aligned(head, undecided.described(found, reference, rule.effect)))
 
 

@@ -155,6 +155,11 @@ class Experiment(Part, metaclass=_Sentences):
     def _raw(cls, raw: Any) -> Any:
         if isinstance(raw, dict):
             raw = {key: raw[key] if key == "miniature_of" else _plain(raw[key]) for key in raw}
+        if isinstance(raw, dict) and not isinstance(raw.get("seeds", []), list | dict):
+            raise ValueError(
+                f"seeds is {raw['seeds']!r}: expected a list, such as [0, 1, 2], or a rule, such "
+                "as {min: 3, max: 20, until: decided}"
+            )
         if isinstance(raw, dict) and raw.get("search") is not None:
             return {"seeds": []} | raw
         return raw
