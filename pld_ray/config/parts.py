@@ -262,7 +262,7 @@ class Resources(Part):
     Attributes:
         cpus_per_worker: The number of CPUs per worker.
         gpus_per_worker: The number of GPUs per worker; by default one if the cluster has any. With
-            a fraction, several workers share a GPU.
+            a fraction, several trials of one worker share a GPU.
         concurrent: The number of trials that run at once, even if they do not fit yet, for
             clusters that grow on request; by default as many as fit.
         patience: The seconds without a step after which a worker is considered hung.

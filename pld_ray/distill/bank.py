@@ -23,7 +23,7 @@ from pld_ray.data.sampling import Ints, batches
 from pld_ray.data.stream import Stream
 from pld_ray.distill import bank_format
 from pld_ray.distill.bank_format import Array, BankSpec, Split
-from pld_ray.distill.device import Clock, memory_format, pick_device
+from pld_ray.distill.device import Clock, memory_format
 from pld_ray.distill.teacher import Teacher
 from pld_ray.losses import teacher_order
 from pld_ray.store.store import Store
@@ -283,7 +283,14 @@ def open_banks(
     )
 
 
-def fill(trial: Trial, images: Images, store: Store, ledger: Ledger | None, holder: str) -> None:
+def fill(
+    trial: Trial,
+    images: Images,
+    store: Store,
+    ledger: Ledger | None,
+    holder: str,
+    device: torch.device,
+) -> None:
     """Compute all chunks that a trial reads and that no other process computes.
 
     Args:
@@ -292,8 +299,8 @@ def fill(trial: Trial, images: Images, store: Store, ledger: Ledger | None, hold
         store: Receives the chunks.
         ledger: Says which process computes which chunk.
         holder: The name of this process in the ledger.
+        device: The device of the teacher.
     """
-    device = pick_device()
     stream = Stream(images, trial.data, trial.seed, device, memory_format(trial.channels_last))
     teacher = Teacher(trial, images, store, device)
     for bank in open_banks(teacher, stream, Clock(device), ledger, holder):

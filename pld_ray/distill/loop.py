@@ -82,6 +82,7 @@ def train(
         started = time.perf_counter()
         train_loss, seen = train_epoch(run, epoch)
         train_seconds = time.perf_counter() - started
+        share_buffers(run)
         scores = evaluate_student(run)
         run.history.append(
             {
@@ -197,6 +198,7 @@ def make_distiller(
     _, channels, size = images.shape
     distiller.connect(next(student.parameters()).new_zeros(1, channels, size, size))
     if trial.compile:
+        torch._dynamo.reset()  # it compiles a few networks in a process and runs the rest eagerly
         distiller.compile_student()
     return distiller
 
@@ -278,6 +280,18 @@ def train_epoch(run: Run, epoch: int) -> tuple[float, int]:
     means = sum_over_workers(torch.stack(losses).double()).cpu() / run.world
     check_finite(run, epoch, means)
     return float((means * sizes).sum() / sizes.sum()), int(sizes.sum())
+
+
+def share_buffers(run: Run) -> None:
+    """Give all workers the buffers of the first one, such as the running means of batch norm.
+
+    Each worker updates them with its own share of the batches. The first one's are kept, so that
+    they must be those that are evaluated, and those with which all workers go on.
+    """
+    if run.world > 1:
+        for network in (run.distiller.student, run.distiller.loss, run.ema):
+            for buffer in network.buffers() if network is not None else ():
+                dist.broadcast(buffer, 0)
 
 
 def check_finite(run: Run, epoch: int, losses: Tensor) -> None:
@@ -428,6 +442,7 @@ def make_record(run: Run) -> dict[str, Any]:
             "timm": timm.__version__,
             "python": platform.python_version(),
             "device": torch.cuda.get_device_name() if cuda else "cpu",
+            "precision": run.distiller.precision,
             "threads": torch.get_num_threads(),
             "host": platform.node(),
             "cores": os.cpu_count(),

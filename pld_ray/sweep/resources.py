@@ -42,6 +42,19 @@ class ResourceRequest:
             rooms.append(node.get("GPU", 0.0) * each)
         return int(min(rooms) + 1e-6)
 
+    def refused(self, what: str) -> str | None:
+        """Explain why no cluster can run the workers; return None if one can.
+
+        Args:
+            what: Subject of the message, as for `too_large`.
+        """
+        if self.workers == 1 or not 0 < self.gpus < 1:
+            return None
+        return (
+            f"{what} has {self.workers} workers with {self.gpus:g} GPUs each, but the workers of a "
+            "trial cannot share a GPU (NCCL): expected resources.gpus_per_worker: 1, or 0 for CPUs"
+        )
+
     def too_large(self, what: str, nodes: list[dict[str, float]]) -> str | None:
         """Explain why the workers do not fit on the nodes, even if nothing else runs there.
 
@@ -52,8 +65,8 @@ class ResourceRequest:
         Returns:
             A message, or None if the workers fit.
         """
-        if self.fits(nodes):
-            return None
+        if (why := self.refused(what)) or self.fits(nodes):
+            return why
         kinds = [kind for kind, n in self.worker.items() if n]
         has = Counter(" and ".join(f"{node.get(k, 0):g} {k}s" for k in kinds) for node in nodes)
         return (

@@ -72,7 +72,7 @@ def fill_bank(
     store = Store(store_uri)
     trial = _trial(settings, store)
     job = ray.get_runtime_context().get_job_id()  # a task that is retried keeps its claims
-    fill(trial, ray.get(images[0]), store, ledger, f"build/{job}/{worker}")
+    fill(trial, ray.get(images[0]), store, ledger, f"build/{job}/{worker}", _assigned_device())
 
 
 class NotedError(RuntimeError):
@@ -115,12 +115,23 @@ def _attempt(
 
 
 def _device(trial: Trial) -> Any:
-    """Return the device that Ray gave to this worker of a group; None: the only one there is."""
+    """Return the device that Ray gave to this worker."""
     if trial.workers == 1:
-        return None
+        return _assigned_device()
     from ray.train.torch import get_device
 
     return get_device()
+
+
+def _assigned_device() -> Any:
+    """Return the GPU that Ray gave to this process, or the CPU.
+
+    Ray hides the GPUs of others only from processes that have one.
+    """
+    import torch
+
+    own = ray.get_gpu_ids() and torch.cuda.is_available()
+    return torch.device("cuda" if own else "cpu")
 
 
 def _train_on_workers(

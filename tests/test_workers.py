@@ -1,0 +1,88 @@
+"""Several workers of one trial, here as two processes with gloo."""
+
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from small import CPU, cells, weights
+
+from pld_ray.data.datasets import load
+from pld_ray.data.stream import Stream
+from pld_ray.models.export import load_student
+from pld_ray.store.store import Store
+from pld_ray.sweep import worker
+from pld_ray.sweep.resources import ResourceRequest
+
+WORKER = """
+import sys
+import torch, torch.distributed as dist
+from pld_ray.config.trial import Trial
+from pld_ray.data.datasets import load
+from pld_ray.distill.loop import train
+from pld_ray.store.store import Store
+torch.set_num_threads(1)
+folder, rank, spec, last = sys.argv[1:]
+dist.init_process_group(
+    "gloo", init_method=f"file://{folder}/rendezvous{last}", rank=int(rank), world_size=2
+)
+def report(metrics):
+    if metrics["epoch"] == int(last):
+        raise SystemExit
+trial = Trial.model_validate_json(spec)
+train(trial, load(trial.data), Store(folder), report)
+"""
+
+
+def on_two_workers(trial, folder, last=0):
+    """Train, up to an epoch if `last` is given, and return the store."""
+    folder.mkdir(exist_ok=True)
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", WORKER, folder, str(rank), trial.model_dump_json(), str(last)]
+        )
+        for rank in (0, 1)
+    ]
+    assert [process.wait(timeout=600) for process in started] == [0, 0]
+    return Store(folder)
+
+
+@pytest.mark.parametrize("ema", [None, 0.5])
+def test_what_two_workers_evaluate_is_what_they_keep_and_resume(experiment, tmp_path, ema):
+    (trial,) = cells(experiment, "workers=2", "grid.loss=[ce]", f"ema={ema or 'null'}")
+    whole = on_two_workers(trial, tmp_path / "whole")
+    images = load(trial.data)
+    stream = Stream(images, trial.data, trial.seed, CPU)
+    student = load_student(trial, whole)
+    (shown,) = stream.val([np.arange(len(images.val))])
+    with torch.no_grad():
+        right = student(shown).argmax(1) == torch.as_tensor(np.array(images.val_labels))
+    metrics = whole.record(trial.id)["metrics"]
+    assert metrics["top1"] == pytest.approx(100 * right.double().mean().item(), abs=1e-9)
+
+    parts = on_two_workers(trial, tmp_path / "parts", last=2)
+    assert not parts.finished([trial.id]) and len(parts.epochs(trial.id)) == 2
+    on_two_workers(trial, tmp_path / "parts")
+    assert weights(parts, trial) == weights(whole, trial)
+    again = parts.record(trial.id)["metrics"]
+    timed = {"images_per_second"}
+    assert {k: again[k] for k in again.keys() - timed} == {
+        k: metrics[k] for k in metrics.keys() - timed
+    }
+
+
+@pytest.mark.parametrize(("gpus", "cuda", "kind"), [([0], True, "cuda"), ([], True, "cpu")])
+def test_a_trial_uses_the_gpu_that_ray_gave_it_and_no_other(monkeypatch, gpus, cuda, kind):
+    monkeypatch.setattr(worker, "ray", SimpleNamespace(get_gpu_ids=lambda: gpus))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    assert worker._device(SimpleNamespace(workers=1)).type == kind
+
+
+def test_workers_that_share_a_gpu_are_refused():
+    nodes = [{"CPU": 8.0, "GPU": 4.0}]
+    said = ResourceRequest(1, 0.5, 2).too_large("trial 0123 (KD)", nodes)
+    assert said.startswith("trial 0123 (KD) has 2 workers with 0.5 GPUs each, but the workers")
+    assert ResourceRequest(1, 0.5, 1).too_large("trial 0123 (KD)", nodes) is None
+    assert ResourceRequest(1, 1.0, 2).too_large("trial 0123 (KD)", nodes) is None
