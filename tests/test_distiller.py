@@ -151,7 +151,7 @@ def test_losses_on_features_connect_first_and_learn_their_own_parts():
     with pytest.raises(InputError, match=r"train_loader is an iterator: call distiller\.connect"):
         fit(Distiller(student, teacher, FitNetLoss()), iter([(x, y)]), 1, progress=False)
     learnt = distiller.learnt_by_loss()
-    assert [tuple(p.shape) for p in learnt] == [(16, 16, 1, 1), (16,)]
+    assert [tuple(p.shape) for p in learnt] == [(16, 16, 1, 1), (16,), (16,), (16,)]
     assert not any(name.startswith("loss") for name in student.state_dict())
     distiller.eval()
     s, t = (net.stages[0](net.stem(x)) for net in (student, teacher.eval()))

@@ -64,7 +64,7 @@ def pooled_to(x, size):
 
 
 def unit(v):
-    return v / np.linalg.norm(v)
+    return v / max(np.linalg.norm(v), 1e-12)
 
 
 def at(student, teacher):
@@ -98,7 +98,7 @@ def huber(a, b):
 def rkd(student, teacher):
     def distances(x):
         d = np.array([[np.linalg.norm(a - b) for b in x] for a in x])
-        return d / d[d > 0].mean()
+        return d / (d.sum() / (len(x) * (len(x) - 1)))  # pairs of equal samples count too
 
     def angles(x):
         n = len(x)
@@ -132,29 +132,94 @@ def test_losses_against_loops(batch, reference):
     assert not list(loss.parameters())
 
 
-def test_fitnet_with_a_given_regressor(batch):
+def padded(x, pad):
+    return np.pad(x, ((0, 0), (0, 0), (pad, pad), (pad, pad)))
+
+
+def by_convolution(x, weight, bias):
+    """A 3x3 convolution of stride 2 that pads by 1: [B, c, 2h, 2w] to [B, o, h, w]."""
+    x, size = padded(x, 1), x.shape[2] // 2
+    out = np.zeros((len(x), len(weight), size, size))
+    for b, c, i, j in np.ndindex(*out.shape):
+        out[b, c, i, j] = (weight[c] * x[b, :, 2 * i : 2 * i + 3, 2 * j : 2 * j + 3]).sum()
+    return out + bias[:, None, None]
+
+
+def by_transposed_convolution(x, weight, bias):
+    """A 4x4 transposed convolution of stride 2 that cuts 1: [B, c, h, w] to [B, o, 2h, 2w]."""
+    size = 2 * x.shape[2]
+    out = np.zeros((len(x), weight.shape[1], size + 2, size + 2))
+    for b, c, i, j in np.ndindex(*x.shape):
+        out[b, :, 2 * i : 2 * i + 4, 2 * j : 2 * j + 4] += x[b, c, i, j] * weight[c]
+    return out[:, :, 1:-1, 1:-1] + bias[:, None, None]
+
+
+@pytest.mark.parametrize("larger", ["student", "teacher"])
+def test_fitnet_regresses_by_convolution_batch_norm_and_relu(batch, larger):
     logits, labels, student, teacher = batch
+    if larger == "teacher":
+        student, teacher = teacher, student
     loss = losses.FitNetLoss(stage=1)
-    loss.connect(student, teacher)  # 8x8 to 4x4: a convolution of 2x2 with stride 2
-    weight, bias = (p.detach().double().numpy() for p in loss.regressor.parameters())
-    assert weight.shape == (8, 4, 2, 2)
-    s, t = student.stages[0].numpy(), teacher.stages[0].numpy()
-    errors = [
-        (weight[c] * s[b, :, 2 * i : 2 * i + 2, 2 * j : 2 * j + 2]).sum() + bias[c] - t[b, c, i, j]
-        for b in range(5)
-        for c in range(8)
-        for i in range(4)
-        for j in range(4)
-    ]
-    expected = cross_entropy(logits, labels) + 100 * np.mean(np.square(errors))
-    assert loss(*batch).item() == pytest.approx(expected, rel=1e-4)
+    loss.connect(student, teacher)
+    weight, bias, gain, shift = (p.detach().double().numpy() for p in loss.parameters())
+    assert weight.shape == ((8, 4, 3, 3) if larger == "student" else (8, 4, 4, 4))
+    assert (gain == 1).all() and (shift == 0).all()
+    resampled = by_convolution if larger == "student" else by_transposed_convolution
+    s = resampled(student.stages[0].numpy(), weight, bias)
+    mean, variance = (f(s, (0, 2, 3), keepdims=True) for f in (np.mean, np.var))
+    regressed = np.maximum((s - mean) / np.sqrt(variance + 1e-5), 0)
+    errors = regressed - teacher.stages[0].numpy()
+    expected = cross_entropy(logits, labels) + 100 * (errors**2).mean()
+    assert loss(logits, labels, student, teacher).item() == pytest.approx(expected, rel=1e-4)
 
 
-@pytest.mark.parametrize(("student", "teacher"), [(8, 4), (4, 8), (4, 4), (7, 4), (4, 7)])
+def test_rkd_counts_pairs_of_equal_samples_in_its_mean(batch):
+    logits, labels, student, teacher = batch
+    student.pooled[1] = student.pooled[0]
+    expected = cross_entropy(logits, labels) + rkd(student, teacher)
+    loss = losses.create_loss("rkd")
+    assert loss(logits, labels, student, teacher).item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_rkd_in_pieces_has_the_same_value_and_gradient(batch, monkeypatch):
+    def value_and_gradient():
+        pooled = batch[2].pooled.clone().requires_grad_()
+        value = losses.RKDLoss()(*batch[:2], Features([], pooled), batch[3])
+        value.backward()
+        return value.detach(), pooled.grad
+
+    whole = value_and_gradient()
+    monkeypatch.setattr("pld_ray.losses.features.ANGLES", 2 * 5 * 9)  # two anchors of five samples
+    torch.testing.assert_close(value_and_gradient(), whole)
+
+
+@pytest.mark.parametrize("name", ["at", "fitnet", "pkt", "rkd", "sp", "vid"])
+def test_an_autocast_of_the_caller_does_not_lower_the_precision(batch, name):
+    loss = losses.create_loss(name)
+    loss.connect(*batch[2:])
+
+    def value_and_gradients(lowered):
+        stages = [stage.clone().requires_grad_() for stage in batch[2].stages]
+        pooled = batch[2].pooled.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=lowered):
+            value = loss(*batch[:2], Features(stages, pooled), batch[3])
+        value.backward()
+        return [value.detach(), *(x.grad for x in (*stages, pooled))]
+
+    expected, under = value_and_gradients(False), value_and_gradients(True)
+    assert all(a is b or torch.equal(a, b) for a, b in zip(under, expected, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher"),
+    [(8, 4), (4, 8), (4, 4), (7, 4), (4, 7), (12, 4), (4, 12), (16, 4), (4, 16)],
+)
 def test_fitnet_takes_maps_of_any_size(student, teacher):
     features = [Features([torch.randn(2, 3, n, n)], torch.zeros(2, 1)) for n in (student, teacher)]
     loss = losses.FitNetLoss(stage=1)
     loss.connect(*features)
+    size = loss.regressor(features[0].stages[0]).shape[2]
+    assert size == (teacher if max(student, teacher) % min(student, teacher) == 0 else student)
     assert loss.distance(*features).isfinite()
 
 
@@ -274,3 +339,12 @@ def test_networks_that_cannot_be_compared_are_told_before_the_run(experiment):
     with pytest.raises(InputError, match="fitnet: stage is 4, but a network has only 3 stages"):
         check(SMALL, "loss={name: fitnet, stage: 4}")
     check(SMALL, "loss=rkd", "student=mobilenetv2_cifar")  # pooled features have no stages
+
+
+def test_a_regressor_on_one_pixel_needs_batches_of_two_images(experiment):
+    loss = "loss={name: fitnet, stage: 4}"
+    overrides = loss, "student=resnet18", "teacher={name: resnet34, train: {epochs: 1}}"
+    trial = plan(experiment(SMALL, *overrides)).cells[0].trial
+    check_features(trial, 10, 1, 16)
+    with pytest.raises(InputError, match="loss fitnet cannot train on a batch of one image of 16x"):
+        check_features(trial, 10, 1, 16, batch=1)

@@ -55,6 +55,15 @@ def test_the_depth_in_the_name_is_the_number_of_weighted_layers():
         assert len(layers) == depth
 
 
+def test_first_weights_of_classifiers_are_those_of_the_reference_networks():
+    wrn, mobile = (timm.create_model(name) for name in ("wrn_16_2", "mobilenetv2_cifar"))
+    assert not wrn.fc.bias.any() and not mobile.fc.bias.any()
+    assert mobile.fc.weight.std().item() == pytest.approx(0.01, rel=0.02)
+    bound = 128**-0.5  # torch draws a linear layer uniformly from this range
+    assert wrn.fc.weight.std().item() == pytest.approx(bound / 3**0.5, rel=0.05)
+    assert timm.create_model("resnet20").fc.bias.any()
+
+
 def test_any_timm_name_works_and_a_wrong_one_gets_the_nearest():
     assert create_model(Model(name="mobilenetv4_conv_small"), 5, 3, 32)(
         torch.zeros(2, 3, 64, 64)

@@ -19,9 +19,13 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from pld_ray.losses.parameters import Weight
 from pld_ray.losses.registry import register_loss
+
+ANGLES = 2**25
+"""Numbers that RKD holds of one piece of its angles (128 MB). 320 samples are one piece."""
 
 
 class Features(NamedTuple):
@@ -95,14 +99,16 @@ class FeatureLoss(nn.Module, ABC):
         Returns:
             The mean loss over the batch, a scalar.
         """
-        distance = self.distance(
-            Features([stage.float() for stage in student.stages], student.pooled.float()),
-            Features(
-                [stage.detach().float() for stage in teacher.stages],
-                teacher.pooled.detach().float(),
-            ),
-        )
-        return self.ce_weight * F.cross_entropy(student_logits.float(), labels) + distance
+        # A caller's autocast would compute the distances, and their gradients, in bfloat16.
+        with torch.autocast(student_logits.device.type, enabled=False):
+            distance = self.distance(
+                Features([stage.float() for stage in student.stages], student.pooled.float()),
+                Features(
+                    [stage.detach().float() for stage in teacher.stages],
+                    teacher.pooled.detach().float(),
+                ),
+            )
+            return self.ce_weight * F.cross_entropy(student_logits.float(), labels) + distance
 
     def _pairs(self, student: Features, teacher: Features) -> list[tuple[Tensor, Tensor]]:
         """Pair the stages and pool the larger map of each pair to the size of the smaller one."""
@@ -125,12 +131,14 @@ def _same_size(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
 
 @register_loss("at", label="AT", takes="features")
 class ATLoss(FeatureLoss):
-    """Attention transfer, AT (Zagoruyko and Komodakis 2017, eq. 2, with p = 2).
+    """Attention transfer, AT (Zagoruyko and Komodakis 2017), as the authors' code computes it.
 
         loss = ce_weight CE + weight * sum over stages of mean (a_s / |a_s| - a_t / |a_t|)^2
 
     The attention map a is the mean over channels of the squared features, flattened. a_s is the
-    student's map and a_t is the teacher's. Both networks need the same number of stages.
+    student's map and a_t is the teacher's. The mean is over the samples and the positions of the
+    map. Eq. 2 of the paper has the norm of the difference instead of this mean of squares; the
+    default weight belongs to the mean of squares. Both networks need the same number of stages.
 
     Args:
         weight: Weight of the distance, at least 0. Default: 1000.
@@ -158,9 +166,11 @@ class FitNetLoss(FeatureLoss):
 
         loss = ce_weight CE + weight * mean (r(s) - t)^2
 
-    s and t are the feature maps of student and teacher at one stage. The regressor r is a learnt
-    1x1 convolution. If the size of the student's map is a multiple of the teacher's, r is a strided
-    convolution; if it is a fraction of the teacher's, r is a transposed convolution.
+    s and t are the feature maps of student and teacher at one stage. The regressor r is learnt: a
+    convolution, batch normalisation and a ReLU, as in the CRD and mdistiller repositories, from
+    which the default weight comes. The convolution is 1x1 for maps of the same size. If the
+    student's map is f times larger, it has the stride f (3x3 for f = 2); if it is f times smaller,
+    it is transposed (4x4 for f = 2). For other sizes, the larger map is average-pooled.
 
     Args:
         stage: The stage to compare, counted from 1. Default: 2.
@@ -183,12 +193,15 @@ class FitNetLoss(FeatureLoss):
         """Create the regressor; see `FeatureLoss.connect`."""
         s, t = self._hint(student), self._hint(teacher)
         up, down = t.shape[2] // s.shape[2], s.shape[2] // t.shape[2]
+        channels = s.shape[1], t.shape[1]
         if up > 1 and s.shape[2] * up == t.shape[2]:
-            self.regressor = nn.ConvTranspose2d(s.shape[1], t.shape[1], up, up)
+            pad = up // 2
+            convolution: nn.Module = nn.ConvTranspose2d(*channels, up + 2 * pad, up, pad)
         elif down > 1 and t.shape[2] * down == s.shape[2]:
-            self.regressor = nn.Conv2d(s.shape[1], t.shape[1], down, down)
+            convolution = nn.Conv2d(*channels, 2 * down - 1, down, down - 1)
         else:
-            self.regressor = nn.Conv2d(s.shape[1], t.shape[1], 1)
+            convolution = nn.Conv2d(*channels, 1)
+        self.regressor = nn.Sequential(convolution, nn.BatchNorm2d(t.shape[1]), nn.ReLU())
 
     def distance(self, student: Features, teacher: Features) -> Tensor:
         """Return the weighted distance; see `FeatureLoss.distance`."""
@@ -244,7 +257,8 @@ class RKDLoss(FeatureLoss):
         loss = ce_weight CE + distance_weight * Huber(d_s, d_t) + angle_weight * Huber(a_s, a_t)
 
     Both terms use the pooled features x of the batch. d_ij is |x_i - x_j| divided by its mean over
-    all pairs. a_ijk is the cosine of the angle at x_j between x_i and x_k.
+    all pairs i != j. a_ijk is the cosine of the angle at x_j between x_i and x_k. The angles
+    [B, B, B] are computed in pieces if they are large, which bounds the memory.
 
     Args:
         distance_weight: Weight of the distance term, at least 0. Default: 25.
@@ -263,21 +277,43 @@ class RKDLoss(FeatureLoss):
         """Return the weighted distance; see `FeatureLoss.distance`."""
         s, t = student.pooled, teacher.pooled
         distances = F.smooth_l1_loss(_distances(s), _distances(t))
-        angles = F.smooth_l1_loss(_angles(s), _angles(t))
-        return self.distance_weight * distances + self.angle_weight * angles
+        return self.distance_weight * distances + self.angle_weight * _angle_loss(s, t)
 
 
 def _distances(x: Tensor) -> Tensor:
-    """Return the distances [B, B] of x [B, width], divided by the mean of those that are not 0."""
+    """Return the distances [B, B] of x [B, width], divided by their mean over pairs i != j."""
     squares = (x[:, None] - x[None]).square().sum(2)
     apart = squares > 0
     distances = squares.where(apart, 1).sqrt().where(apart, 0)  # avoids the infinite gradient at 0
-    return distances / (distances.sum() / apart.sum().clamp_min(1)).clamp_min(1e-12)
+    pairs = max(len(x) * (len(x) - 1), 1)
+    return distances / (distances.sum() / pairs).clamp_min(1e-12)
 
 
-def _angles(x: Tensor) -> Tensor:
-    """Return the cosines [B, B, B] of the angles at each x_j between x_i and x_k."""
-    unit = F.normalize(x[None] - x[:, None], dim=2)  # [j, i]: from x_j to x_i
+def _angle_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """Return the mean Huber loss between the angles of two sets of features [B, width]."""
+    batch = len(student)
+    width = max(student.shape[1], teacher.shape[1], batch)
+    anchors = max(ANGLES // (batch * width), 1)  # samples at whose angles one piece looks
+    if anchors >= batch:
+        return F.smooth_l1_loss(_angles(student), _angles(teacher))
+    # The backward pass computes each piece again, so that only one is in memory at a time.
+    pieces = [
+        checkpoint(_angle_sum, student, teacher, first, anchors, use_reentrant=False)
+        for first in range(0, batch, anchors)
+    ]
+    return torch.stack(pieces).sum() / batch**3
+
+
+def _angle_sum(student: Tensor, teacher: Tensor, first: int, anchors: int) -> Tensor:
+    """Return the summed Huber loss of the angles at the samples from `first` on."""
+    s, t = (_angles(x, x[first : first + anchors]) for x in (student, teacher))
+    return F.smooth_l1_loss(s, t, reduction="sum")
+
+
+def _angles(x: Tensor, anchors: Tensor | None = None) -> Tensor:
+    """Return the cosines [A, B, B] of the angles at each anchor between x_i and x_k."""
+    at = x if anchors is None else anchors
+    unit = F.normalize(x[None] - at[:, None], dim=2)  # [j, i]: from anchor j to x_i
     return unit @ unit.transpose(1, 2)
 
 

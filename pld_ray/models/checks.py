@@ -15,6 +15,9 @@ from pld_ray.models.factory import create_model
 from pld_ray.models.features import probe_features
 from pld_ray.models.weights import fit_weights
 
+ONE_IMAGE = "more than 1 value per channel"
+"""Part of the message of torch's batch norm for one image whose features have one pixel."""
+
 
 def check_loss(params: LossParams, classes: int) -> None:
     """Compute a loss on logits once, on random logits.
@@ -52,7 +55,9 @@ def check_loss(params: LossParams, classes: int) -> None:
         raise InputError(f"loss {params.name} has a gradient that is not finite on random logits")
 
 
-def check_features(trial: Trial, classes: int, channels: int, image_size: int) -> None:
+def check_features(
+    trial: Trial, classes: int, channels: int, image_size: int, batch: int = 2
+) -> None:
     """Check that the loss of a trial can compare the features of student and teacher.
 
     Args:
@@ -60,6 +65,7 @@ def check_features(trial: Trial, classes: int, channels: int, image_size: int) -
         classes: Number of classes.
         channels: Number of image channels.
         image_size: Height and width of the images, in pixels.
+        batch: The smallest batch on which the student trains.
 
     Raises:
         InputError: The features cannot be compared.
@@ -70,7 +76,7 @@ def check_features(trial: Trial, classes: int, channels: int, image_size: int) -
     with torch.device("meta"):
         features = [
             probe_features(
-                create_model(model, *shape), torch.zeros(1, channels, image_size, image_size)
+                create_model(model, *shape), torch.zeros(batch, channels, image_size, image_size)
             )
             for model in (trial.student, teacher)
         ]
@@ -83,6 +89,8 @@ def check_features(trial: Trial, classes: int, channels: int, image_size: int) -
         except InputError:
             raise
         except ValueError as error:
+            if ONE_IMAGE in str(error):
+                raise _one_image_told(f"loss {trial.loss.name}", image_size) from None
             raise InputError(f"{teacher.name} → {trial.student.name}: {error}") from None
 
 
@@ -144,12 +152,8 @@ def _check_forward(
         reason = str(error).strip().splitlines()[0] if str(error) else type(error).__name__
         if where := plugins.location(error):
             reason = f"{where}{type(error).__name__}: {reason}"
-        if "more than 1 value per channel" in reason:
-            raise InputError(
-                f"{what} cannot train on a batch of one image of {size}x{size} pixels, because of "
-                "its batch norm, and the last batch of an epoch has one image per worker: set "
-                "drop_last: true or another batch_size"
-            ) from None
+        if ONE_IMAGE in reason:
+            raise _one_image_told(what, size) from None
         raise InputError(
             f"{what} cannot run on images of {size}x{size} pixels with {channels} channels: "
             f"{reason}"
@@ -161,6 +165,15 @@ def _check_forward(
             f"{what} gives {given} logits per image, but the data has {classes} classes: expected "
             f"{classes}; num_classes is set from the data"
         )
+
+
+def _one_image_told(what: str, size: int) -> InputError:
+    """Return the error of a batch norm that is given one image at a time, of one pixel each."""
+    return InputError(
+        f"{what} cannot train on a batch of one image of {size}x{size} pixels, because of its "
+        "batch norm, and the last batch of an epoch has one image per worker: set drop_last: true "
+        "or another batch_size"
+    )
 
 
 def _check_pretrained(teacher: Weights, classes: int) -> None:

@@ -72,10 +72,10 @@ def check_trials(pending: dict[str, Trial], address: str | None = None) -> Check
         if not trial.loss.needs_features and computed not in seen:
             seen.add(computed)
             check_loss(trial.loss, images[key].classes)
-        compared = f"{key} {trial.student!r} {trial.teacher_name} {trial.loss!r}"
+        compared = f"{key} {trial.student!r} {trial.teacher_name} {trial.loss!r} {smallest}"
         if trial.loss.needs_features and compared not in seen:
             seen.add(compared)
-            check_features(trial, *images[key].shape)
+            check_features(trial, *images[key].shape, smallest)
     return Checked(images, list(notes))
 
 

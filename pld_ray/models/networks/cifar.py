@@ -1,7 +1,8 @@
 """The CIFAR networks of the distillation literature, registered with timm.
 
-They are the networks of the CRD and mdistiller repositories. After this module is imported,
-`timm.create_model("resnet8x4", num_classes=100)` finds them. They take any image size and number of
+They are the networks of the CRD and mdistiller repositories, and their first weights are drawn from
+the same distributions. After this module is imported, timm's
+`create_model("resnet8x4", num_classes=100)` finds them. They take any image size and number of
 channels.
 """
 
@@ -205,7 +206,9 @@ def _wrn(depth: int, wide: int, num_classes: int, in_chans: int) -> CifarNet:
     widths = [16 * wide, 32 * wide, 64 * wide]
     stages = _stages(PreActivation, 16, widths, [(depth - 4) // 6] * 3)
     head = nn.Sequential(nn.BatchNorm2d(widths[-1]), nn.ReLU())
-    return CifarNet(_conv(in_chans, 16, 3), stages, head, widths[-1], num_classes)
+    network = CifarNet(_conv(in_chans, 16, 3), stages, head, widths[-1], num_classes)
+    nn.init.zeros_(network.fc.bias)
+    return network
 
 
 def _resnet50(num_classes: int, in_chans: int) -> CifarNet:
@@ -231,7 +234,10 @@ def _mobilenetv2(num_classes: int, in_chans: int) -> CifarNet:
     head = nn.Sequential(*_conv_bn(inputs, 1280, 1), nn.ReLU())
     # Compare the last stage of each resolution, as in the CRD repository. These are four stages,
     # as many as ResNet-50 has.
-    return CifarNet(stem, stages, head, 1280, num_classes, taps=[1, 2, 4, 6])
+    network = CifarNet(stem, stages, head, 1280, num_classes, taps=[1, 2, 4, 6])
+    nn.init.normal_(network.fc.weight, std=0.01)
+    nn.init.zeros_(network.fc.bias)
+    return network
 
 
 def _register(name: str, doc: str, make: Any, *shape: int) -> None:
