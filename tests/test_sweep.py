@@ -4,13 +4,16 @@ import pytest
 import torch
 from rich.console import Console
 
+from pld_ray.api.session import keep_plugins
 from pld_ray.config.planning import plan
 from pld_ray.data.datasets import load
 from pld_ray.distill.loop import train
+from pld_ray.store.claims import Claims
 from pld_ray.store.store import Store
 from pld_ray.sweep import checks, runner
 from pld_ray.sweep.progress import ProgressView
 from pld_ray.sweep.resources import ResourceRequest
+from pld_ray.sweep.scheduling import PlanSearcher
 
 SMALL = """
 base:
@@ -216,3 +219,102 @@ def test_a_ray_that_does_not_start_is_told_in_a_sentence(monkeypatch):
     said = "another reason"
     with pytest.raises(Exception, match="another reason"), cluster.connected():
         pass
+
+
+FAULTY = '''
+"""A loss with faults of a GPU: {what}, on the first attempt of its trial."""
+
+from pathlib import Path
+
+import torch
+from torch.nn import functional as F
+
+from pld_ray import DistillationLoss, register_loss
+
+MARKER = Path({marker!r})
+broken = False  # like CUDA after a fault, the process then refuses all work
+
+
+@register_loss("faulty", label="Faulty", takes="nothing")
+class Faulty(DistillationLoss):
+    """Cross-entropy with faults."""
+
+    def __init__(self, scale: float = 1.0, **options):
+        super().__init__(**options)
+        self.scale = scale
+
+    def losses(self, student, teacher, labels, kept):
+        global broken
+        if len(labels) > 8 and (broken or (self.scale == 2 and {wanted})):
+            with MARKER.open("a") as file:
+                file.write("tried\\n")
+            broken = {sticky}
+            raise {error}
+        return self.scale * F.cross_entropy(student, labels, reduction="none")
+'''
+ASSERTED = 'torch.AcceleratorError("CUDA error: device-side assert triggered")'
+FULL = 'torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 8 GiB")'
+FAULTY_GRID = """
+plugins: [./faults_of_a_gpu.py]
+base: {data: {name: digits, limit: 101}, student: resnet8, epochs: 2, batch_size: 32}
+grid: {loss: [{name: faulty, scale: [1, 2, 3, 4]}]}
+resources: {concurrent: 1}
+"""
+
+
+def with_faults(experiment, marker, **what):
+    source = FAULTY.format(marker=str(marker), **what)
+    (experiment.folder / "faults_of_a_gpu.py").write_text(source)
+    made, store = plan(experiment(FAULTY_GRID)), Store(experiment.folder / "results")
+    keep_plugins(made.trials.values(), store)
+    return made, store
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("error", [ASSERTED, FULL])
+def test_a_fault_of_the_gpu_costs_no_trial(local_ray, experiment, tmp_path, error):
+    marker = tmp_path / "marker"
+    made, store = with_faults(
+        experiment,
+        marker,
+        what="one",
+        wanted="not MARKER.exists()",
+        sticky=error == ASSERTED,
+        error=error,
+    )
+    assert run(made, store)[0] == {}
+    assert store.finished(made.trials) == made.trials.keys()
+    assert marker.read_text() == "tried\n"
+
+
+@pytest.mark.slow
+def test_out_of_memory_is_tried_twice_and_told_with_the_sizes(local_ray, experiment, tmp_path):
+    marker = tmp_path / "marker"
+    what = {"what": "always", "wanted": True, "sticky": False, "error": FULL}
+    made, store = with_faults(experiment, marker, **what)
+    failures, _ = run(made, store)
+    (key,) = (key for key, trial in made.trials.items() if trial.loss.scale == 2)
+    assert failures.keys() == {key} and len(made.trials) == 4
+    assert "Tried to allocate 2.00 GiB. GPU 0 has 8 GiB (also alone on its GPU)" in failures[key]
+    assert store.failure(key)["reason"] == failures[key]
+    assert marker.read_text() == "tried\n" * 2
+
+
+def test_a_trial_without_memory_waits_for_a_gpu_of_its_own(experiment, tmp_path, monkeypatch):
+    monkeypatch.setattr("pld_ray.sweep.scheduling.nodes", lambda: [{"CPU": 8.0, "GPU": 1.0}])
+    made = plan(experiment(SMALL, "grid.loss=[ce, {name: ls}]", "resources.gpus_per_worker=0.5"))
+    store = Store(tmp_path / "results")
+    with Claims(store.files) as claims:
+        search = PlanSearcher(dict(made.trials), made.experiment.resources, store, claims)
+        first, second = search.suggest("a"), search.suggest("b")
+        assert first["needs"]["gpus"] == second["needs"]["gpus"] == 0.5
+        search.on_trial_complete("a", {"out_of_memory": "CUDA out of memory"})
+        assert search.suggest("c") is None  # the other trial has half of the GPU
+        monkeypatch.setattr(store, "record", {second["id"]: {}}.get)
+        search.on_trial_complete("b", {})
+        again = search.suggest("c")
+        assert (again["id"], again["needs"]["gpus"]) == (first["id"], 1.0)
+        assert search.suggest("d") is None
+        search.on_trial_complete("c", {"out_of_memory": "CUDA out of memory"})
+        assert search.suggest("d") == search.FINISHED
+        assert search.failures == {first["id"]: "CUDA out of memory (also alone on its GPU)"}

@@ -11,6 +11,7 @@ from small import CPU, cells, weights
 
 from pld_ray.data.datasets import load
 from pld_ray.data.stream import Stream
+from pld_ray.errors import InputError
 from pld_ray.models.export import load_student
 from pld_ray.store.store import Store
 from pld_ray.sweep import worker
@@ -86,3 +87,31 @@ def test_workers_that_share_a_gpu_are_refused():
     assert said.startswith("trial 0123 (KD) has 2 workers with 0.5 GPUs each, but the workers")
     assert ResourceRequest(1, 0.5, 1).too_large("trial 0123 (KD)", nodes) is None
     assert ResourceRequest(1, 1.0, 2).too_large("trial 0123 (KD)", nodes) is None
+
+
+def wrapped(error):
+    """An error that another one was raised from, as in a plug-in."""
+    outer = InputError("loss own: it failed")
+    outer.__cause__ = error
+    return outer
+
+
+@pytest.mark.parametrize(
+    ("error", "fault"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), "memory"),
+        (torch.AcceleratorError("CUDA error: out of memory"), "memory"),
+        (
+            RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"),
+            "memory",
+        ),
+        (torch.AcceleratorError("CUDA error: device-side assert triggered"), "device"),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"), "device"),
+        (wrapped(RuntimeError("CUDA error: an illegal memory access was encountered")), "device"),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), None),
+        (ValueError("no CUDA error of torch"), None),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_faults_of_a_gpu_are_told_from_those_of_the_trial(error, fault):
+    assert worker._fault(error) == fault

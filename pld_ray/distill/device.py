@@ -1,4 +1,4 @@
-"""Device, precision and memory layout, and the seconds that the parts of a step take."""
+"""Device, its faults, precision, memory layout, and the seconds that the parts of a step take."""
 
 from __future__ import annotations
 
@@ -10,6 +10,11 @@ from typing import Literal
 import torch
 
 Precision = Literal["float32", "bfloat16"]  # of forward passes; weights are float32
+DEVICE_FAULTS = (
+    "CUDA error", "cuDNN error", "CUDNN_STATUS", "CUBLAS_STATUS", "CUSOLVER_STATUS", "NCCL error",
+    "HIP error",
+)  # fmt: skip
+MEMORY_FAULTS = ("CUDA out of memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
 def pick_device() -> torch.device:
@@ -31,6 +36,29 @@ def autocast(device: torch.device, precision: Precision) -> torch.autocast:
 def memory_format(channels_last: bool) -> torch.memory_format:
     """Return the memory layout of images and convolutions."""
     return torch.channels_last if channels_last else torch.contiguous_format
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Return whether an error, or one that caused it, says that the accelerator has no memory."""
+    return _is_fault(error, torch.OutOfMemoryError, MEMORY_FAULTS)
+
+
+def device_failed(error: BaseException) -> bool:
+    """Return whether an error, or one that caused it, is a fault of the accelerator.
+
+    After such a fault, CUDA may refuse all further work of the process.
+    """
+    return _is_fault(error, torch.AcceleratorError, DEVICE_FAULTS)
+
+
+def _is_fault(error: BaseException | None, kind: type[Exception], said: tuple[str, ...]) -> bool:
+    """Return whether an error or one of its causes is of a kind, or contains one of the texts."""
+    while error is not None:
+        texts = str(error) if isinstance(error, RuntimeError) else ""
+        if isinstance(error, kind) or any(text in texts for text in said):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 class Clock:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import ray
 
@@ -29,6 +30,11 @@ class ResourceRequest:
     def worker(self) -> dict[str, float]:
         """The resources of one worker, under Ray's names."""
         return {"CPU": self.cpus, "GPU": self.gpus}
+
+    @property
+    def with_whole_gpus(self) -> ResourceRequest:
+        """The request with a whole GPU for each worker that has a share of one."""
+        return replace(self, gpus=math.ceil(self.gpus))
 
     def fits(self, nodes: list[dict[str, float]]) -> bool:
         """Return whether the nodes have room for all workers when nothing else runs on them."""

@@ -225,7 +225,7 @@ class _Follow(Callback):
     def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **_: Any) -> None:
         self._end()
         key = trial.config["id"]
-        if key not in self.told:
+        if key not in self.told and key not in self.search.waiting:
             self.told.add(key)
             self.view.end(key, self.search.failures.get(key), self.search.notes.get(key))
 

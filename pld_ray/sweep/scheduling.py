@@ -59,6 +59,7 @@ class PlanSearcher(Searcher):
         self.resources, self.store, self.claims = resolved(resources), store, claims
         self.needs = {key: need(trial, self.resources) for key, trial in pending.items()}
         self.running: dict[str, Trial] = {}  # by Tune's trial id
+        self.alone: set[str] = set()  # trials that ran out of memory and get a GPU of their own
         self.failures: dict[str, str] = {}
         self.notes: dict[str, str] = {}
         self.asked: dict[str, float] = {}  # trial id -> when another driver was seen to run it
@@ -96,7 +97,8 @@ class PlanSearcher(Searcher):
         elif self.waiting and now - self.moved > NODES_BACK:
             for key in list(self.waiting):
                 self._fail(key, self.too_large(key) or "no node had room for it")
-        return None if self.waiting or self.to_draw else self.FINISHED
+        # A trial that runs may come back, to be alone on its GPU.
+        return None if self.waiting or self.to_draw or self.running else self.FINISHED
 
     def too_large(self, key: str) -> str | None:
         """Explain why a trial does not fit on the idle cluster; return None if it fits."""
@@ -108,8 +110,16 @@ class PlanSearcher(Searcher):
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
     ) -> None:
-        """Release the resources and the claim of a trial; if it has no record, note why."""
+        """Release the resources and the claim of a trial; if it has no record, note why.
+
+        A trial that ran out of GPU memory waits once more, for a GPU of its own.
+        """
         trial = self.running.pop(trial_id)
+        if (lacking := (result or {}).get("out_of_memory")) and trial.id not in self.alone:
+            self.alone.add(trial.id)
+            self.needs[trial.id] = self.needs[trial.id].with_whole_gpus
+            self.waiting[trial.id] = trial
+            return
         by = self.stopping.stopped.pop(trial.id, None) if self.stopping else None
         try:
             if self.store.record(trial.id) is None:
@@ -119,6 +129,9 @@ class PlanSearcher(Searcher):
                 elif by is not None:
                     self.store.stop(trial, by)
                     self.notes[trial.id] = f"stopped by {by.replace('_', ' ')}"
+                elif lacking:
+                    self.failures[trial.id] = f"{lacking} (also alone on its GPU)"
+                    self.store.fail(trial.id, self.failures[trial.id])
                 else:
                     reason = failure.get("reason") or (result or {}).get("failed")
                     self.failures[trial.id] = reason or "it ended without a record"

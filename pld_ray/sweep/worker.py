@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
+import os
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any
+from typing import Any, Literal, NoReturn
 
 import ray
 from ray import tune
@@ -48,6 +50,10 @@ def run_trial(
             _train_on_workers(trial, reference, store, scratch, need, ledger, monitor)
     except NotedError as error:
         tune.report({"failed": str(error)})
+    except OutOfMemory as error:
+        tune.report({"out_of_memory": str(error)})
+    finally:  # not before: until here, the error holds the variables of the training
+        _free_memory()
 
 
 def _trial(settings: dict[str, Any], store: Store) -> Trial:
@@ -72,11 +78,20 @@ def fill_bank(
     store = Store(store_uri)
     trial = _trial(settings, store)
     job = ray.get_runtime_context().get_job_id()  # a task that is retried keeps its claims
-    fill(trial, ray.get(images[0]), store, ledger, f"build/{job}/{worker}", _assigned_device())
+    try:
+        fill(trial, ray.get(images[0]), store, ledger, f"build/{job}/{worker}", _assigned_device())
+    except Exception as error:
+        if _fault(error) == "device":
+            _end_process()  # Ray tries a task again whose process ends
+        raise
 
 
 class NotedError(RuntimeError):
     """The trial failed and would fail again. The store holds the reason."""
+
+
+class OutOfMemory(RuntimeError):
+    """The GPU had no memory left, perhaps because of its other trials."""
 
 
 def _attempt(
@@ -88,7 +103,21 @@ def _attempt(
     monitor: Any,
     again: type[Exception],
 ) -> None:
-    """Train. Raise errors of the types `again` for another attempt, and NotedError for others."""
+    """Train, and note in the store why it failed.
+
+    Args:
+        trial: The trial.
+        images: Reference of its dataset.
+        store: The store of the trial.
+        report: Receives the metrics of each epoch.
+        ledger: Keeps trials from computing the same teacher logits twice.
+        monitor: Handle of the LivenessMonitor.
+        again: The type of errors after which Tune may try again.
+
+    Raises:
+        NotedError: The trial failed; another attempt would fail too.
+        OutOfMemory: The GPU had no memory left.
+    """
     # Importing torch takes seconds, in which the process gives no sign of life.
     with without_collection():
         from pld_ray.distill.loop import TrainingError, train
@@ -99,19 +128,54 @@ def _attempt(
             found.check_visible()
             train(trial, found, store, report, ledger, step, _device(trial))
         except Exception as error:
-            final = isinstance(error, TrainingError)
-            reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-            if isinstance(error, InputError):
-                reason = str(error)
-            lines = reason.splitlines()
-            wrapped = "in DataLoader worker process" in lines[0]  # the error itself comes last
-            reason = plugins.location(error) + lines[-1 if wrapped else 0]
-            if final or not isinstance(error, again):
+            final, fault = isinstance(error, TrainingError), _fault(error)
+            reason = _reason(error)
+            if final or not (fault or isinstance(error, again)):
                 store.fail(trial.id, reason, traceback.format_exc(), final)
                 raise NotedError(reason) from error
             with suppress(OSError):
                 store.fail(trial.id, reason, traceback.format_exc())
+            if fault == "memory":
+                raise OutOfMemory(reason) from error
+            if fault == "device" and trial.workers == 1:  # Train ends the processes of its workers
+                _end_process()
             raise
+
+
+def _reason(error: Exception) -> str:
+    """Return why a trial failed, in one line."""
+    reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    if isinstance(error, InputError):
+        reason = str(error)
+    lines = reason.splitlines()
+    wrapped = "in DataLoader worker process" in lines[0]  # the error itself comes last
+    return plugins.location(error) + lines[-1 if wrapped else 0]
+
+
+def _fault(error: Exception) -> Literal["memory", "device"] | None:
+    """Return what an error says about the GPU: no memory left, failed, or nothing."""
+    from pld_ray.distill.device import device_failed, out_of_memory
+
+    if out_of_memory(error):
+        return "memory"
+    return "device" if device_failed(error) else None
+
+
+def _end_process() -> NoReturn:
+    """End this process at once. Ray tries its work again in a new one.
+
+    After a fault of the GPU, CUDA refuses all further work of a process, also that of other trials.
+    """
+    os._exit(1)
+
+
+def _free_memory() -> None:
+    """Give the GPU memory of a trial back, for the next trial and for other processes."""
+    import torch
+
+    if torch.cuda.is_initialized():
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 def _device(trial: Trial) -> Any:
@@ -165,10 +229,14 @@ def _train_on_workers(
             name=f"{trial.id}-workers", storage_path=scratch, callbacks=[TuneReportCallback()]
         ),
     )
+    from pld_ray.distill.device import MEMORY_FAULTS
+
     try:
         trainer.fit()
     except TrainingFailedError:
         failure = store.failure(trial.id)
+        if failure is not None and any(text in failure["reason"] for text in MEMORY_FAULTS):
+            raise OutOfMemory(failure["reason"]) from None
         if failure is None or not failure["final"]:
             raise  # a worker died: Tune tries again
         raise NotedError(failure["reason"]) from None
