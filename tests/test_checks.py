@@ -11,7 +11,7 @@ from small import run
 from pld_ray.config.parts import Model, Weights
 from pld_ray.config.planning import plan
 from pld_ray.data import datasets
-from pld_ray.distill.loop import TrainingError
+from pld_ray.distill.running import TrainingError
 from pld_ray.distill.teacher import Teacher
 from pld_ray.errors import InputError
 from pld_ray.models.checks import check_model

@@ -7,6 +7,7 @@ import pytest
 import timm
 import torch
 from small import run
+from torch.nn import functional as F
 
 from pld_ray import losses
 from pld_ray.config.planning import plan
@@ -15,6 +16,7 @@ from pld_ray.data.datasets import load
 from pld_ray.distill.loop import train
 from pld_ray.errors import InputError
 from pld_ray.losses import Features
+from pld_ray.losses.features import _same_size
 from pld_ray.models.checks import check_features
 from pld_ray.models.features import WithFeatures
 from pld_ray.store.store import Store
@@ -130,6 +132,16 @@ def test_losses_against_loops(batch, reference):
     expected = cross_entropy(logits, labels) + reference(student, teacher)
     assert loss(*batch).item() == pytest.approx(expected, rel=1e-4)
     assert not list(loss.parameters())
+
+
+@pytest.mark.parametrize("size", [(8, 6), (4, 2), (5, 6), (3, 4), (7, 1)])
+def test_pooling_is_that_of_torch(size):
+    x = torch.randn(2, 3, 8, 6, dtype=torch.float64, requires_grad=True)
+    small = torch.zeros(2, 1, *size, dtype=torch.float64)
+    found, expected = _same_size(x, small)[0], F.adaptive_avg_pool2d(x, size)
+    torch.testing.assert_close(found, expected)
+    gradients = (torch.autograd.grad(y.square().sum(), x)[0] for y in (found, expected))
+    torch.testing.assert_close(*gradients)
 
 
 def padded(x, pad):

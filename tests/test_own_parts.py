@@ -11,8 +11,9 @@ from pld_ray.config.parts import Schedule
 from pld_ray.config.planning import plan
 from pld_ray.config.registry import register_metric
 from pld_ray.data.datasets import load
-from pld_ray.distill.loop import TrainingError, train
+from pld_ray.distill.loop import train
 from pld_ray.distill.optimization import create_schedule
+from pld_ray.distill.running import TrainingError
 from pld_ray.errors import InputError
 from pld_ray.store.store import Store
 from pld_ray.sweep.checks import check_trials

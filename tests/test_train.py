@@ -6,14 +6,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
+from timm.utils import ModelEmaV3
 
 from pld_ray.config.planning import plan
 from pld_ray.config.trial import Trial
 from pld_ray.data.datasets import load
 from pld_ray.distill import metrics
-from pld_ray.distill.loop import TrainingError, train
-from pld_ray.distill.optimization import update
+from pld_ray.distill.loop import train
+from pld_ray.distill.optimization import MovingAverage, update
+from pld_ray.distill.running import TrainingError
 from pld_ray.store.store import Store
 
 SMALL = """
@@ -230,3 +233,75 @@ def test_schedules():
     steps = rates(Schedule(name="multistep", milestones=(2, 3)), 4, 2)
     # timm counts the update that follows: the rate falls one update before the milestone
     assert steps == pytest.approx([2, 2, 2, 0.2, 0.2, 0.02, 0.02, 0.02])
+
+
+def test_the_moving_average_is_that_of_timm():
+    torch.manual_seed(0)
+    network = timm.create_model("resnet8", num_classes=10, in_chans=1)
+    ours, timms = MovingAverage(network, 0.9), ModelEmaV3(network, decay=0.9)
+    for step in range(5):
+        with torch.no_grad():
+            for value in (*network.parameters(), *network.buffers()):
+                if value.is_floating_point():
+                    value.add_(torch.randn_like(value))
+                else:
+                    value += 1
+        ours.update(network, step=step)
+        timms.update(network, step=step)
+    assert ours.state_dict().keys() == timms.state_dict().keys()
+    assert all(torch.equal(a, b) for a, b in zip(ours.buffers(), timms.buffers(), strict=True))
+    for average, expected in zip(ours.parameters(), timms.parameters(), strict=True):
+        assert torch.equal(average, expected)
+
+
+def test_a_trial_that_resumes_in_another_precision_says_so(experiment, tmp_path, monkeypatch):
+    monkeypatch.setattr("pld_ray.distill.loop.CHECKPOINT_SECONDS", 0)
+    trial = plan(experiment(SMALL, "loss=ce")).cells[0].trial
+    store = Store(tmp_path / "results")
+
+    def stop(metrics):
+        raise SystemExit
+
+    with pytest.raises(SystemExit):
+        train(trial, load(trial.data), store, stop)
+    monkeypatch.setattr("pld_ray.distill.running.pick_precision", lambda *_: "bfloat16")
+    train(trial, load(trial.data), store, lambda metrics: None)
+    record = store.record(trial.id)
+    said = "resumed in epoch 2 with precision float32 before and bfloat16 from then on"
+    assert record["notes"] == [said]
+    assert record["environment"]["precision"] == "bfloat16"
+    assert record["environment"]["tf32"] is False
+
+
+def test_validation_in_pieces_has_the_metrics_of_all_images_at_once(experiment, tmp_path):
+    trial = plan(experiment(SMALL)).cells[0].trial
+    images, found = load(trial.data), []
+    for size in (512, 7):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("pld_ray.distill.evaluation.VAL_BATCH", size)
+            store = Store(tmp_path / f"results{size}")
+            train(trial.teacher, load(trial.teacher.data), store, lambda metrics: None)
+            train(trial, images, store, lambda metrics: None)
+        metrics = store.record(trial.id)["metrics"]
+        found.append({k: v for k, v in metrics.items() if k != "images_per_second"})
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+
+
+WITHOUT_RAY = """
+import sys
+sys.modules["ray"] = None  # an import of it fails
+from pld_ray.config.experiment import load_experiment
+from pld_ray.config.planning import plan
+from pld_ray.data.datasets import load
+from pld_ray.distill.loop import train
+from pld_ray.store.store import Store
+(trial,) = [cell.trial for cell in plan(load_experiment(sys.argv[1], ["loss=ce"])).cells]
+train(trial, load(trial.data), Store(sys.argv[2]), print)
+"""
+
+
+def test_a_trial_trains_without_ray(experiment, tmp_path):
+    path = experiment.folder / "small.yaml"
+    path.write_text(SMALL)
+    arguments = [sys.executable, "-c", WITHOUT_RAY, str(path), str(tmp_path / "results")]
+    assert "top1" in subprocess.run(arguments, check=True, capture_output=True, text=True).stdout

@@ -15,7 +15,6 @@ from pld_ray.errors import InputError
 from pld_ray.models.export import load_student
 from pld_ray.store.store import Store
 from pld_ray.sweep import worker
-from pld_ray.sweep.resources import ResourceRequest
 
 WORKER = """
 import sys
@@ -74,19 +73,18 @@ def test_what_two_workers_evaluate_is_what_they_keep_and_resume(experiment, tmp_
     }
 
 
-@pytest.mark.parametrize(("gpus", "cuda", "kind"), [([0], True, "cuda"), ([], True, "cpu")])
-def test_a_trial_uses_the_gpu_that_ray_gave_it_and_no_other(monkeypatch, gpus, cuda, kind):
-    monkeypatch.setattr(worker, "ray", SimpleNamespace(get_gpu_ids=lambda: gpus))
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+@pytest.mark.parametrize(
+    ("gpus", "has", "kind", "share"),
+    [([0], {"GPU": 1.0}, "cuda", 1.0), ([0], {"GPU": 0.25}, "cuda", 0.25), ([], {}, "cpu", None)],
+)
+def test_a_trial_uses_what_ray_gave_it_of_a_gpu(monkeypatch, gpus, has, kind, share):
+    context, shares = SimpleNamespace(get_assigned_resources=lambda: has), []
+    fake = SimpleNamespace(get_gpu_ids=lambda: gpus, get_runtime_context=lambda: context)
+    monkeypatch.setattr(worker, "ray", fake)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", shares.append)
     assert worker._device(SimpleNamespace(workers=1)).type == kind
-
-
-def test_workers_that_share_a_gpu_are_refused():
-    nodes = [{"CPU": 8.0, "GPU": 4.0}]
-    said = ResourceRequest(1, 0.5, 2).too_large("trial 0123 (KD)", nodes)
-    assert said.startswith("trial 0123 (KD) has 2 workers with 0.5 GPUs each, but the workers")
-    assert ResourceRequest(1, 0.5, 1).too_large("trial 0123 (KD)", nodes) is None
-    assert ResourceRequest(1, 1.0, 2).too_large("trial 0123 (KD)", nodes) is None
+    assert shares == ([] if share is None else [share])
 
 
 def wrapped(error):

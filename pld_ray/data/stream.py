@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 
 import numpy as np
@@ -21,8 +22,10 @@ from pld_ray.data.workers import augmented
 class Stream:
     """Batches of normalised images on a device.
 
-    On an accelerator, a uint8 array is copied to the device once. On the CPU, all trials share the
-    array. Encoded images are decoded batch by batch, in advance.
+    On an accelerator, a uint8 array is copied to the device once if it takes at most a quarter of
+    the free memory. What an epoch draws for such images is copied before its first batch, so that
+    no batch waits for the host. Otherwise all trials share the array in the memory of the host.
+    Encoded images are decoded batch by batch, in advance.
 
     Args:
         images: The dataset.
@@ -46,11 +49,10 @@ class Stream:
             "train": torch.from_numpy(images.train_labels.copy()).to(device),
             "val": torch.from_numpy(images.val_labels.copy()).to(device),
         }
-        self.on_device = {
-            split: torch.from_numpy(array.copy()).to(device)
-            for split, array in self.pixels.items()
-            if device.type != "cpu" and isinstance(array, np.ndarray)
-        }
+        self.on_device: dict[str, Tensor] = {}
+        for split, array in self.pixels.items():
+            if isinstance(array, np.ndarray) and array.nbytes <= _free_memory(device) / 4:
+                self.on_device[split] = torch.from_numpy(array.copy()).to(device)
         mean, std = torch.tensor(images.mean), torch.tensor(images.std)
         self.scale = (1 / (255 * std)).to(device)
         self.shift = (-mean / std).to(device)
@@ -69,11 +71,15 @@ class Stream:
             images are mixed.
         """
         shares = list(shares)
+        if not shares:
+            return
         if self.data.mixes:
             yield from self._mixed(shares, view)
             return
-        for index, images in zip(shares, self._seen(shares, view), strict=True):
-            yield self._normalise(images), self.labels["train"][self._put(index)]
+        labels = self.labels["train"][self._put(np.concatenate(shares))]
+        each = labels.split([len(index) for index in shares])
+        for chosen, images in zip(each, self._seen(shares, view), strict=True):
+            yield self._normalise(images), chosen
 
     def val(self, shares: Iterable[Ints]) -> Iterator[Tensor]:
         """Return an iterator over validation batches, without augmentation.
@@ -110,30 +116,40 @@ class Stream:
         if self.data.augment or isinstance(self.pixels["train"], DrawnImages):
 
             def read(index: Ints) -> Tensor:
-                return self._cropped(self._read("train", index, view), index, view).clone()
+                images = self._read("train", index, view)
+                return self._cropped(images, self._places(index, view)).clone()
 
             for images in augmented(read, self.data.augment, shares, self.seed, view):
                 yield images.to(self.device, non_blocking=True)
             return
-        for index, images in zip(shares, self._gather("train", shares, view), strict=True):
-            yield self._cropped(images, index, view)
+        lengths = [len(index) for index in shares]
+        drawn = self._places(np.concatenate(shares), view)
+        places = zip(*(upload(each, self.device).split(lengths) for each in drawn), strict=True)
+        for images in self._gather("train", shares, view):
+            yield self._cropped(images, next(places, ()))
 
-    def _cropped(self, images: Tensor, index: Ints, view: int) -> Tensor:
-        """Pad, crop and mirror images as the settings say, uint8 [B, H, W, channels]."""
+    def _places(self, index: Ints, view: int) -> tuple[Tensor, ...]:
+        """Draw top, left and mirroring (0 or 1) of the crops of some images, int64 [B] each.
+
+        Returns:
+            Nothing if the images are neither cropped nor mirrored.
+        """
         pad, flip = self.data.pad, self.data.flip
         if not pad and not flip:
-            return images
+            return ()
         bits = random_bits(self.seed, view, index, "augment")
-        if not pad:
-            chosen = torch.from_numpy(below(bits, 48, 2) == 1).to(images.device)
-            return torch.where(chosen[:, None, None, None], images.flip(2), images)
-        top = below(bits, 0, 2 * pad + 1)
-        left = below(bits, 24, 2 * pad + 1)
+        top, left = (below(bits, shift, 2 * pad + 1) for shift in (0, 24))
         mirrored = below(bits, 48, 2) if flip else np.zeros_like(top)
-        places = (
-            torch.from_numpy(x).to(images.device, non_blocking=True) for x in (top, left, mirrored)
-        )
-        return crop_and_flip(images, pad, *places)
+        return tuple(torch.from_numpy(each) for each in (top, left, mirrored))
+
+    def _cropped(self, images: Tensor, places: tuple[Tensor, ...]) -> Tensor:
+        """Pad, crop and mirror images, uint8 [B, H, W, channels], as `_places` says."""
+        if not places:
+            return images
+        if not self.data.pad:
+            chosen = places[2] == 1
+            return torch.where(chosen[:, None, None, None], images.flip(2), images)
+        return crop_and_flip(images, self.data.pad, *places)
 
     def _gather(self, split: str, shares: Iterable[Ints], view: int) -> Iterator[Tensor]:
         """Yield the images of each share on the device, uint8 [B, H, W, channels]."""
@@ -150,12 +166,14 @@ class Stream:
             )
             for images in ahead:
                 yield images.to(self.device, non_blocking=True)
-            return
-        for index in shares:
-            if split in self.on_device:
-                yield self.on_device[split][self._put(index)]
-            else:
-                yield self._read(split, index, view)
+        elif split in self.on_device:
+            shares = list(shares)
+            index = self._put(np.concatenate(shares))
+            for part in index.split([len(share) for share in shares]):
+                yield self.on_device[split][part]
+        else:
+            for share in shares:
+                yield upload(self._read(split, share, view), self.device)
 
     def _read(self, split: str, index: Ints, view: int) -> Tensor:
         """Return images in the memory of the host, uint8 [B, H, W, channels]."""
@@ -170,7 +188,7 @@ class Stream:
 
     def _put(self, x: Ints) -> Tensor:
         """Copy an array to the device."""
-        return torch.from_numpy(x).to(self.device, non_blocking=True)
+        return upload(torch.from_numpy(x), self.device)
 
     def _normalise(self, images: Tensor) -> Tensor:
         """Normalise uint8 [B, H, W, channels] to float32 [B, channels, H, W] in the layout.
@@ -185,3 +203,17 @@ class Stream:
         x.mul_(self.scale.repeat(width)).add_(self.shift.repeat(width))
         x = x.view(batch, height, width, channels).permute(0, 3, 1, 2)
         return x.contiguous(memory_format=self.layout)
+
+
+def upload(x: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor of the host to a device, without waiting for the copy."""
+    if device.type == "cuda":
+        x = x.pin_memory()
+    return x.to(device, non_blocking=True)
+
+
+def _free_memory(device: torch.device) -> float:
+    """Return the bytes that an accelerator has left; 0 for the CPU, which needs no copies."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return 0 if device.type == "cpu" else math.inf

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Literal
@@ -10,6 +12,7 @@ from typing import Literal
 import torch
 
 Precision = Literal["float32", "bfloat16"]  # of forward passes; weights are float32
+SAMPLE = 16  # steps of which one is measured on CUDA
 DEVICE_FAULTS = (
     "CUDA error", "cuDNN error", "CUDNN_STATUS", "CUBLAS_STATUS", "CUSOLVER_STATUS", "NCCL error",
     "HIP error",
@@ -31,6 +34,18 @@ def pick_precision(precision: str, device: torch.device) -> Precision:
 def autocast(device: torch.device, precision: Precision) -> torch.autocast:
     """Return a context in which forward passes run in this precision."""
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
+
+
+def use_deterministic(device: torch.device) -> None:
+    """Choose algorithms that give the same bits in each run, as far as torch has them.
+
+    An operation that has none is used nevertheless, with a warning of torch.
+    """
+    torch.backends.cudnn.deterministic = True
+    if device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at the first product
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def memory_format(channels_last: bool) -> torch.memory_format:
@@ -64,7 +79,8 @@ def _is_fault(error: BaseException | None, kind: type[Exception], said: tuple[st
 class Clock:
     """Seconds that each part of a training step takes.
 
-    On CUDA they are measured by events, which do not make the host wait for the device.
+    On CUDA they are measured by events, which do not make the host wait for the device, and only in
+    every 16th step, because the events take time themselves. The sums are scaled up.
 
     Args:
         device: The device that does the work.
@@ -75,22 +91,27 @@ class Clock:
         self.cuda = device.type == "cuda"
         self.alive = alive
         self.seconds: dict[str, float] = {}
-        self.events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+        self.events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {}
+        self.calls: Counter[str] = Counter()
 
     @contextmanager
     def __call__(self, part: str) -> Iterator[None]:
         """Add the time inside the `with` block to `part`."""
         self.alive()
-        if self.cuda:
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            yield
-            end.record()
-            self.events.append((part, begin, end))
-        else:
+        if not self.cuda:
             started = time.perf_counter()
             yield
             self.add(part, time.perf_counter() - started)
+            return
+        self.calls[part] += 1
+        if self.calls[part] % SAMPLE != 1:
+            yield
+            return
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        yield
+        end.record()
+        self.events.setdefault(part, []).append((begin, end))
 
     def add(self, part: str, seconds: float) -> None:
         """Add seconds that were measured or estimated elsewhere."""
@@ -98,9 +119,11 @@ class Clock:
 
     def read(self) -> dict[str, float]:
         """Return the seconds of each part since the last call."""
-        if self.cuda:
+        if self.events:
             torch.cuda.synchronize()
-        for part, begin, end in self.events:
-            self.add(part, begin.elapsed_time(end) / 1000)
-        found, self.seconds, self.events = self.seconds, {}, []
+        for part, measured in self.events.items():
+            milliseconds = sum(begin.elapsed_time(end) for begin, end in measured)
+            self.add(part, milliseconds / 1000 * self.calls[part] / len(measured))
+        found = self.seconds
+        self.seconds, self.events, self.calls = {}, {}, Counter()
         return found

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from numbers import Real
 from typing import Any
 
 import torch
-from timm.optim import create_optimizer_v2, list_optimizers, param_groups_weight_decay
+from timm.optim import (
+    create_optimizer_v2,
+    get_optimizer_class,
+    list_optimizers,
+    param_groups_weight_decay,
+)
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
@@ -43,11 +49,20 @@ def create_optimizer(settings: Optimizer, distiller: Distiller) -> torch.optim.O
         weight_decay=settings.weight_decay,
         momentum=settings.momentum,
         **betas,
+        **_fused(settings, distiller),
         **settings.args,
     )
     if learnt:
         optimizer.add_param_group({"params": learnt, "weight_decay": settings.weight_decay})
     return optimizer
+
+
+def _fused(settings: Optimizer, distiller: Distiller) -> dict[str, Any]:
+    """Return the argument for torch's fused kernels, where an optimizer has them, on CUDA."""
+    on_cuda = next(distiller.student.parameters()).device.type == "cuda"
+    known = inspect.signature(get_optimizer_class(settings.name)).parameters
+    chosen = {"foreach", "fused", "capturable", "differentiable"} & settings.args.keys()
+    return {"fused": True} if on_cuda and "fused" in known and not chosen else {}
 
 
 def create_schedule(
@@ -161,13 +176,37 @@ class OwnSchedule:
         return float(factor)
 
 
+class MovingAverage(ModelEmaV3):
+    """The exponential moving average of a network, timm's `ModelEmaV3` with the same results.
+
+    The tensors are listed once, because to list them at each update takes most of its time.
+
+    Args:
+        model: The network. It stays on its device.
+        decay: The share of the average that an update keeps.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        super().__init__(model, decay=decay)
+        pairs = [*zip(self.module.state_dict().values(), model.state_dict().values(), strict=True)]
+        self.averaged = [pair for pair in pairs if pair[0].is_floating_point()]
+        self.copied = [pair for pair in pairs if not pair[0].is_floating_point()]
+
+    def apply_update_(self, model: nn.Module, decay: float) -> None:
+        """Move the average towards the weights and buffers of the network."""
+        averages, values = ([pair[i] for pair in self.averaged] for i in (0, 1))
+        torch._foreach_lerp_(averages, values, weight=1.0 - decay)
+        for copy, value in self.copied:
+            copy.copy_(value)
+
+
 def update(
     loss: Tensor,
     distiller: Distiller,
     optimizer: torch.optim.Optimizer,
     step: int,
     clip_grad: float | None,
-    ema: ModelEmaV3 | None,
+    ema: MovingAverage | None,
 ) -> None:
     """Do one update: backward pass, clipped gradients, optimizer step, moving average.
 

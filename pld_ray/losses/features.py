@@ -123,10 +123,29 @@ class FeatureLoss(nn.Module, ABC):
 def _same_size(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
     """Average-pool two maps [B, *, h, w] to the smaller height and width of the two."""
     size = min(one.shape[2], other.shape[2]), min(one.shape[3], other.shape[3])
-    first, second = (
-        x if x.shape[2:] == size else F.adaptive_avg_pool2d(x, size) for x in (one, other)
-    )
+    first, second = (x if x.shape[2:] == size else _pool(x, *size) for x in (one, other))
     return first, second
+
+
+def _pool(x: Tensor, height: int, width: int) -> Tensor:
+    """Average-pool maps [B, *, h, w] to [B, *, height, width], as `F.adaptive_avg_pool2d` does.
+
+    The backward pass of that function adds in any order on CUDA, so that results are not the same
+    each time.
+    """
+    rows, columns = x.shape[2] // height, x.shape[3] // width
+    if (rows * height, columns * width) == x.shape[2:]:
+        return F.avg_pool2d(x, (rows, columns))
+    down, across = _averages(x.shape[2], height, x), _averages(x.shape[3], width, x)
+    return down @ x @ across.T
+
+
+def _averages(inputs: int, outputs: int, like: Tensor) -> Tensor:
+    """Return the weights [outputs, inputs] of an adaptive average pooling along one side."""
+    step, place = (torch.arange(n, device=like.device) for n in (outputs, inputs))
+    first, last = step * inputs // outputs, -(-(step + 1) * inputs // outputs)
+    inside = ((place >= first[:, None]) & (place < last[:, None])).to(like)
+    return inside / inside.sum(1, keepdim=True)
 
 
 @register_loss("at", label="AT", takes="features")

@@ -18,7 +18,7 @@ import math
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import Annotated, Literal, Unpack
+from typing import Annotated, Any, Literal, Unpack
 
 import torch
 from pydantic import Field
@@ -235,7 +235,10 @@ class PLDLoss(RankingLoss):
             return teacher.topk(k, 1).indices if order is None else self._columns(order, k).long()
 
         if self.top_k == "auto":
-            chosen = None if transformed() else self._enough(teacher, best)
+            # The search would make the host wait for an accelerator. It saves time only: `weigh`
+            # leaves out the same classes without it.
+            searched = teacher.device.type == "cpu" and not transformed()
+            chosen = self._enough(teacher, best) if searched else None
         elif self.top_k is not None and int(self.top_k) < classes:
             chosen = best(int(self.top_k))
         if chosen is None:
@@ -279,9 +282,14 @@ class PLDLoss(RankingLoss):
         return (1 - _entropy(probabilities) / math.log(classes)).clamp_min(0)
 
     def notice(self, teacher: Tensor) -> None:
-        """Warn once if the softmax of the teacher logits [N, C] is close to uniform."""
+        """Warn once if the softmax of the teacher logits [N, C] is close to uniform.
+
+        On the CPU, the calls 1, 2, 3, 5, 9, ... look at the logits; on an accelerator, the first.
+        """
         call, classes = next(self._calls), teacher.shape[1]
         if call & (call - 1) or self.notes or classes == 1:
+            return
+        if call and teacher.device.type != "cpu":  # to look would stall an accelerator
             return
         _, teacher = standardize_pair(teacher, teacher, self.standardize)
         entropy = float(_entropy(self._probabilities(teacher)).mean()) / math.log(classes)
@@ -322,11 +330,22 @@ class PlackettLuceLoss(RankingLoss):
     ) -> None:
         super().__init__(standardize, **options)
         self.schedule = schedule
+        self.fixed = False  # whether the weights are the same in every forward pass
+        self.kept: dict[Any, Tensor] = {}
+
+    def _step_weights(self, like: Tensor) -> Tensor:
+        """Return the weights of the steps [C] as the teacher logits [N, C] are stored."""
+        classes, where = like.shape[1], (like.shape[1], like.device, like.dtype)
+        if not self.fixed or transformed():
+            return schedule_weights(self.schedule, classes).to(like)
+        if where not in self.kept:
+            self.kept[where] = schedule_weights(self.schedule, classes).to(like)
+        return self.kept[where]
 
     def weigh(self, teacher: Tensor, labels: Tensor, ranking: Ranking) -> Tensor:
         """Return the weights of the schedule for every sample [N, M]; see `RankingLoss.weigh`."""
         classes = teacher.shape[1]
-        weights = schedule_weights(self.schedule, classes).to(teacher)
+        weights = self._step_weights(teacher)
         if not ranking.repeated:
             return weights.expand(len(labels), classes)
         # the label is step 1, so classes before it in the order move one step later
@@ -385,6 +404,7 @@ class ListMLELoss(PlackettLuceLoss):
 
     def __init__(self, standardize: Standardize = "none", **options: Unpack[Options]) -> None:
         super().__init__(torch.ones_like, standardize, **options)
+        self.fixed = True
 
 
 @register_loss("plistmle", label="P-ListMLE", takes="order")
@@ -409,6 +429,7 @@ class PListMLELoss(PlackettLuceLoss):
 
     def __init__(self, standardize: Standardize = "none", **options: Unpack[Options]) -> None:
         super().__init__(position_weights, standardize, **options)
+        self.fixed = True
 
 
 def position_weights(step: Tensor) -> Tensor:

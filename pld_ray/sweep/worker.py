@@ -120,7 +120,8 @@ def _attempt(
     """
     # Importing torch takes seconds, in which the process gives no sign of life.
     with without_collection():
-        from pld_ray.distill.loop import TrainingError, train
+        from pld_ray.distill.loop import train
+        from pld_ray.distill.running import TrainingError
 
     with monitored(monitor, trial.id) as step:
         try:
@@ -190,12 +191,17 @@ def _device(trial: Trial) -> Any:
 def _assigned_device() -> Any:
     """Return the GPU that Ray gave to this process, or the CPU.
 
-    Ray hides the GPUs of others only from processes that have one.
+    Ray hides the GPUs of others only from processes that have one. A process that has a share of a
+    GPU gets this share of its memory, so that it cannot take that of its neighbours.
     """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before CUDA starts
     import torch
 
-    own = ray.get_gpu_ids() and torch.cuda.is_available()
-    return torch.device("cuda" if own else "cpu")
+    if not (ray.get_gpu_ids() and torch.cuda.is_available()):
+        return torch.device("cpu")
+    share = ray.get_runtime_context().get_assigned_resources().get("GPU", 1.0)
+    torch.cuda.set_per_process_memory_fraction(min(share, 1.0))
+    return torch.device("cuda")
 
 
 def _train_on_workers(

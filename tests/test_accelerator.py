@@ -1,0 +1,118 @@
+"""What an accelerator asks for, as far as it can be shown without one.
+
+Tensors on the meta device have no values: what would make the host wait for a value fails there,
+and a copy between the host and the device can be counted.
+"""
+
+from contextlib import nullcontext
+
+import numpy as np
+import pytest
+import timm
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
+
+from pld_ray import losses
+from pld_ray.config.parts import Data
+from pld_ray.data import stream
+from pld_ray.data.images import Images
+from pld_ray.data.sampling import batches, order
+from pld_ray.distill.distiller import Distiller
+from pld_ray.losses.registry import REGISTRY
+
+CPU = torch.device("cpu")
+
+
+class Transfers(TorchDispatchMode):
+    """Lists the operations between a tensor of the host and one of another device."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        flat = tree_flatten((args, kwargs, result))[0]
+        # a number in a tensor without dimensions is passed to a kernel and is not copied
+        tensors = [x for x in flat if isinstance(x, torch.Tensor)]
+        devices = {x.device.type for x in tensors if x.dim() or x.device.type != "cpu"}
+        if len(devices) > 1:
+            self.found.append(str(function))
+        return result
+
+
+def shipped_losses():
+    return sorted(name for name, params in REGISTRY.items() if params.source.startswith("pld_ray"))
+
+
+@pytest.mark.parametrize("name", [*shipped_losses(), "pld with top_k"])
+def test_a_step_makes_no_host_wait_and_copies_nothing(monkeypatch, name):
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # not for this device
+    name, *chosen = name.split(" with ")
+    loss = losses.create_loss(name, **{option: "auto" for option in chosen})
+    with torch.device("meta"):
+        student, teacher = (timm.create_model(n, num_classes=1100) for n in ("resnet8", "resnet20"))
+        images, labels = torch.randn(8, 3, 32, 32), torch.zeros(8, dtype=torch.int64)
+    distiller = Distiller(student, teacher, loss)
+    distiller.connect(images)
+    distiller.loss.notice(torch.randn(8, 1100))  # as before the first epoch of a trial
+    parameters = [*student.parameters(), *distiller.learnt_by_loss()]
+    optimizer = torch.optim.SGD(parameters, 0.1, momentum=0.9)
+    distiller.train()
+    for _ in range(2):  # what the first step keeps, the second uses
+        with Transfers() as transfers:
+            loss = distiller(images, labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    assert transfers.found == []
+
+
+def made_up(count):
+    dice = np.random.default_rng(0)
+    pixels = dice.integers(0, 256, (count, 8, 8, 3), dtype=np.uint8)
+    labels = dice.integers(0, 4, count)
+    return Images(pixels, labels, pixels[:9], labels[:9], 4, (0.5,) * 3, (0.2,) * 3)
+
+
+@pytest.mark.parametrize("pad", [0, 2])
+def test_an_epoch_from_the_memory_of_the_device_is_that_from_the_host(monkeypatch, pad):
+    images, data = made_up(37), Data(name="digits", pad=pad, flip=True)
+    shares = list(batches(order(3, 5, 37), 8, False))
+
+    def epoch():
+        shown = stream.Stream(images, data, 3, CPU)
+        return [*shown.train(shares, 5)], [*shown.val([np.arange(9)])]
+
+    host = epoch()
+    monkeypatch.setattr(stream, "_free_memory", lambda device: 1e9)
+    device = epoch()
+    for one, other in zip(host[0], device[0], strict=True):
+        assert torch.equal(one[0], other[0]) and torch.equal(one[1], other[1])
+    assert torch.equal(host[1][0], device[1][0])
+
+
+def test_the_number_of_copies_of_an_epoch_does_not_depend_on_its_steps(monkeypatch):
+    images, copies = made_up(64), []
+
+    def counted(x, device):
+        copies.append(x)
+        return x
+
+    monkeypatch.setattr(stream, "_free_memory", lambda device: 1e9)
+    monkeypatch.setattr(stream, "upload", counted)
+    shown = stream.Stream(images, Data(name="digits", pad=1, flip=True), 0, CPU)
+    counts = []
+    for size in (32, 4):
+        copies.clear()
+        assert len([*shown.train(batches(order(0, 0, 64), size, False), 0)]) == 64 // size
+        counts.append(len(copies))
+    assert counts == [5, 5]  # order, labels' order, top, left, mirroring
+
+
+def test_images_that_do_not_fit_stay_on_the_host(monkeypatch):
+    images = made_up(64)
+    monkeypatch.setattr(stream, "_free_memory", lambda device: 4 * images.train.nbytes - 1)
+    kept = stream.Stream(images, Data(name="digits"), 0, CPU).on_device
+    assert kept.keys() == {"val"}
