@@ -28,7 +28,6 @@ from __future__ import annotations
 import math
 from typing import Any, Protocol, cast
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -175,11 +174,7 @@ def _linear(
     rest, weights = z[:, 1:], weights[:, :steps]
     if weights.dtype != exp.dtype:
         weights = weights.to(exp.dtype)
-    costs = rest / items[:, :-1]
-    # torch.log1p processes float32 numbers one by one. At 1,000 classes it would take as long as
-    # everything else together.
-    array = costs.numpy()
-    np.log1p(array, out=array)
+    costs = (rest / items[:, :-1]).log1p_()
     costs.mul_(weights)  # not a matrix product, which autocast would run in half precision
     losses = costs.sum() / len(costs) if mean else costs.sum(1)
     if not wanted:
