@@ -5,6 +5,7 @@ and a copy between the host and the device can be counted.
 """
 
 from contextlib import nullcontext
+from functools import partial
 
 import numpy as np
 import pytest
@@ -15,11 +16,16 @@ from torch.utils._pytree import tree_flatten
 
 from pld_ray import losses
 from pld_ray.config.parts import Data
+from pld_ray.config.planning import plan
 from pld_ray.data import stream
+from pld_ray.data.datasets import load
 from pld_ray.data.images import Images
 from pld_ray.data.sampling import batches, order
+from pld_ray.distill.device import pick_precision
 from pld_ray.distill.distiller import Distiller
+from pld_ray.distill.loop import train
 from pld_ray.losses.registry import REGISTRY
+from pld_ray.store.store import Store
 
 CPU = torch.device("cpu")
 
@@ -116,3 +122,32 @@ def test_images_that_do_not_fit_stay_on_the_host(monkeypatch):
     monkeypatch.setattr(stream, "_free_memory", lambda device: 4 * images.train.nbytes - 1)
     kept = stream.Stream(images, Data(name="digits"), 0, CPU).on_device
     assert kept.keys() == {"val"}
+
+
+@pytest.mark.parametrize(
+    ("precision", "kind", "has", "expected"),
+    [
+        ("auto", "cuda", True, "bfloat16"),
+        ("auto", "cuda", False, "float32"),
+        ("auto", "cpu", True, "float32"),
+        ("bfloat16", "cpu", False, "bfloat16"),
+        ("float32", "cuda", True, "float32"),
+    ],
+)
+def test_bfloat16_is_chosen_where_the_card_has_it(monkeypatch, precision, kind, has, expected):
+    def supported(including_emulation):
+        return has or including_emulation
+
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
+    assert pick_precision(precision, torch.device(kind)) == expected
+
+
+def test_each_of_many_networks_in_a_process_is_compiled(experiment, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))  # not to C++
+    text = "base: {data: {name: digits, limit: 40}, student: resnet8, epochs: 1, compile: true}\n"
+    made = plan(experiment(f"{text}grid: {{loss: [ce]}}\nseeds: {[*range(10)]}\n"))
+    store = Store(tmp_path)
+    for trial in made.trials.values():
+        train(trial, load(trial.data), store, lambda metrics: None)
+    records = store.records(made.trials).values()
+    assert [record["environment"]["compiled"] for record in records] == [True] * 10

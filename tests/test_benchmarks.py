@@ -2,6 +2,7 @@
 
 import argparse
 import io
+import json
 import runpy
 import sys
 from pathlib import Path
@@ -76,3 +77,21 @@ def test_grid_counts_the_teachers_images(tmp_path, local_ray):
     console = Console(width=120, file=io.StringIO())
     grid.show(pd.DataFrame([row]), console)
     assert "| resnet20 → resnet8" in console.file.getvalue()
+
+
+@pytest.mark.slow
+def test_gpu(tmp_path, monkeypatch, capsys):
+    benchmark = runpy.run_path(str(FOLDER / "gpu.py"))
+    parts = ["steps", "losses", "resume"]  # test_workers.py runs two processes
+    arguments = ["gpu.py", "--quick", "--out", str(tmp_path), "--parts", *parts]
+    monkeypatch.setattr(sys, "argv", arguments)
+    benchmark["main"]()
+    found = json.loads((tmp_path / "gpu.json").read_text())
+    assert found["resume"] == [{"loss": "ce", "same bits after resume": True}]
+    assert [row["loss"] for row in found["losses"]] == [
+        "ce", "kd", "dist", "dkd", "pld", "pld, order given", "copy"
+    ]  # fmt: skip
+    (step,) = found["steps"]
+    ours, taught = step["CE (ms)"], step["KD, live teacher (ms)"]
+    assert step["not student (%)"] == pytest.approx(100 * (1 - ours / taught))
+    assert "times the bytes" in capsys.readouterr().out

@@ -26,9 +26,12 @@ def pick_device() -> torch.device:
 
 
 def pick_precision(precision: str, device: torch.device) -> Precision:
-    """Return "float32" or "bfloat16"; "auto" means bfloat16 on CUDA."""
-    wide = precision == "float32" or (precision == "auto" and device.type != "cuda")
-    return "float32" if wide else "bfloat16"
+    """Return "float32" or "bfloat16"; "auto" means bfloat16 on a CUDA card that has it."""
+    if precision == "auto":
+        cuda = device.type == "cuda"
+        fast = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+        return "bfloat16" if fast else "float32"
+    return "float32" if precision == "float32" else "bfloat16"
 
 
 def autocast(device: torch.device, precision: Precision) -> torch.autocast:

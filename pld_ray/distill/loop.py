@@ -262,6 +262,12 @@ def change_notes(environments: list[dict[str, Any]]) -> list[str]:
     return notes
 
 
+def was_compiled() -> bool:
+    """Return whether torch.compile has compiled all that it was given since it was last reset."""
+    frames = torch._dynamo.utils.counters["frames"]
+    return 0 < frames["total"] == frames["ok"]
+
+
 def make_record(run: Run) -> dict[str, Any]:
     """What a finished trial leaves behind; the metrics are those of its last epoch."""
     import timm
@@ -283,6 +289,7 @@ def make_record(run: Run) -> dict[str, Any]:
         "environment": {
             "pld_ray": __version__,
             **ran,
+            "compiled": run.trial.compile and was_compiled(),
             "timm": timm.__version__,
             "python": platform.python_version(),
             "threads": torch.get_num_threads(),

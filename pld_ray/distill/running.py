@@ -126,6 +126,7 @@ def make_distiller(
     distiller.connect(next(student.parameters()).new_zeros(1, channels, size, size))
     if trial.compile:
         torch._dynamo.reset()  # it compiles a few networks in a process and runs the rest eagerly
+        torch._dynamo.utils.counters.clear()
         distiller.compile_student()
     return distiller
 
