@@ -1,29 +1,29 @@
 """Measure a GPU: training steps, losses, exact resume, and two processes. No Ray and no data set.
 
-    .venv/bin/python benchmarks/gpu.py           # eight minutes at most on one GPU
+    .venv/bin/python benchmarks/gpu.py           # some minutes on one GPU
     .venv/bin/python benchmarks/gpu.py --quick   # every part once, small; also without a GPU
 
-Four parts, each printed as a table; all numbers go to --out as gpu.json:
+Five parts, each printed as a table. All numbers go to --out as gpu.json, row by row.
 
-    steps    The pairs of the paper's Table 1 (batches of 128 random 32x32 images) and two networks
-             at 224 pixels, in bfloat16 on a GPU: milliseconds of a step of CE and of KD with a live
-             teacher, eager; of CE compiled and as a CUDA graph; and images per second of CE when
-             the stream prepares the images, as a trial does it
     losses   The forward and backward pass of losses on logits, beside the bytes that they must move
              (both logits once in, the gradient once out) over the bandwidth that a copy reaches
     resume   A trial on the digits that is stopped and resumed has the same bits as one that is not
     workers  Two processes train one trial (gloo, because NCCL refuses two processes on one GPU)
+    steps    The pairs of the paper's Table 1 (batches of 128 random 32x32 images) and two networks
+             at 224 pixels, in bfloat16 on a GPU: milliseconds of a step of CE and of KD with a live
+             teacher, of CE as a CUDA graph, and images per second of CE when the stream prepares
+             the images, as in a trial
+    compiled The same step of CE after torch.compile
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -42,7 +42,7 @@ from pld_ray.data import datasets
 from pld_ray.data.images import Images
 from pld_ray.data.sampling import batches, order
 from pld_ray.data.stream import Stream
-from pld_ray.distill.device import pick_device, pick_precision
+from pld_ray.distill.device import pick_device, pick_precision, use_deterministic
 from pld_ray.distill.distiller import Distiller
 from pld_ray.distill.loop import train
 from pld_ray.models.factory import create_model
@@ -123,7 +123,11 @@ class Step:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             self()
-        return graph.replay
+
+        def replay(kept: Step = self) -> None:  # the graph uses the tensors of the step
+            graph.replay()
+
+        return replay
 
 
 def streamed(step: Step, side: int, images: int, device: torch.device) -> float:
@@ -145,43 +149,59 @@ def streamed(step: Step, side: int, images: int, device: torch.device) -> float:
     return max(rates)
 
 
-def measure_steps(device: torch.device, quick: bool) -> list[Row]:
-    """Return the times of the steps of each pair of networks."""
-    cuda, seconds, rows = device.type == "cuda", 0.1 if quick else 3.0, []
-    pairs = [(names, 32, 128, 50_000) for names in SMALL]
-    pairs += [(names, 224, 64, 2_048) for names in LARGE]
+def pairs(quick: bool) -> list[tuple[tuple[str, str], int, int, int]]:
+    """Return teacher and student, side of the images, batch size, and images of an epoch."""
     if quick:
-        pairs = [(("resnet20", "resnet8"), 32, 16, 64)]
-    for (teacher_name, student_name), side, batch, images in pairs:
-        classes = 100 if side == 32 else 1000
+        return [(("resnet20", "resnet8"), 32, 16, 64)]
+    large = [(names, 224, 64, 2_048) for names in LARGE]
+    return [(names, 32, 128, 50_000) for names in SMALL] + large
 
-        def network(name: str, side: int = side, classes: int = classes) -> nn.Module:
-            made = create_model(Model(name=name), classes, 3, side).to(device)
-            return made.to(memory_format=torch.channels_last)
 
-        x = torch.randn(batch, 3, side, side, device=device)
-        x = x.to(memory_format=torch.channels_last)
-        y = torch.randint(100, (batch,), device=device)
-        alone = Step(network(student_name), None, x, y)
-        taught = Step(network(student_name), network(teacher_name), x, y)
+def network(name: str, side: int, device: torch.device) -> nn.Module:
+    """Return a network with its first weights, for images of this side."""
+    made = create_model(Model(name=name), 100 if side == 32 else 1000, 3, side).to(device)
+    return made.to(memory_format=torch.channels_last)
+
+
+def batch_of(batch: int, side: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return random images [B, 3, H, W] and labels [B]."""
+    images = torch.randn(batch, 3, side, side, device=device)
+    labels = torch.randint(100, (batch,), device=device)
+    return images.to(memory_format=torch.channels_last), labels
+
+
+def measure_steps(device: torch.device, quick: bool) -> Iterator[Row]:
+    """Yield the times of the steps of each pair of networks."""
+    seconds = 0.1 if quick else 2.0
+    for (teacher_name, student_name), side, batch, images in pairs(quick):
+        x, y = batch_of(batch, side, device)
+        alone = Step(network(student_name, side, device), None, x, y)
+        teacher = network(teacher_name, side, device)
+        taught = Step(network(student_name, side, device), teacher, x, y)
         row: Row = {"pair": f"{teacher_name} → {student_name}", "batch": batch}
         row["CE (ms)"] = milliseconds(alone, device, seconds)
         row["KD, live teacher (ms)"] = milliseconds(taught, device, seconds)
         row["not student (%)"] = 100 * (1 - row["CE (ms)"] / row["KD, live teacher (ms)"])
         row["CE images/s"] = streamed(alone, side, images, device)
         row["of resident (%)"] = row["CE images/s"] * row["CE (ms)"] / batch / 10
-        if cuda:
-            row["CE graph (ms)"] = milliseconds(
-                Step(network(student_name), None, x, y).captured(), device, seconds
-            )
-            compiled = Step(network(student_name), None, x, y)
-            compiled.distiller.compile_student()
-            row["CE compiled (ms)"] = milliseconds(compiled, device, seconds)
-        rows.append(row)
+        if device.type == "cuda":
+            step = Step(network(student_name, side, device), None, x, y)
+            row["CE graph (ms)"] = milliseconds(step.captured(), device, seconds)
+        yield row
+
+
+def measure_compiled(device: torch.device, quick: bool) -> Iterator[Row]:
+    """Yield the times of the steps of each student after `torch.compile`."""
+    for (_, name), side, batch, _ in pairs(quick):
         torch._dynamo.reset()
-        if cuda:
-            torch.cuda.empty_cache()
-    return rows
+        step = Step(network(name, side, device), None, *batch_of(batch, side, device))
+        step.distiller.compile_student()
+        started = time.perf_counter()
+        step()
+        wait(device)
+        took = time.perf_counter() - started
+        best = milliseconds(step, device, 0.1 if quick else 2.0)
+        yield {"student": name, "CE compiled (ms)": best, "first step (s)": took}
 
 
 # ---------------------------------------------------------------- losses
@@ -212,27 +232,26 @@ def _time_loss(
     return milliseconds(run, device, 0.1 if quick else 1.0)
 
 
-def measure_losses(device: torch.device, quick: bool) -> list[Row]:
-    """Return the times of losses and the least time that their bytes take."""
-    rate, rows = bandwidth(device, quick), []
+def measure_losses(device: torch.device, quick: bool) -> Iterator[Row]:
+    """Yield the times of losses and the least time that their bytes take."""
+    rate = bandwidth(device, quick)
+    yield {"loss": "copy", "GB/s": rate / 1e9}
     for batch, classes in SIZES[:1] if quick else SIZES:
-        generator = torch.Generator().manual_seed(classes)
-        student, teacher = (3 * torch.randn(2, batch, classes, generator=generator)).to(device)
-        labels = torch.randint(classes, (batch,), generator=generator).to(device)
+        generator = torch.Generator(device).manual_seed(classes)
+        student, teacher = (
+            3 * torch.randn(batch, classes, generator=generator, device=device) for _ in range(2)
+        )
+        labels = torch.randint(classes, (batch,), generator=generator, device=device)
         given = student.requires_grad_(), teacher, labels
-        ranked = losses.teacher_order(teacher, labels)
         found = {name: _time_loss(name, given, {}, device, quick) for name in LOSSES}
-        more = {"order": ranked}
+        more = {"order": losses.teacher_order(teacher, labels)}
         found["pld, order given"] = _time_loss("pld", given, more, device, quick)
         bound = 1000 * 3 * teacher.nbytes / rate
         for name, took in found.items():
-            rows.append(
-                {
-                    "size": f"{batch} x {classes}", "loss": name, "ms": took,
-                    "times KD": took / found["kd"], "times the bytes": took / bound,
-                }
-            )  # fmt: skip
-    return [*rows, {"loss": "copy", "GB/s": rate / 1e9}]
+            yield {
+                "size": f"{batch} x {classes}", "loss": name, "ms": took,
+                "times KD": took / found["kd"], "times the bytes": took / bound,
+            }  # fmt: skip
 
 
 # ---------------------------------------------------------------- resume and workers
@@ -276,17 +295,15 @@ def same(one: Row | None, other: Row | None) -> bool:
     return one["weights_sha256"] == other["weights_sha256"] and metrics[0] == metrics[1]
 
 
-def measure_resume(device: torch.device, quick: bool) -> list[Row]:
-    """Return whether a trial that is stopped after an epoch ends with the same bits."""
-    rows, epochs = [], 2 if quick else 4
+def measure_resume(device: torch.device, quick: bool) -> Iterator[Row]:
+    """Yield whether a trial that is stopped after an epoch ends with the same bits."""
     for loss in ("ce",) if quick else ("ce", "ls"):
-        trial = small_trial(loss, 1, epochs)
+        trial = small_trial(loss, 1, 2 if quick else 4)
         with tempfile.TemporaryDirectory() as whole, tempfile.TemporaryDirectory() as parts:
             expected = run_trial(trial, whole, device)
             run_trial(trial, parts, device, last=1)
             resumed = run_trial(trial, parts, device)
-        rows.append({"loss": loss, "same bits after resume": same(expected, resumed)})
-    return rows
+        yield {"loss": loss, "same bits after resume": same(expected, resumed)}
 
 
 def _worker(rank: int, folder: str, spec: str, last: int, device: str) -> None:
@@ -298,8 +315,8 @@ def _worker(rank: int, folder: str, spec: str, last: int, device: str) -> None:
     torch.distributed.destroy_process_group()
 
 
-def measure_workers(device: torch.device, quick: bool) -> list[Row]:
-    """Return how two processes train one trial, whole and resumed."""
+def measure_workers(device: torch.device, quick: bool) -> Iterator[Row]:
+    """Yield how two processes train one trial, whole and resumed."""
     trial = small_trial("ce", 2, 2 if quick else 3)
     records = []
     with tempfile.TemporaryDirectory() as whole, tempfile.TemporaryDirectory() as parts:
@@ -310,22 +327,21 @@ def measure_workers(device: torch.device, quick: bool) -> list[Row]:
             spawn(_worker, arguments, 2)
             records.append(Store(folder).record(trial.id) or {})
         took = time.perf_counter() - started
-    return [
-        {
-            "workers": 2, "top-1": records[0]["metrics"]["top1"], "seconds of three runs": took,
-            "same bits after resume": same(records[0], records[2]),
-        }
-    ]  # fmt: skip
+    yield {
+        "workers": 2, "top-1": records[0]["metrics"]["top1"], "seconds of three runs": took,
+        "same bits after resume": same(records[0], records[2]),
+    }  # fmt: skip
 
 
 # ---------------------------------------------------------------- output
 
 
 PARTS = {
-    "steps": measure_steps,
     "losses": measure_losses,
     "resume": measure_resume,
     "workers": measure_workers,
+    "steps": measure_steps,
+    "compiled": measure_compiled,
 }
 
 
@@ -349,17 +365,19 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=[*PARTS])
     parser.add_argument("--out", type=Path, default=Path("results/benchmarks"))
     arguments = parser.parse_args()
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     device = pick_device()
+    use_deterministic(device)  # as a trial does
     card = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or "cpu"
     found: Row = {"device": card, "torch": str(torch.__version__), "quick": arguments.quick}
     arguments.out.mkdir(parents=True, exist_ok=True)
     for part in arguments.parts:
         started = time.perf_counter()
-        found[part] = PARTS[part](device, arguments.quick)
+        found[part] = []
+        for row in PARTS[part](device, arguments.quick):
+            found[part].append(row)
+            (arguments.out / "gpu.json").write_text(json.dumps(found, indent=1) + "\n")
         title = f"{part} ({card}, torch {torch.__version__}, {time.perf_counter() - started:.0f} s)"
         Console().print(table(title, found[part]))
-        (arguments.out / "gpu.json").write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

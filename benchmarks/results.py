@@ -79,7 +79,7 @@ def finish(trial: Trial, store: Store) -> None:
     record = {
         "id": trial.id, "metrics": metrics, "seconds": {"seconds": 11.0, "teacher_seconds": 1.0},
         "parameters": 78042, "notes": [], "environment": ENVIRONMENT,
-        "finished": "2026-01-01T00:00:00+00:00", "trial": trial.model_dump(mode="json"),
+        "finished": "2026-01-01T00:00:00+00:00",
     }  # fmt: skip
     store.start(trial)
     store.log(trial, history)

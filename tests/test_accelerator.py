@@ -21,7 +21,7 @@ from pld_ray.data import stream
 from pld_ray.data.datasets import load
 from pld_ray.data.images import Images
 from pld_ray.data.sampling import batches, order
-from pld_ray.distill.device import pick_precision
+from pld_ray.distill.device import Clock, pick_precision
 from pld_ray.distill.distiller import Distiller
 from pld_ray.distill.loop import train
 from pld_ray.losses.registry import REGISTRY
@@ -151,3 +151,36 @@ def test_each_of_many_networks_in_a_process_is_compiled(experiment, tmp_path, mo
         train(trial, load(trial.data), store, lambda metrics: None)
     records = store.records(made.trials).values()
     assert [record["environment"]["compiled"] for record in records] == [True] * 10
+
+
+class Events:
+    """Events of a device whose clock the test sets."""
+
+    now = 0.0
+
+    def __init__(self, enable_timing):
+        self.at = 0.0
+
+    def record(self):
+        self.at = Events.now
+
+    def elapsed_time(self, end):
+        return 1000 * (end.at - self.at)
+
+
+@pytest.mark.parametrize("steps", [3, 16, 17, 391])
+def test_the_clock_of_an_epoch_on_cuda(monkeypatch, steps):
+    monkeypatch.setattr(torch.cuda, "Event", Events)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    clock = Clock(torch.device("cuda"))
+    for number in range(steps):
+        clock.step(number, steps)
+        with clock("data"):
+            Events.now += 2.0 if number == 0 else 0.001  # the first one starts the workers
+        for part in (0.01, 0.03):  # forward, then backward
+            with clock("student"):
+                Events.now += part
+    found = clock.read()
+    assert found["data"] == pytest.approx(2 + 0.001 * (steps - 1))
+    assert found["student"] == pytest.approx(0.04 * steps)
+    assert len(clock.events) == 0 and clock.read() == {}

@@ -89,7 +89,7 @@ def test_gpu(tmp_path, monkeypatch, capsys):
     found = json.loads((tmp_path / "gpu.json").read_text())
     assert found["resume"] == [{"loss": "ce", "same bits after resume": True}]
     assert [row["loss"] for row in found["losses"]] == [
-        "ce", "kd", "dist", "dkd", "pld", "pld, order given", "copy"
+        "copy", "ce", "kd", "dist", "dkd", "pld", "pld, order given"
     ]  # fmt: skip
     (step,) = found["steps"]
     ours, taught = step["CE (ms)"], step["KD, live teacher (ms)"]

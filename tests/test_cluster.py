@@ -129,7 +129,7 @@ def test_a_group_across_nodes_a_death_in_it_and_the_bank_they_share(cluster, tmp
     assert driver.returncode == 0, output
     trials = plan(made).trials
     assert store.finished(trials) == trials.keys()
-    assert store.record(trial.id)["trial"]["workers"] == 2 and len(store.banks()) == 2
+    assert store.record(trial.id) and store.trial(trial.id).workers == 2 and len(store.banks()) == 2
     assert [epoch["epoch"] for epoch in store.epochs(trial.id)] == list(range(1, 41))
     assert store.record(trial.id)["metrics"]["top1"] > 20  # of ten classes
     cluster.all_back()

@@ -123,7 +123,7 @@ def test_one_trial_runs_out_of_memory_and_the_others_go_on(whole, command, cli, 
     assert "vit_tiny_patch16_224 seed 0: FAILED: RuntimeError: " in output
     store = Store(tmp_path / "new")
     done = store.records(store.trials()).values()
-    assert [record["trial"]["student"]["name"] for record in done] == ["resnet8"]
+    assert [store.trial(record["id"]).student.name for record in done] == ["resnet8"]
     status = cli("status", whole[0], *sets, "--storage", store.uri, cwd=tmp_path)
     assert status.returncode == 1 and "FAILED: RuntimeError: " in status.stdout
     assert str(tmp_path / "new" / "trials") in status.stdout

@@ -13,7 +13,6 @@ import torch
 from pld_ray import plugins
 from pld_ray.config.experiment import load_experiment
 from pld_ray.config.planning import plan
-from pld_ray.config.trial import Trial
 from pld_ray.data.datasets import load
 from pld_ray.data.registry import DATASETS
 from pld_ray.distill.bank_format import planned_key
@@ -171,8 +170,8 @@ def test_it_trains_and_its_record_says_so(own, tmp_path):
     records = store.records(made.trials)
     assert len(records) == 4
     for key, record in records.items():
-        assert Trial.model_validate(record["trial"]).id == key
-        assert record["trial"]["plugins"] == dict(made.trials[key].plugins)
+        assert store.trial(key).id == record["id"] == key
+        assert dict(store.trial(key).plugins) == dict(made.trials[key].plugins)
 
 
 @pytest.mark.parametrize(

@@ -75,13 +75,14 @@ def test_what_two_workers_evaluate_is_what_they_keep_and_resume(experiment, tmp_
 
 @pytest.mark.parametrize(
     ("gpus", "has", "kind", "share"),
-    [([0], {"GPU": 1.0}, "cuda", 1.0), ([0], {"GPU": 0.25}, "cuda", 0.25), ([], {}, "cpu", None)],
+    [([0], {"GPU": 1.0}, "cuda", 1.0), ([0], {"GPU": 0.25}, "cuda", 0.1875), ([], {}, "cpu", None)],
 )
 def test_a_trial_uses_what_ray_gave_it_of_a_gpu(monkeypatch, gpus, has, kind, share):
     context, shares = SimpleNamespace(get_assigned_resources=lambda: has), []
     fake = SimpleNamespace(get_gpu_ids=lambda: gpus, get_runtime_context=lambda: context)
     monkeypatch.setattr(worker, "ray", fake)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (0, 2**33))
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", shares.append)
     assert worker._device(SimpleNamespace(workers=1)).type == kind
     assert shares == ([] if share is None else [share])
@@ -113,3 +114,15 @@ def wrapped(error):
 )
 def test_faults_of_a_gpu_are_told_from_those_of_the_trial(error, fault):
     assert worker._fault(error) == fault
+
+
+def test_the_reason_of_the_worker_that_failed_is_not_replaced(experiment, tmp_path):
+    (trial,) = cells(experiment, "workers=2", "grid.loss=[ce]")
+    store = Store(tmp_path)
+    assert not worker._explained(trial, store)
+    store.fail(trial.id, "RuntimeError: Connection closed by peer")
+    assert not worker._explained(trial, store)
+    store.fail(trial.id, "OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB")
+    assert worker._explained(trial, store)
+    store.fail(trial.id, "TrainingError: the training loss is nan", final=True)
+    assert worker._explained(trial, store)

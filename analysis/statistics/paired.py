@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 from scipy import special
-from scipy.optimize import brentq
 
 from analysis.statistics import sequential
 from analysis.statistics.sequential import Looks
@@ -199,6 +198,8 @@ def improvement_interval(probability: float, runs: Sequence[int]) -> tuple[float
     """
     if min(runs) < ENOUGH or sum(runs) < 4:
         return math.nan, math.nan
+
+    from scipy.optimize import brentq  # importing it takes a quarter of a second
 
     def excess(value: float) -> float:
         shape = (1 - value) / (2 - value) + value / (1 + value)

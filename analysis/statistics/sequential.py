@@ -18,7 +18,6 @@ from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
-from scipy.optimize import brentq
 from scipy.special import ndtr
 
 Numbers = npt.NDArray[np.float64]
@@ -36,6 +35,8 @@ def bounds(fractions: Numbers, spent: Numbers) -> list[float]:
         fractions: The share of all seeds at each look, ascending, in (0, 1].
         spent: The error that is spent up to each look, ascending.
     """
+    from scipy.optimize import brentq  # importing it takes a quarter of a second
+
     places, density = np.zeros(1), np.ones(1)  # of the motion, times the weight of each place
     found = []
     steps, shares = np.diff(fractions, prepend=0.0), np.diff(spent, prepend=0.0)

@@ -213,7 +213,9 @@ def upload(x: Tensor, device: torch.device) -> Tensor:
 
 
 def _free_memory(device: torch.device) -> float:
-    """Return the bytes that an accelerator has left; 0 for the CPU, which needs no copies."""
+    """Return the bytes that this process can still have of an accelerator; 0 for the CPU."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        free, total = torch.cuda.mem_get_info(device)
+        share = torch.cuda.get_per_process_memory_fraction(device)
+        return min(free, share * total - torch.cuda.memory_reserved(device))
     return 0 if device.type == "cpu" else math.inf

@@ -114,7 +114,7 @@ class Bank:
                 self.logits[number] = self._chunk(view, number)
             if with_order and number not in self.orders:
                 self.orders[number] = self._order_chunk(view, number)
-        with self.clock("bank"):
+        with self.clock.host("bank"):
             rows = _gather({n: self.logits[n][0] for n in needed}, chunk, row)
             logits = torch.from_numpy(bank_format.unpack(rows))
             order = None
@@ -179,7 +179,7 @@ class Bank:
         """Compute the first chunk that no other process computes; wait if there is none."""
         name = names[0]
         if self.ledger is not None:
-            with self.clock("waiting"):
+            with self.clock.host("waiting"):
                 claimed = self.ledger.claim(self.store.uri, names, self.holder, patience)
             if claimed is None:
                 return
@@ -199,7 +199,7 @@ class Bank:
         self.store.start_bank(self.key, self.about)
         _ = self.teacher.module  # loaded before the clock runs: loading is no forward pass
         parts = []
-        with self.clock("teacher"):
+        with self.clock.host("teacher"):
             if self.clock.cuda:
                 torch.cuda.synchronize()  # do not count the student's last steps
             started = time.perf_counter()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Literal
@@ -82,8 +81,9 @@ def _is_fault(error: BaseException | None, kind: type[Exception], said: tuple[st
 class Clock:
     """Seconds that each part of a training step takes.
 
-    On CUDA they are measured by events, which do not make the host wait for the device, and only in
-    every 16th step, because the events take time themselves. The sums are scaled up.
+    On CUDA, the parts of a step are measured by events, which do not make the host wait for the
+    device. The events take time themselves: only the first step of an epoch and one of 16 later
+    ones are measured, and those stand for the steps between them.
 
     Args:
         device: The device that does the work.
@@ -94,27 +94,46 @@ class Clock:
         self.cuda = device.type == "cuda"
         self.alive = alive
         self.seconds: dict[str, float] = {}
-        self.events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {}
-        self.calls: Counter[str] = Counter()
+        self.events: list[tuple[str, float, torch.cuda.Event, torch.cuda.Event]] = []
+        self.weight = 1.0  # steps for which the present one stands; 0 if it is not measured
+
+    def step(self, number: int, steps: int) -> None:
+        """Begin a step.
+
+        Args:
+            number: The number of the step in its epoch, from 0.
+            steps: The number of steps in the epoch.
+        """
+        measured = range(SAMPLE // 2, steps, SAMPLE)
+        if number == 0 or steps <= SAMPLE:
+            self.weight = 1.0
+        else:
+            self.weight = (steps - 1) / len(measured) if number in measured else 0.0
 
     @contextmanager
     def __call__(self, part: str) -> Iterator[None]:
-        """Add the time inside the `with` block to `part`."""
-        self.alive()
+        """Add the time inside the `with` block, a part of a step, to `part`."""
         if not self.cuda:
-            started = time.perf_counter()
-            yield
-            self.add(part, time.perf_counter() - started)
+            with self.host(part):
+                yield
             return
-        self.calls[part] += 1
-        if self.calls[part] % SAMPLE != 1:
+        self.alive()
+        if not self.weight:
             yield
             return
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
         yield
         end.record()
-        self.events.setdefault(part, []).append((begin, end))
+        self.events.append((part, self.weight, begin, end))
+
+    @contextmanager
+    def host(self, part: str) -> Iterator[None]:
+        """Add the time inside the `with` block to `part`: work of the host, or that ends there."""
+        self.alive()
+        started = time.perf_counter()
+        yield
+        self.add(part, time.perf_counter() - started)
 
     def add(self, part: str, seconds: float) -> None:
         """Add seconds that were measured or estimated elsewhere."""
@@ -124,9 +143,7 @@ class Clock:
         """Return the seconds of each part since the last call."""
         if self.events:
             torch.cuda.synchronize()
-        for part, measured in self.events.items():
-            milliseconds = sum(begin.elapsed_time(end) for begin, end in measured)
-            self.add(part, milliseconds / 1000 * self.calls[part] / len(measured))
-        found = self.seconds
-        self.seconds, self.events, self.calls = {}, {}, Counter()
+        for part, weight, begin, end in self.events:
+            self.add(part, weight * begin.elapsed_time(end) / 1000)
+        found, self.seconds, self.events = self.seconds, {}, []
         return found

@@ -60,7 +60,7 @@ def evaluate_student(run: Run) -> dict[str, float]:
     """
     trial, epoch = run.trial, len(run.history) + 1
     parts, own = [], []
-    with run.clock("validation"):
+    with run.clock.host("validation"):
         student = run.best_student.eval()
         shares = list(batches(run.val_index, VAL_BATCH, False))
         others: Sequence[Tensor | None] = run.teacher_val or [None] * len(shares)

@@ -130,6 +130,7 @@ def train_epoch(run: Run, epoch: int) -> tuple[float, int]:
     shown = run.stream.train(shares, view)
     targets = teacher_targets(run, shares, view)
     for number, (batch, share) in enumerate(zip(global_batches, shares, strict=True)):
+        run.clock.step(number, run.steps)
         with run.clock("data"):
             x, labels = next(shown)
         target, ranking = next(targets)
@@ -278,7 +279,6 @@ def make_record(run: Run) -> dict[str, Any]:
     ran = {name: value for name, value in run.environments[-1].items() if name != "from_epoch"}
     return {
         "id": run.trial.id,
-        "trial": run.trial.model_dump(mode="json"),
         "metrics": {k: v for k, v in history[-1].items() if k not in spent},
         "data": describe(run.trial.data, run.images),
         "best_top1": max(epoch["top1"] for epoch in history),

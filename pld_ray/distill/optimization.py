@@ -179,7 +179,8 @@ class OwnSchedule:
 class MovingAverage(ModelEmaV3):
     """The exponential moving average of a network, timm's `ModelEmaV3` with the same results.
 
-    The tensors are listed once, because to list them at each update takes most of its time.
+    The places of the tensors are listed once, because to list the tensors at each update takes most
+    of its time.
 
     Args:
         model: The network. It stays on its device.
@@ -188,16 +189,23 @@ class MovingAverage(ModelEmaV3):
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         super().__init__(model, decay=decay)
-        pairs = [*zip(self.module.state_dict().values(), model.state_dict().values(), strict=True)]
-        self.averaged = [pair for pair in pairs if pair[0].is_floating_point()]
-        self.copied = [pair for pair in pairs if not pair[0].is_floating_point()]
+        self.places: list[tuple[dict[str, Any], dict[str, Any], str]] = []
+        for ours, theirs in zip(self.module.modules(), model.modules(), strict=True):
+            kept = [
+                name for name in theirs._buffers if name not in ours._non_persistent_buffers_set
+            ]
+            self.places += [(ours._parameters, theirs._parameters, n) for n in theirs._parameters]
+            self.places += [(ours._buffers, theirs._buffers, name) for name in kept]
 
     def apply_update_(self, model: nn.Module, decay: float) -> None:
         """Move the average towards the weights and buffers of the network."""
-        averages, values = ([pair[i] for pair in self.averaged] for i in (0, 1))
+        pairs = [(ours[name], theirs[name]) for ours, theirs, name in self.places]
+        moved = [pair for pair in pairs if pair[0] is not None and pair[0].is_floating_point()]
+        averages, values = [pair[0] for pair in moved], [pair[1].detach() for pair in moved]
         torch._foreach_lerp_(averages, values, weight=1.0 - decay)
-        for copy, value in self.copied:
-            copy.copy_(value)
+        for ours, theirs in pairs:
+            if ours is not None and not ours.is_floating_point():
+                ours.copy_(theirs)
 
 
 def update(

@@ -164,8 +164,9 @@ def build_banks(
         ]
         try:
             ray.get(tasks)
-        except ray.exceptions.RayTaskError as error:
-            raise InputError(f"cannot complete the teacher bank: {error.cause}") from None
+        except (ray.exceptions.RayTaskError, ray.exceptions.WorkerCrashedError) as error:
+            cause = getattr(error, "cause", "its processes died again and again; see ray.log")
+            raise InputError(f"cannot complete the teacher bank: {cause}") from None
 
 
 def _shared(images: dict[str, Images]) -> dict[str, Any]:

@@ -85,6 +85,9 @@ class PlanSearcher(Searcher):
                 self._fail(key, f"its teacher, trial {teacher}, failed")
             elif self.stopping and self.stopping.out_of_budget(key):
                 del self.waiting[key]
+                if key in self.alone:
+                    self._stop(trial, "time_budget")
+                    self.claims.release(key)
             elif teacher not in taught and fits(self.needs[key]) and self._take(key, now):
                 self.running[trial_id] = self.waiting.pop(key)
                 needs = asdict(self.needs[key])
@@ -97,8 +100,8 @@ class PlanSearcher(Searcher):
         elif self.waiting and now - self.moved > NODES_BACK:
             for key in list(self.waiting):
                 self._fail(key, self.too_large(key) or "no node had room for it")
-        # A trial that runs may come back, to be alone on its GPU.
-        return None if self.waiting or self.to_draw or self.running else self.FINISHED
+        more = self.waiting or self.to_draw or any(map(self._may_return, self.running.values()))
+        return None if more else self.FINISHED
 
     def too_large(self, key: str) -> str | None:
         """Explain why a trial does not fit on the idle cluster; return None if it fits."""
@@ -115,7 +118,8 @@ class PlanSearcher(Searcher):
         A trial that ran out of GPU memory waits once more, for a GPU of its own.
         """
         trial = self.running.pop(trial_id)
-        if (lacking := (result or {}).get("out_of_memory")) and trial.id not in self.alone:
+        lacking = (result or {}).get("out_of_memory")
+        if lacking and self._may_return(trial):
             self.alone.add(trial.id)
             self.needs[trial.id] = self.needs[trial.id].with_whole_gpus
             self.waiting[trial.id] = trial
@@ -127,8 +131,7 @@ class PlanSearcher(Searcher):
                 if error:
                     self.failed(trial.id, failure.get("reason", "its process died"))
                 elif by is not None:
-                    self.store.stop(trial, by)
-                    self.notes[trial.id] = f"stopped by {by.replace('_', ' ')}"
+                    self._stop(trial, by)
                 elif lacking:
                     self.failures[trial.id] = f"{lacking} (also alone on its GPU)"
                     self.store.fail(trial.id, self.failures[trial.id])
@@ -138,6 +141,15 @@ class PlanSearcher(Searcher):
             self.claims.release(trial.id)
         except OSError as problem:
             self.failures.setdefault(trial.id, f"the storage failed: {problem}")
+
+    def _may_return(self, trial: Trial) -> bool:
+        """Return whether a trial that runs out of GPU memory is tried again, alone on its GPU."""
+        return trial.id not in self.alone and self.needs[trial.id].gpus > 0
+
+    def _stop(self, trial: Trial, by: str) -> None:
+        """Note that the search has stopped a trial."""
+        self.store.stop(trial, by)
+        self.notes[trial.id] = f"stopped by {by.replace('_', ' ')}"
 
     def failed(self, key: str, reason: str) -> None:
         """Note that all attempts of a trial have failed for this reason."""
@@ -205,6 +217,8 @@ class PlanSearcher(Searcher):
         del self.waiting[key]
         self.asked.pop(key, None)
         self.failures[key] = reason
+        if key in self.alone:  # it has run before
+            self.claims.release(key)
 
     def save(self, checkpoint_path: str) -> None:
         """Do nothing, because the store holds all finished trials."""

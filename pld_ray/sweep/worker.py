@@ -23,6 +23,8 @@ from pld_ray.sweep.ledger import LedgerClient
 from pld_ray.sweep.liveness import monitored
 from pld_ray.sweep.resources import ResourceRequest
 
+CONTEXT = 2**29  # bytes of a GPU that CUDA and its libraries take in each process, about
+
 
 def run_trial(
     config: dict[str, Any],
@@ -135,12 +137,26 @@ def _attempt(
                 store.fail(trial.id, reason, traceback.format_exc(), final)
                 raise NotedError(reason) from error
             with suppress(OSError):
-                store.fail(trial.id, reason, traceback.format_exc())
+                if fault == "memory" or not _explained(trial, store):
+                    store.fail(trial.id, reason, traceback.format_exc())
             if fault == "memory":
                 raise OutOfMemory(reason) from error
             if fault == "device" and trial.workers == 1:  # Train ends the processes of its workers
                 _end_process()
             raise
+
+
+def _explained(trial: Trial, store: Store) -> bool:
+    """Return whether another worker has noted why this attempt failed.
+
+    When one worker fails, the others see only a broken connection.
+    """
+    from pld_ray.distill.device import MEMORY_FAULTS
+
+    found = store.failure(trial.id) if trial.workers > 1 else None
+    return found is not None and (
+        found["final"] or any(text in found["reason"] for text in MEMORY_FAULTS)
+    )
 
 
 def _reason(error: Exception) -> str:
@@ -199,8 +215,10 @@ def _assigned_device() -> Any:
 
     if not (ray.get_gpu_ids() and torch.cuda.is_available()):
         return torch.device("cpu")
-    share = ray.get_runtime_context().get_assigned_resources().get("GPU", 1.0)
-    torch.cuda.set_per_process_memory_fraction(min(share, 1.0))
+    share = min(ray.get_runtime_context().get_assigned_resources().get("GPU", 1.0), 1.0)
+    if share < 1:
+        share -= CONTEXT / torch.cuda.mem_get_info()[1]
+    torch.cuda.set_per_process_memory_fraction(max(share, 0.0))
     return torch.device("cuda")
 
 
