@@ -12,7 +12,7 @@ import pld_ray
 from analysis.records import frames
 from analysis.statistics import paired, sequential
 from analysis.tables import comparison, comparison_printing, undecided
-from pld_ray.api import session
+from pld_ray.api import added_seeds, session
 from pld_ray.config.experiment import load_experiment
 from pld_ray.config.parts import Seeds
 from pld_ray.errors import InputError
@@ -265,7 +265,7 @@ def test_trials_that_failed_for_good(experiment, tmp_path):
             record = {"metrics": {"top1": score(trial.loss.name, trial.seed)}}
             store.finish(trial, record | {"seconds": {"seconds": 1.0}}, {"w": torch.zeros(1)})
     plan = session.planned(made, store)
-    found = session._method_progress(plan, frames.frame(plan, store), store)
+    found = added_seeds.progress(plan, frames.frame(plan, store), store)
     assert states(found) == {"CE": ("decided", 3), "KD": ("failed", 3)}
     assert len(plan.cells) == 2 * 3 * 3
 
@@ -277,7 +277,7 @@ def test_trials_that_failed_for_good(experiment, tmp_path):
             record = {"metrics": {"top1": 60.0}, "seconds": {"seconds": 1.0}}
             other.finish(trial, record, {"w": torch.zeros(1)})
     again = session.planned(made, other)
-    found = session._method_progress(again, frames.frame(again, other), other)
+    found = added_seeds.progress(again, frames.frame(again, other), other)
     assert states(found) == {"CE": ("failed", 3), "KD": ("failed", 3)}
 
 

@@ -13,12 +13,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pld_ray.api import added_seeds
 from pld_ray.errors import InputError
 
 if TYPE_CHECKING:
-    import pandas as pd
-
-    from analysis.tables.undecided import MethodProgress
     from pld_ray.config.experiment import Experiment, Overrides
     from pld_ray.config.planning import Plan
     from pld_ray.config.trial import Trial
@@ -65,7 +63,7 @@ def execute(
         planned_banks(pending, store)
         failures |= train(needed, pending, store, address, log=log)
         plan = planned(plan.experiment, store)
-        tell_seeds(plan, store)
+        added_seeds.tell(plan, store)
     if not tried:
         print(f"{plan.experiment.name}: all {len(plan.trials)} trials are done")
     return plan, failures
@@ -281,63 +279,7 @@ def planned(experiment: Experiment, store: Store) -> Plan:
     from pld_ray.sweep import search
 
     found = plan(experiment) if experiment.search is None else search.plan(experiment, store)
-    return with_enough_seeds(found, store) if experiment.looks and found.cells else found
-
-
-def with_enough_seeds(plan: Plan, store: Store) -> Plan:
-    """Return the plan without the seeds that are not wanted yet, where they are added by a rule.
-
-    Args:
-        plan: The plan with all seeds of the rule.
-        store: The store with the records so far.
-    """
-    from analysis.records import frames
-    from analysis.tables import undecided
-    from pld_ray.config.parts import Seeds
-
-    frame = frames.frame(plan, store)
-    assert isinstance(plan.experiment.seeds, Seeds)
-    wanted = undecided.seeds_wanted(
-        frame, plan.experiment.seeds, _method_progress(plan, frame, store)
-    )
-    places = frames.places(plan)
-    seeds = (places["seed"] - plan.experiment.all_seeds[0]).tolist()
-    groups = places[frames.GROUP].itertuples(index=False, name=None)
-    numbered = enumerate(zip(seeds, groups, strict=True))
-    return plan.part(i for i, (seed, group) in numbered if seed < wanted[group])
-
-
-def _method_progress(plan: Plan, frame: pd.DataFrame, store: Store) -> list[MethodProgress]:
-    """Return how far the comparison of each method is, where seeds are added by a rule."""
-    from analysis.tables import undecided
-    from pld_ray.config.parts import Seeds
-    from pld_ray.config.trial import Trial
-
-    assert isinstance(plan.experiment.seeds, Seeds)
-    unfinished = store.outcomes(plan.trials.keys() - store.finished(plan.trials))
-    failed = {key for key, found in unfinished.items() if (found.failure or {}).get("final")}
-    for key in unfinished:  # no trial runs without its teacher
-        above = plan.trials[key].teacher
-        while isinstance(above, Trial):
-            failed |= {key} if above.id in failed else set()
-            above = above.teacher
-    return undecided.progress(frame, plan.experiment.seeds, failed)
-
-
-def tell_seeds(plan: Plan, store: Store) -> None:
-    """Print which methods are decided, where seeds are added by a rule."""
-    from analysis.records import frames
-    from analysis.tables import comparison, undecided
-    from pld_ray.api import plan_table
-    from pld_ray.config.parts import Seeds
-
-    if not isinstance(rule := plan.experiment.seeds, Seeds) or not plan.cells:
-        return
-    frame = frames.frame(plan, store)
-    found, reference = _method_progress(plan, frame, store), comparison.reference_name(frame)
-    looks = ", ".join(map(str, rule.looks))
-    head = f"seeds (at {looks})", "until decided [95 % interval of one comparison]"
-    print(plan_table.aligned(head, undecided.described(found, reference, rule.effect)))
+    return added_seeds.wanted(found, store) if experiment.looks and found.cells else found
 
 
 def reports(plan: Plan, store: Store, out: Path | None) -> Path:

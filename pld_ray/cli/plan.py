@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from pld_ray.api import session
+from pld_ray.api import added_seeds, session
 from pld_ray.cli.options import ExperimentName, Experiments, Overrides, Plugins, Smoke, Storage, app
 from pld_ray.errors import InputError
 
@@ -51,7 +51,7 @@ def plan(
         plan_table.show(plans[0], store, done)
         if plans[0].experiment.search is not None:
             plan_table.show_search(search.look(plans[0].experiment, store))
-        session.tell_seeds(plans[0], store)
+        added_seeds.tell(plans[0], store)
     else:
         plan_table.show_shared(plans, done)
     if banks or unknown:
