@@ -20,12 +20,18 @@ Only exp itself can fail. In float32 a row is safe if its smallest probability i
 term underflows, and rounding max s - s, which is at most 50, changes a term by 2e-6. In float64 the
 limit is e^-500. Beyond these limits the sums are computed in log space, which works for any finite
 logits and takes five times as long. On the CPU the code inspects the batch and uses the cheapest
-safe form. On other devices the inspection would stall the step, so they always use log space.
+safe form. On other devices the inspection would stall the step. On CUDA, PLD over all classes has a
+kernel of its own (`triton_kernel.py`), which is as exact in float32 for any logits; everything else
+uses log space there.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import math
+import warnings
+from collections.abc import Callable
+from functools import cache
 from typing import Any, Protocol, cast
 
 import torch
@@ -33,7 +39,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pld_ray.losses.common import transformed
-from pld_ray.losses.order import Ranking
+from pld_ray.losses.order import Ranking, rank_all
 
 # dtype: (smallest safe probability, stand-in for the label's probability where the order lists
 # the label again). The stand-in vanishes in the rounding of every sum, but it is not 0 and not
@@ -43,6 +49,10 @@ LINEAR = {torch.float32: (math.exp(-50), 1e-37), torch.float64: (math.exp(-500),
 
 class Rule(Protocol):
     """How a loss ranks the classes and how it weights the steps of a ranking."""
+
+    @property
+    def softmax_temperature(self) -> float | None:
+        """The temperature, if all classes are ranked and the weights are the teacher's softmax."""
 
     def rank(self, teacher: Tensor, labels: Tensor, order: Tensor | None) -> Ranking:
         """Return the ranking of every sample.
@@ -115,15 +125,20 @@ class _ClosedForm(torch.autograd.Function):
         mean: bool,
     ) -> Tensor:
         ranking = rule.rank(teacher, labels, order)
-        weights = rule.weigh(teacher, labels, ranking)
         rule.notice(teacher)
         wanted = ctx.needs_input_grad[0]
-        probabilities = _safe_probabilities(student)
-        if probabilities is None:
-            losses, gradient = _in_log_space(student, ranking, weights, wanted)
+        kernel, temperature = _kernel(student), rule.softmax_temperature
+        if kernel is not None and temperature is not None:
+            losses, gradient = kernel(student, teacher, labels, ranking.index, temperature, wanted)
             losses = losses.mean() if mean else losses
         else:
-            losses, gradient = _linear(probabilities, ranking, weights, wanted, mean)
+            weights = rule.weigh(teacher, labels, ranking)
+            probabilities = _safe_probabilities(student)
+            if probabilities is None:
+                losses, gradient = _in_log_space(student, ranking, weights, wanted)
+                losses = losses.mean() if mean else losses
+            else:
+                losses, gradient = _linear(probabilities, ranking, weights, wanted, mean)
         if losses.dtype != student.dtype:
             losses = losses.to(student.dtype)
             gradient = None if gradient is None else gradient.to(student.dtype)
@@ -143,6 +158,43 @@ class _ClosedForm(torch.autograd.Function):
             gradient = gradient.to(student.dtype)
         scale = grad_losses / len(student) if ctx.mean else grad_losses[:, None]
         return gradient * scale, None, None, None, None, None
+
+
+def _kernel(student: Tensor) -> Callable[..., tuple[Tensor, Tensor | None]] | None:
+    """Return the kernel of PLD for student logits [N, C], or None if they need another form."""
+    if student.device.type != "cuda" or student.dtype != torch.float32:
+        return None
+    return checked_kernel(student.device)
+
+
+@cache
+def checked_kernel(device: torch.device) -> Callable[..., tuple[Tensor, Tensor | None]] | None:
+    """Return the Triton kernel of PLD if it runs on a device and agrees with `_in_log_space`.
+
+    The two are compared once per process and device, on random logits. If they differ, or the
+    kernel does not compile, a warning says so and the result is None.
+    """
+    if importlib.util.find_spec("triton") is None:
+        return None
+    classes = 2500  # three tiles of the kernel
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = 30 * torch.randn(2, 2, classes, generator=generator).to(device)
+    labels = torch.tensor([0, classes - 1], device=device)
+    ranking = rank_all(teacher, labels)
+    weights = ranking.take((teacher / 4).softmax(1), 0.0)
+    expected = _in_log_space(student, ranking, weights, True)
+    try:
+        from pld_ray.losses.triton_kernel import pld
+
+        found = pld(student, teacher, labels, ranking.index, 4.0, True)
+        for ours, theirs in zip(found, expected, strict=True):
+            assert ours is not None and theirs is not None
+            torch.testing.assert_close(ours.double(), theirs.double(), rtol=1e-4, atol=1e-6)
+    except Exception as error:  # of Triton, of its compiler, or of the comparison
+        said = f"{type(error).__name__}: {error}".partition("\n")[0]
+        warnings.warn(f"pld: the Triton kernel is not used on {device}: {said}", stacklevel=2)
+        return None
+    return pld
 
 
 def _safe_probabilities(student: Tensor) -> Tensor | None:

@@ -53,6 +53,11 @@ class RankingLoss(DistillationLoss):
         super().__init__(**options)
         self.standardize = standardize
 
+    @property
+    def softmax_temperature(self) -> float | None:
+        """The temperature, if all classes are ranked and the weights are the teacher's softmax."""
+        return None
+
     def rank(self, teacher: Tensor, labels: Tensor, order: Tensor | None) -> Ranking:
         """Rank the classes by teacher logits, or by their order if it is known.
 
@@ -220,6 +225,11 @@ class PLDLoss(RankingLoss):
         self.tolerance = tolerance
         self.adaptive = adaptive
         self._calls = itertools.count(1)
+
+    @property
+    def softmax_temperature(self) -> float | None:
+        """The temperature, unless `top_k` leaves out classes."""
+        return self.temperature if self.top_k is None else None
 
     def _probabilities(self, teacher: Tensor) -> Tensor:
         """Return softmax(teacher / tau) [N, C]."""
