@@ -127,8 +127,9 @@ class _ClosedForm(torch.autograd.Function):
         ranking = rule.rank(teacher, labels, order)
         rule.notice(teacher)
         wanted = ctx.needs_input_grad[0]
-        kernel, temperature = _kernel(student), rule.softmax_temperature
-        if kernel is not None and temperature is not None:
+        temperature = rule.softmax_temperature
+        kernel = None if temperature is None else _kernel(student)
+        if kernel is not None:
             losses, gradient = kernel(student, teacher, labels, ranking.index, temperature, wanted)
             losses = losses.mean() if mean else losses
         else:
