@@ -124,6 +124,17 @@ def test_images_that_do_not_fit_stay_on_the_host(monkeypatch):
     assert kept.keys() == {"val"}
 
 
+@pytest.mark.parametrize("name", ["cuda", "cuda:0"])
+def test_free_memory_is_what_the_share_of_the_process_leaves(monkeypatch, name):
+    memory = torch.cuda.memory
+    monkeypatch.setattr(memory, "_lazy_init", lambda: None)
+    monkeypatch.setattr(torch._C, "_cuda_getMemoryFraction", lambda number: 0.25, raising=False)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda number: (70, 80))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda number: 5)
+    assert stream._free_memory(torch.device(name)) == 0.25 * 80 - 5
+
+
 @pytest.mark.parametrize(
     ("precision", "kind", "has", "expected"),
     [

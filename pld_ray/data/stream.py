@@ -215,7 +215,8 @@ def upload(x: Tensor, device: torch.device) -> Tensor:
 def _free_memory(device: torch.device) -> float:
     """Return the bytes that this process can still have of an accelerator; 0 for the CPU."""
     if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
-        share = torch.cuda.get_per_process_memory_fraction(device)
-        return min(free, share * total - torch.cuda.memory_reserved(device))
+        number = device.index  # None, which some of these functions refuse inside a torch.device
+        free, total = torch.cuda.mem_get_info(number)
+        share = torch.cuda.get_per_process_memory_fraction(number)
+        return min(free, share * total - torch.cuda.memory_reserved(number))
     return 0 if device.type == "cpu" else math.inf
