@@ -7,12 +7,12 @@ Five parts, each printed as a table. All numbers go to --out as gpu.json, row by
 
     losses   The forward and backward pass of losses on logits, beside the bytes that they must move
              (both logits once in, the gradient once out) over the bandwidth that a copy reaches
-    resume   A trial on the digits that is stopped and resumed has the same bits as one that is not
+    resume   A trial on the digits that is stopped and resumed, or whose steps are a CUDA graph, has
+             the same bits as one that is not, and whose steps are done one by one
     workers  Two processes train one trial (gloo, because NCCL refuses two processes on one GPU)
     steps    The pairs of the paper's Table 1 (batches of 128 random 32x32 images) and two networks
              at 224 pixels, in bfloat16 on a GPU: milliseconds of a step of CE and of KD with a live
-             teacher, of CE as a CUDA graph, and images per second of CE when the stream prepares
-             the images, as in a trial
+             teacher in the training loop of trials, one by one and as a CUDA graph
     compiled The same step of CE after torch.compile
 """
 
@@ -33,18 +33,17 @@ import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
+from safetensors.torch import save_file
+from torch import Tensor
 
 from pld_ray import losses
 from pld_ray.config.parts import Data, Model
 from pld_ray.config.trial import Trial
 from pld_ray.data import datasets
 from pld_ray.data.images import Images
-from pld_ray.data.sampling import batches, order
-from pld_ray.data.stream import Stream
-from pld_ray.distill.device import pick_device, pick_precision, use_deterministic
-from pld_ray.distill.distiller import Distiller
-from pld_ray.distill.loop import train
+from pld_ray.distill.device import pick_device, use_deterministic
+from pld_ray.distill.loop import train, train_epoch
+from pld_ray.distill.running import set_up
 from pld_ray.models.factory import create_model
 from pld_ray.store.store import Store
 
@@ -86,122 +85,118 @@ def milliseconds(run: Callable[[], Any], device: torch.device, seconds: float) -
 # ---------------------------------------------------------------- steps
 
 
-class Step:
-    """A training step of a student on one batch that stays on the device.
+def pairs(quick: bool) -> list[tuple[tuple[str, str], int, int, int]]:
+    """Return teacher and student, side of the images, batch size, and steps of an epoch."""
+    if quick:
+        return [(("resnet20", "resnet8"), 32, 16, 4)]
+    return [(names, 32, 128, 50) for names in SMALL] + [(names, 224, 64, 20) for names in LARGE]
+
+
+def random_images(count: int, side: int, classes: int) -> Images:
+    """Return random images with random labels."""
+    dice = np.random.default_rng(0)
+    pixels = dice.integers(0, 256, (count, side, side, 3), dtype=np.uint8)
+    labels = dice.integers(0, classes, count)
+    return Images(pixels, labels, pixels[:1], labels[:1], classes, (0.5,) * 3, (0.25,) * 3)
+
+
+def weights_file(name: str, images: Images, folder: str) -> Row:
+    """Write the first weights of a network, and return the teacher that has them."""
+    file = Path(folder, f"{name}.safetensors")
+    torch.manual_seed(0)
+    save_file(create_model(Model(name=name), *images.shape).state_dict(), file)
+    return {"name": name, "weights": str(file)}
+
+
+class Epochs:
+    """The epochs of a trial on random images, as the training loop does them.
 
     Args:
-        student: The network to train.
-        teacher: The teacher network, or None for cross-entropy.
-        images: The batch [B, 3, H, W].
-        labels: Its labels [B].
+        loss: "ce", or the name of a loss with a live teacher.
+        student: The name of the student.
+        teacher: The name of the teacher, which has its first weights.
+        images: The images.
+        batch: The size of a batch.
+        device: The device.
+        settings: Further settings of the trial.
     """
 
     def __init__(
-        self, student: nn.Module, teacher: nn.Module | None, images: Tensor, labels: Tensor
+        self,
+        loss: str,
+        student: str,
+        teacher: str,
+        images: Images,
+        batch: int,
+        device: torch.device,
+        **settings: Any,
     ) -> None:
-        precision = pick_precision("auto", images.device)
-        loss = losses.create_loss("ce" if teacher is None else "kd", ignore_index=None)
-        self.distiller = Distiller(student, teacher, loss, precision=precision).train()
-        fused = images.device.type == "cuda"
-        self.optimizer = torch.optim.SGD(student.parameters(), 0.01, momentum=0.9, fused=fused)
-        self.images, self.labels = images, labels
+        self.folder = tempfile.TemporaryDirectory()
+        settings |= {
+            "data": {"name": "cifar100", "pad": 4, "flip": True},
+            "student": student,
+            "loss": loss,
+            "optimizer": {"name": "sgd", "lr": 0.01},
+            "epochs": 1000,
+            "batch_size": batch,
+        }
+        if loss != "ce":
+            settings["teacher"] = weights_file(teacher, images, self.folder.name)
+            settings["teacher_logits"] = "live"
+        trial, store = Trial.model_validate(settings), Store(self.folder.name)
+        self.run = set_up(trial, images, store, None, lambda: None, device)
+        self.epoch = 0
 
-    def __call__(self) -> None:
-        """Do one step."""
-        self.optimizer.zero_grad()
-        self.distiller(self.images, self.labels).backward()
-        self.optimizer.step()
-
-    def captured(self) -> Callable[[], None]:
-        """Return a function that replays the step as one CUDA graph."""
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(3):
-                self()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self()
-
-        def replay(kept: Step = self) -> None:  # the graph uses the tensors of the step
-            graph.replay()
-
-        return replay
-
-
-def streamed(step: Step, side: int, images: int, device: torch.device) -> float:
-    """Return images per second of a step to whose batches the stream gives its images."""
-    dice = np.random.default_rng(0)
-    pixels = dice.integers(0, 256, (images, side, side, 3), dtype=np.uint8)
-    labels = dice.integers(0, 100, images)
-    made = Images(pixels, labels, pixels[:1], labels[:1], 100, (0.5,) * 3, (0.25,) * 3)
-    stream = Stream(made, Data(name="cifar100", pad=4, flip=True), 0, device)
-    rates = []
-    for epoch in range(3):
-        shares = list(batches(order(0, epoch, images), len(step.labels), drop_last=True))
-        wait(device)
+    def seconds(self) -> float:
+        """Train an epoch and return the seconds that it took."""
+        wait(self.run.device)
         started = time.perf_counter()
-        for step.images, step.labels in stream.train(shares, epoch):  # type: ignore[assignment]
-            step()
-        wait(device)
-        rates.append(sum(map(len, shares)) / (time.perf_counter() - started))
-    return max(rates)
+        train_epoch(self.run, self.epoch)
+        self.epoch += 1
+        return time.perf_counter() - started  # the loop has read the losses: the work is done
 
+    def milliseconds(self, least: float) -> float:
+        """Return the median time of a step over the epochs that `least` seconds take.
 
-def pairs(quick: bool) -> list[tuple[tuple[str, str], int, int, int]]:
-    """Return teacher and student, side of the images, batch size, and images of an epoch."""
-    if quick:
-        return [(("resnet20", "resnet8"), 32, 16, 64)]
-    large = [(names, 224, 64, 2_048) for names in LARGE]
-    return [(names, 32, 128, 50_000) for names in SMALL] + large
-
-
-def network(name: str, side: int, device: torch.device) -> nn.Module:
-    """Return a network with its first weights, for images of this side."""
-    made = create_model(Model(name=name), 100 if side == 32 else 1000, 3, side).to(device)
-    return made.to(memory_format=torch.channels_last)
-
-
-def batch_of(batch: int, side: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return random images [B, 3, H, W] and labels [B]."""
-    images = torch.randn(batch, 3, side, side, device=device)
-    labels = torch.randint(100, (batch,), device=device)
-    return images.to(memory_format=torch.channels_last), labels
+        The first epoch does not count: it compiles, and captures the graph.
+        """
+        self.seconds()
+        found: list[float] = []
+        while sum(found) < least or len(found) < 3:
+            found.append(self.seconds())
+        return 1000 * median(found) / self.run.steps
 
 
 def measure_steps(device: torch.device, quick: bool) -> Iterator[Row]:
-    """Yield the times of the steps of each pair of networks."""
-    seconds = 0.1 if quick else 2.0
-    for (teacher_name, student_name), side, batch, images in pairs(quick):
-        x, y = batch_of(batch, side, device)
-        alone = Step(network(student_name, side, device), None, x, y)
-        teacher = network(teacher_name, side, device)
-        taught = Step(network(student_name, side, device), teacher, x, y)
-        row: Row = {"pair": f"{teacher_name} → {student_name}", "batch": batch}
-        row["CE (ms)"] = milliseconds(alone, device, seconds)
-        row["KD, live teacher (ms)"] = milliseconds(taught, device, seconds)
-        row["not student (%)"] = 100 * (1 - row["CE (ms)"] / row["KD, live teacher (ms)"])
-        row["CE images/s"] = streamed(alone, side, images, device)
-        row["of resident (%)"] = row["CE images/s"] * row["CE (ms)"] / batch / 10
-        if device.type == "cuda":
-            step = Step(network(student_name, side, device), None, x, y)
-            row["CE graph (ms)"] = milliseconds(step.captured(), device, seconds)
+    """Yield the times of the steps of each pair of networks, one by one and as a CUDA graph."""
+    least = 0.1 if quick else 1.0
+    for (teacher, student), side, batch, steps in pairs(quick):
+        images = random_images(batch * steps, side, 100 if side == 32 else 1000)
+        row: Row = {"pair": f"{teacher} → {student}", "batch": batch}
+        for loss in ("ce", "kd"):
+            for name, graphs in ((loss.upper(), False), (f"{loss.upper()} graph", True)):
+                made = Epochs(loss, student, teacher, images, batch, device, cuda_graphs=graphs)
+                row[f"{name} (ms)"] = made.milliseconds(least)
+        row["captured"] = made.run.update.replay is not None
+        row["not student (%)"] = 100 * (1 - row["CE graph (ms)"] / row["KD graph (ms)"])
+        row["CE images/s"] = 1000 * batch / row["CE graph (ms)"]
         yield row
 
 
 def measure_compiled(device: torch.device, quick: bool) -> Iterator[Row]:
     """Yield the times of the steps of each student after `torch.compile`."""
-    for (_, name), side, batch, _ in pairs(quick):
-        torch._dynamo.reset()
-        step = Step(network(name, side, device), None, *batch_of(batch, side, device))
-        step.distiller.compile_student()
-        started = time.perf_counter()
-        step()
-        wait(device)
-        took = time.perf_counter() - started
-        best = milliseconds(step, device, 0.1 if quick else 2.0)
-        yield {"student": name, "CE compiled (ms)": best, "first step (s)": took}
+    least = 0.1 if quick else 1.0
+    for (_, student), side, batch, steps in pairs(quick):
+        images = random_images(batch * steps, side, 100 if side == 32 else 1000)
+        row: Row = {"student": student}
+        for graphs in (False, True):
+            started = time.perf_counter()
+            settings = {"compile": True, "cuda_graphs": graphs}
+            made = Epochs("ce", student, "", images, batch, device, **settings)
+            name = "CE compiled graph" if graphs else "CE compiled"
+            row[f"{name} (ms)"] = made.milliseconds(least)
+            row.setdefault("seconds", time.perf_counter() - started)
+        yield row
 
 
 # ---------------------------------------------------------------- losses
@@ -257,18 +252,11 @@ def measure_losses(device: torch.device, quick: bool) -> Iterator[Row]:
 # ---------------------------------------------------------------- resume and workers
 
 
-def small_trial(loss: str, workers: int, epochs: int) -> Trial:
-    """Return a trial of the digits without a teacher to train."""
-    settings = {
-        "data": {"name": "digits", "pad": 1, "flip": True},
-        "student": "resnet20",
-        "loss": loss,
-        "epochs": epochs,
-        "batch_size": 64,
-        "workers": workers,
-        "ema": 0.9,
-    }
-    return Trial.model_validate(settings)
+def small_trial(settings: Row, workers: int, epochs: int) -> Trial:
+    """Return a trial on the digits with some settings."""
+    data = {"name": "digits", "pad": 1, "flip": True}
+    common = {"data": data, "student": "resnet20", "batch_size": 64, "ema": 0.9}
+    return Trial.model_validate(common | settings | {"workers": workers, "epochs": epochs})
 
 
 def run_trial(trial: Trial, folder: str, device: torch.device, last: int = 0) -> Row | None:
@@ -296,14 +284,36 @@ def same(one: Row | None, other: Row | None) -> bool:
 
 
 def measure_resume(device: torch.device, quick: bool) -> Iterator[Row]:
-    """Yield whether a trial that is stopped after an epoch ends with the same bits."""
-    for loss in ("ce",) if quick else ("ce", "ls"):
-        trial = small_trial(loss, 1, 2 if quick else 4)
-        with tempfile.TemporaryDirectory() as whole, tempfile.TemporaryDirectory() as parts:
-            expected = run_trial(trial, whole, device)
-            run_trial(trial, parts, device, last=1)
-            resumed = run_trial(trial, parts, device)
-        yield {"loss": loss, "same bits after resume": same(expected, resumed)}
+    """Yield whether trials that are resumed or captured end with the same bits as others."""
+    images = datasets.load(Data(name="digits"))
+    with tempfile.TemporaryDirectory() as folder:
+        teacher = weights_file("resnet20", images, folder)
+        live = {"teacher": teacher, "teacher_logits": "live"}
+        kinds: list[Row] = [{"loss": "ce"}]
+        if not quick:
+            sgd = {"name": "sgd", "lr": 0.05}
+            kinds += [
+                {"loss": "ce", "optimizer": sgd, "schedule": {"name": "cosine"}},
+                {"loss": "pld", "teacher": teacher},
+                {"loss": "kd", **live, "clip_grad": 1.0},
+                {"loss": "at", **live},
+                {"loss": {"name": "dkd", "warmup_epochs": 2}, "teacher": teacher},
+            ]
+        for number, settings in enumerate(kinds):
+            trial = small_trial(settings, 1, 2 if quick else 3)
+            places = [f"{folder}/{number}{name}" for name in ("whole", "parts", "single")]
+            whole = run_trial(trial, places[0], device)
+            run_trial(trial, places[1], device, last=1)
+            resumed = run_trial(trial, places[1], device)
+            single = trial.model_copy(update={"cuda_graphs": False})
+            yield {
+                "loss": trial.loss.name, "optimizer": trial.optimizer.name,
+                "teacher": "" if trial.teacher is None else trial.teacher_logits,
+                "captured": bool(whole and whole["environment"]["cuda_graph"]),
+                "same bits after resume": same(whole, resumed),
+                "same bits one by one": same(whole, run_trial(single, places[2], device)),
+                "notes": " ".join(n for n in whole["notes"] if "captured" in n) if whole else "",
+            }  # fmt: skip
 
 
 def _worker(rank: int, folder: str, spec: str, last: int, device: str) -> None:
@@ -317,7 +327,7 @@ def _worker(rank: int, folder: str, spec: str, last: int, device: str) -> None:
 
 def measure_workers(device: torch.device, quick: bool) -> Iterator[Row]:
     """Yield how two processes train one trial, whole and resumed."""
-    trial = small_trial("ce", 2, 2 if quick else 3)
+    trial = small_trial({"loss": "ce"}, 2, 2 if quick else 3)
     records = []
     with tempfile.TemporaryDirectory() as whole, tempfile.TemporaryDirectory() as parts:
         started = time.perf_counter()

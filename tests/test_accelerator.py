@@ -169,7 +169,7 @@ class Events:
 
     now = 0.0
 
-    def __init__(self, enable_timing):
+    def __init__(self, enable_timing, external):
         self.at = 0.0
 
     def record(self):

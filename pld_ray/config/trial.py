@@ -74,6 +74,8 @@ class Trial(Part):
         precision: The precision of the forward passes; "auto" is bfloat16 on CUDA.
         channels_last: Whether images use the channels-last memory format.
         compile: Whether to compile the student with `torch.compile`.
+        cuda_graphs: Whether the steps on a GPU are replayed as a CUDA graph where they can be. The
+            results are the same.
         workers: The number of workers that train the student together.
         metrics: Further metrics of every epoch, from plug-ins, by name.
         plugins: The digest of the source of each plug-in that provides its loss, its networks, its
@@ -97,6 +99,7 @@ class Trial(Part):
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     channels_last: bool = True
     compile: bool = False
+    cuda_graphs: bool = True
     workers: int = Field(1, ge=1)
     metrics: tuple[str, ...] = ()
     plugins: dict[str, str] = {}
@@ -233,7 +236,7 @@ def _short(value: Any) -> str:
 
 
 UNSEEDED = ("unseeded", "unseeded_label", "settings", "flat")  # cached, and the same for every seed
-NOT_IDENTITY = {"root", "compile"}  # fields that do not change the result of a trial
+NOT_IDENTITY = {"root", "compile", "cuda_graphs"}  # fields that do not change the result of a trial
 
 
 def canonical(trial: Trial) -> dict[str, Any]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -17,6 +18,26 @@ from pld_ray.data.images import Images
 from pld_ray.data.mixing import MixedLabels, draw_mix, mix_images, partners
 from pld_ray.data.sampling import Ints, random_bits
 from pld_ray.data.workers import augmented
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A training batch whose images are made on its device, from what differs between batches.
+
+    Attributes:
+        given: Tensors on the device: indices or uint8 images, then the places of their crops.
+        make: Turns them into images, float32 [B, channels, H, W]. It waits for nothing.
+        labels: Labels, int64 [B], or `MixedLabels` if the images are mixed.
+    """
+
+    given: tuple[Tensor, ...]
+    make: Callable[..., Tensor]
+    labels: Tensor | MixedLabels
+
+    @property
+    def images(self) -> Tensor:
+        """Make the images."""
+        return self.make(*self.given)
 
 
 class Stream:
@@ -60,15 +81,15 @@ class Stream:
     def train(
         self, shares: Iterable[Ints], view: int
     ) -> Iterator[tuple[Tensor, Tensor | MixedLabels]]:
+        """Yield the images and labels of `batches`."""
+        return ((batch.images, batch.labels) for batch in self.batches(shares, view))
+
+    def batches(self, shares: Iterable[Ints], view: int) -> Iterator[Batch]:
         """Yield augmented training batches.
 
         Args:
             shares: The indices of samples of each batch, [B]: this worker's share of the batch.
             view: The index of the augmentation.
-
-        Yields:
-            Images, float32 [B, channels, H, W], and labels, int64 [B], or `MixedLabels` if the
-            images are mixed.
         """
         shares = list(shares)
         if not shares:
@@ -78,8 +99,8 @@ class Stream:
             return
         labels = self.labels["train"][self._put(np.concatenate(shares))]
         each = labels.split([len(index) for index in shares])
-        for chosen, images in zip(each, self._seen(shares, view), strict=True):
-            yield self._normalise(images), chosen
+        for chosen, (given, make) in zip(each, self._seen(shares, view), strict=True):
+            yield Batch(given, make, chosen)
 
     def val(self, shares: Iterable[Ints]) -> Iterator[Tensor]:
         """Return an iterator over validation batches, without augmentation.
@@ -92,15 +113,14 @@ class Stream:
         """
         return map(self._normalise, self._gather("val", shares, 0))
 
-    def _mixed(
-        self, shares: list[Ints], view: int
-    ) -> Iterator[tuple[Tensor, Tensor | MixedLabels]]:
+    def _mixed(self, shares: list[Ints], view: int) -> Iterator[Batch]:
         """Yield batches of images that are mixed with their partners."""
         pixels, labels = self.pixels["train"], self.labels["train"]
         partner = partners(self.seed, view, len(pixels))
         needed = [np.unique(np.concatenate([index, partner[index]])) for index in shares]
-        for index, there, seen in zip(shares, needed, self._seen(needed, view), strict=True):
-            images = self._normalise(seen)
+        seen = self._seen(needed, view)
+        for index, there, (given, make) in zip(shares, needed, seen, strict=True):
+            images = make(*given)
             first, second = (
                 self._put(np.searchsorted(there, each)) for each in (index, partner[index])
             )
@@ -109,24 +129,37 @@ class Stream:
             mixed = mix_images(images[first], images[second], mix)
             ours, others = (labels[self._put(each)] for each in (index, partner[index]))
             mixed = mixed.contiguous(memory_format=self.layout)
-            yield mixed, MixedLabels(ours, others, share)
+            yield Batch((mixed,), _itself, MixedLabels(ours, others, share))
 
-    def _seen(self, shares: list[Ints], view: int) -> Iterator[Tensor]:
-        """Yield the training images of each share after augmentation, uint8 [B, H, W, channels]."""
+    def _seen(
+        self, shares: list[Ints], view: int
+    ) -> Iterator[tuple[tuple[Tensor, ...], Callable[..., Tensor]]]:
+        """Yield what makes the augmented training images of each share: `given` and `make`."""
         if self.data.augment or isinstance(self.pixels["train"], DrawnImages):
 
             def read(index: Ints) -> Tensor:
                 images = self._read("train", index, view)
-                return self._cropped(images, self._places(index, view)).clone()
+                return self._cropped(images, *self._places(index, view)).clone()
 
             for images in augmented(read, self.data.augment, shares, self.seed, view):
-                yield images.to(self.device, non_blocking=True)
+                yield (images.to(self.device, non_blocking=True),), self._normalise
             return
         lengths = [len(index) for index in shares]
         drawn = self._places(np.concatenate(shares), view)
         places = zip(*(upload(each, self.device).split(lengths) for each in drawn), strict=True)
-        for images in self._gather("train", shares, view):
-            yield self._cropped(images, next(places, ()))
+        resident = "train" in self.on_device
+        source = self._indices(shares) if resident else self._gather("train", shares, view)
+        make = self._from_device if resident else self._from_pixels
+        for first in source:
+            yield (first, *next(places, ())), make
+
+    def _from_device(self, index: Tensor, *places: Tensor) -> Tensor:
+        """Make images of the indices of samples [B], whose pixels are on the device."""
+        return self._from_pixels(self.on_device["train"][index], *places)
+
+    def _from_pixels(self, pixels: Tensor, *places: Tensor) -> Tensor:
+        """Make images of pixels, uint8 [B, H, W, channels]."""
+        return self._normalise(self._cropped(pixels, *places))
 
     def _places(self, index: Ints, view: int) -> tuple[Tensor, ...]:
         """Draw top, left and mirroring (0 or 1) of the crops of some images, int64 [B] each.
@@ -142,7 +175,7 @@ class Stream:
         mirrored = below(bits, 48, 2) if flip else np.zeros_like(top)
         return tuple(torch.from_numpy(each) for each in (top, left, mirrored))
 
-    def _cropped(self, images: Tensor, places: tuple[Tensor, ...]) -> Tensor:
+    def _cropped(self, images: Tensor, *places: Tensor) -> Tensor:
         """Pad, crop and mirror images, uint8 [B, H, W, channels], as `_places` says."""
         if not places:
             return images
@@ -167,13 +200,16 @@ class Stream:
             for images in ahead:
                 yield images.to(self.device, non_blocking=True)
         elif split in self.on_device:
-            shares = list(shares)
-            index = self._put(np.concatenate(shares))
-            for part in index.split([len(share) for share in shares]):
-                yield self.on_device[split][part]
+            for index in self._indices(list(shares)):
+                yield self.on_device[split][index]
         else:
             for share in shares:
                 yield upload(self._read(split, share, view), self.device)
+
+    def _indices(self, shares: list[Ints]) -> Iterator[Tensor]:
+        """Yield the indices of each share on the device, [B]; all are copied at once."""
+        index = self._put(np.concatenate(shares))
+        yield from index.split([len(share) for share in shares])
 
     def _read(self, split: str, index: Ints, view: int) -> Tensor:
         """Return images in the memory of the host, uint8 [B, H, W, channels]."""
@@ -203,6 +239,10 @@ class Stream:
         x.mul_(self.scale.repeat(width)).add_(self.shift.repeat(width))
         x = x.view(batch, height, width, channels).permute(0, 3, 1, 2)
         return x.contiguous(memory_format=self.layout)
+
+
+def _itself(images: Tensor) -> Tensor:
+    return images
 
 
 def upload(x: Tensor, device: torch.device) -> Tensor:

@@ -83,7 +83,8 @@ class Clock:
 
     On CUDA, the parts of a step are measured by events, which do not make the host wait for the
     device. The events take time themselves: only the first step of an epoch and one of 16 later
-    ones are measured, and those stand for the steps between them.
+    ones are measured, and those stand for the steps between them. Those of a CUDA graph are part
+    of it, and its last replay stands for all replays.
 
     Args:
         device: The device that does the work.
@@ -96,16 +97,20 @@ class Clock:
         self.seconds: dict[str, float] = {}
         self.events: list[tuple[str, float, torch.cuda.Event, torch.cuda.Event]] = []
         self.weight = 1.0  # steps for which the present one stands; 0 if it is not measured
+        self.capturing = False
+        self.graph: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+        self.replays = 0  # of the graph since the last `read`
 
-    def step(self, number: int, steps: int) -> None:
+    def step(self, number: int, steps: int, each: bool = False) -> None:
         """Begin a step.
 
         Args:
             number: The number of the step in its epoch, from 0.
             steps: The number of steps in the epoch.
+            each: Whether to measure each step, because some of them are replays of a graph.
         """
         measured = range(SAMPLE // 2, steps, SAMPLE)
-        if number == 0 or steps <= SAMPLE:
+        if each or number == 0 or steps <= SAMPLE:
             self.weight = 1.0
         else:
             self.weight = (steps - 1) / len(measured) if number in measured else 0.0
@@ -118,14 +123,28 @@ class Clock:
                 yield
             return
         self.alive()
-        if not self.weight:
+        if not self.weight and not self.capturing:
             yield
             return
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin, end = (
+            torch.cuda.Event(enable_timing=True, external=self.capturing) for _ in range(2)
+        )
         begin.record()
         yield
         end.record()
-        self.events.append((part, self.weight, begin, end))
+        if self.capturing:
+            self.graph.append((part, begin, end))
+        else:
+            self.events.append((part, self.weight, begin, end))
+
+    @contextmanager
+    def capture(self) -> Iterator[None]:
+        """Take the parts inside the `with` block for those of a CUDA graph, which is captured."""
+        self.graph, self.capturing = [], True
+        try:
+            yield
+        finally:
+            self.capturing = False
 
     @contextmanager
     def host(self, part: str) -> Iterator[None]:
@@ -141,8 +160,12 @@ class Clock:
 
     def read(self) -> dict[str, float]:
         """Return the seconds of each part since the last call."""
-        if self.events:
+        if self.events or self.replays:
             torch.cuda.synchronize()
+        if self.replays:
+            for part, begin, end in self.graph:
+                self.add(part, self.replays * begin.elapsed_time(end) / 1000)
+        self.replays = 0
         for part, weight, begin, end in self.events:
             self.add(part, weight * begin.elapsed_time(end) / 1000)
         found, self.seconds, self.events = self.seconds, {}, []

@@ -31,7 +31,7 @@ from pld_ray.data.stream import upload
 from pld_ray.distill.bank import Ledger
 from pld_ray.distill.device import pick_device
 from pld_ray.distill.evaluation import evaluate_student, evaluate_teacher
-from pld_ray.distill.optimization import update
+from pld_ray.distill.optimization import load_optimizer
 from pld_ray.distill.running import Run, TrainingError, seed_epoch, set_up, sum_over_workers
 from pld_ray.store.store import Store
 
@@ -106,7 +106,7 @@ def resume(run: Run) -> None:
     if (now := environment(run)) != run.environments[-1] | {"from_epoch": now["from_epoch"]}:
         run.environments.append(now)
     run.distiller.student.load_state_dict(state["student"])
-    run.optimizer.load_state_dict(state["optimizer"])
+    load_optimizer(run.optimizer, state["optimizer"])
     run.distiller.loss.load_state_dict(state["loss"])
     if run.ema is not None:
         run.ema.load_state_dict(state["ema"])
@@ -127,23 +127,18 @@ def train_epoch(run: Run, epoch: int) -> tuple[float, int]:
     samples = order(trial.seed, epoch, len(run.images.train))
     global_batches = list(batches(samples, trial.batch_size, trial.drop_last))
     shares = [batch[run.rank :: run.world] for batch in global_batches]
-    shown = run.stream.train(shares, view)
+    prepared = run.stream.batches(shares, view)
     targets = teacher_targets(run, shares, view)
     for number, (batch, share) in enumerate(zip(global_batches, shares, strict=True)):
-        run.clock.step(number, run.steps)
+        run.clock.step(number, run.steps, each=run.update.graphs is not None)
         with run.clock("data"):
-            x, labels = next(shown)
-        target, ranking = next(targets)
+            ours = next(prepared)
         step = epoch * run.steps + number
         run.schedule.step_update(step)
-        loss = run.step(x, labels, teacher_logits=target, order=ranking)
-        if run.world > 1:
-            # The shares of a ragged batch differ by one sample. With these weights the mean of the
-            # workers' gradients is the gradient of the mean over the batch.
-            loss = loss * (len(share) * run.world / len(batch))
-        with run.clock("student"):
-            update(loss, run.distiller, run.optimizer, step, trial.clip_grad, run.ema)
-        losses.append(loss.detach())
+        # The shares of a ragged batch differ by one sample. With these weights the mean of the
+        # workers' gradients is the gradient of the mean over the batch.
+        weight = len(share) * run.world / len(batch)
+        losses.append(run.update(ours, *next(targets), weight, step))
     sizes = torch.tensor([len(batch) for batch in global_batches], dtype=torch.float64)
     means = sum_over_workers(torch.stack(losses).double()).cpu() / run.world
     check_finite(run, epoch, means)
@@ -290,11 +285,16 @@ def make_record(run: Run) -> dict[str, Any]:
             "pld_ray": __version__,
             **ran,
             "compiled": run.trial.compile and was_compiled(),
+            "cuda_graph": run.update.replay is not None,
             "timm": timm.__version__,
             "python": platform.python_version(),
             "threads": torch.get_num_threads(),
             "host": platform.node(),
             "cores": os.cpu_count(),
         },
-        "notes": [*run.distiller.loss.notes, *change_notes(run.environments)],
+        "notes": [
+            *run.distiller.loss.notes,
+            *change_notes(run.environments),
+            *filter(None, [run.update.note]),
+        ],
     }

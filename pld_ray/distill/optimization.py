@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from numbers import Real
 from typing import Any
@@ -23,6 +22,9 @@ from pld_ray.config.parts import Optimizer, Schedule
 from pld_ray.config.registry import OPTIMIZERS, SCHEDULES
 from pld_ray.distill.distiller import Distiller
 from pld_ray.errors import InputError
+
+CAPTURABLE = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)  # their fused kernels on CUDA
+KERNELS = ("foreach", "fused", "capturable", "differentiable")  # arguments that choose kernels
 
 
 def create_optimizer(settings: Optimizer, distiller: Distiller) -> torch.optim.Optimizer:
@@ -58,11 +60,31 @@ def create_optimizer(settings: Optimizer, distiller: Distiller) -> torch.optim.O
 
 
 def _fused(settings: Optimizer, distiller: Distiller) -> dict[str, Any]:
-    """Return the argument for torch's fused kernels, where an optimizer has them, on CUDA."""
+    """Return the arguments for torch's fused kernels on CUDA, which a CUDA graph can hold."""
     on_cuda = next(distiller.student.parameters()).device.type == "cuda"
-    known = inspect.signature(get_optimizer_class(settings.name)).parameters
-    chosen = {"foreach", "fused", "capturable", "differentiable"} & settings.args.keys()
-    return {"fused": True} if on_cuda and "fused" in known and not chosen else {}
+    kind = get_optimizer_class(settings.name, bind_defaults=False)
+    if not on_cuda or kind not in CAPTURABLE or set(KERNELS) & settings.args.keys():
+        return {}
+    return {"fused": True} if kind is torch.optim.SGD else {"fused": True, "capturable": True}
+
+
+def is_capturable(optimizer: torch.optim.Optimizer) -> bool:
+    """Return whether a CUDA graph can hold the steps of an optimizer."""
+    return type(optimizer) in CAPTURABLE and all(
+        group["fused"] and group.get("capturable", True) for group in optimizer.param_groups
+    )
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Load what `optimizer.state_dict()` returned, maybe on another device.
+
+    Which kernels the optimizer uses belongs to the device and is kept.
+    """
+    groups = [
+        kept | {name: own[name] for name in KERNELS if name in own}
+        for kept, own in zip(state["param_groups"], optimizer.param_groups, strict=True)
+    ]
+    optimizer.load_state_dict(state | {"param_groups": groups})
 
 
 def create_schedule(

@@ -21,6 +21,7 @@ from pld_ray.distill.bank_format import uses_bank
 from pld_ray.distill.device import Clock, memory_format, pick_precision, use_deterministic
 from pld_ray.distill.distiller import Distiller
 from pld_ray.distill.optimization import MovingAverage, create_optimizer, create_schedule
+from pld_ray.distill.steps import Steps
 from pld_ray.distill.teacher import Teacher
 from pld_ray.losses.registry import create_loss
 from pld_ray.models.factory import create_model
@@ -44,7 +45,7 @@ class Run:
     clock: Clock
     stream: Stream
     distiller: Distiller
-    step: Callable[..., Tensor]  # the distiller, in DistributedDataParallel if there are others
+    update: Steps
     teacher: Teacher | None
     bank: Bank | None
     val_bank: Bank | None
@@ -89,6 +90,8 @@ def set_up(
     distiller.clock = clock
     steps = len(list(batches(order(0, 0, len(images.train)), trial.batch_size, trial.drop_last)))
     optimizer = create_optimizer(trial.optimizer, distiller)
+    ema = MovingAverage(student, decay=trial.ema) if trial.ema else None
+    module = distiller if world == 1 else share_gradients(distiller, device)
     return Run(
         trial=trial,
         images=images,
@@ -99,14 +102,14 @@ def set_up(
         clock=clock,
         stream=stream,
         distiller=distiller,
-        step=distiller if world == 1 else share_gradients(distiller, device),
+        update=Steps(trial, distiller, module, optimizer, ema, clock),
         teacher=teacher,
         bank=bank,
         val_bank=val_bank,
         optimizer=optimizer,
         schedule=create_schedule(trial.schedule, optimizer, trial.epochs, steps),
         steps=steps,
-        ema=MovingAverage(student, decay=trial.ema) if trial.ema else None,
+        ema=ema,
         val_index=order(0, 0, len(images.val))[rank::world],
     )
 

@@ -317,7 +317,15 @@ def _angle_loss(student: Tensor, teacher: Tensor) -> Tensor:
         return F.smooth_l1_loss(_angles(student), _angles(teacher))
     # The backward pass computes each piece again, so that only one is in memory at a time.
     pieces = [
-        checkpoint(_angle_sum, student, teacher, first, anchors, use_reentrant=False)
+        checkpoint(
+            _angle_sum,
+            student,
+            teacher,
+            first,
+            anchors,
+            use_reentrant=False,
+            preserve_rng_state=False,
+        )
         for first in range(0, batch, anchors)
     ]
     return torch.stack(pieces).sum() / batch**3

@@ -1,0 +1,230 @@
+"""The updates of a trial: one by one, or as a CUDA graph that is captured once and replayed.
+
+    batch, stored logits -> images -> loss -> backward pass -> optimizer -> moving average
+
+A step of a small network is hundreds of short kernels. The host needs longer to launch them than
+the device to run them. A graph launches all of them at once. It holds what the kernels were given:
+addresses of tensors, and numbers of Python. What differs between steps is therefore copied into
+tensors of the graph: the batch, the stored logits of the teacher, and the learning rates. A step
+has the same bits in both ways.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pld_ray import plugins
+from pld_ray.config.trial import Trial
+from pld_ray.data.stream import Batch
+from pld_ray.distill.device import Clock
+from pld_ray.distill.distiller import Distiller
+from pld_ray.distill.optimization import MovingAverage, is_capturable, update
+
+WARM_UP = 3
+"""Steps before a graph is captured. They create what later steps keep: compiled kernels, the state
+of the optimizer, constants of the loss. The moving average has its decay from the third step on."""
+
+Given = tuple[Tensor | None, ...]
+Step = Callable[..., Tensor]
+
+
+class CudaGraphs:
+    """Captures and replays steps.
+
+    Args:
+        clock: Measures the parts of the steps.
+    """
+
+    def __init__(self, clock: Clock) -> None:
+        self.clock = clock
+        self.stream = torch.cuda.Stream()  # the default stream cannot be captured
+
+    def warm_up(self, step: Step, given: Given) -> Tensor:
+        """Do a step on the stream on which steps are captured."""
+        here = torch.cuda.current_stream()
+        self.stream.wait_stream(here)
+        with torch.cuda.stream(self.stream):
+            loss = step(*given)
+        here.wait_stream(self.stream)
+        return loss
+
+    def capture(self, step: Step, given: Given) -> Callable[[], Tensor]:
+        """Capture a step, without doing it, and return a function that does it and gives the loss.
+
+        Args:
+            step: The step.
+            given: Its arguments; their addresses become part of the graph.
+        """
+        graph = torch.cuda.CUDAGraph()
+        with (
+            self.clock.capture(),
+            # Threads that read images ahead may do with CUDA what they like meanwhile.
+            torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"),
+        ):
+            loss = step(*given)
+
+        def replay() -> Tensor:
+            graph.replay()
+            self.clock.replays += 1
+            return loss.clone()
+
+        return replay
+
+
+def graphs_for(
+    trial: Trial, optimizer: torch.optim.Optimizer, clock: Clock, alone: bool
+) -> CudaGraphs | None:
+    """Return what captures the steps of a trial, or None if they are done one by one.
+
+    A graph does not repeat what the host does in a step. So code of plug-ins is not captured, since
+    it may do anything there, nor are mixed images, which the host draws.
+
+    Args:
+        trial: The trial.
+        optimizer: Its optimizer.
+        clock: Measures the parts of the steps; it knows the device.
+        alone: Whether this is the only worker.
+    """
+    networks = {("network", trial.student.name), ("network", trial.teacher_name or "")}
+    own = plugins.used({("loss", trial.loss.name), ("optimizer", trial.optimizer.name), *networks})
+    wanted = trial.cuda_graphs and clock.cuda and alone and not trial.data.mixes and not own
+    return CudaGraphs(clock) if wanted and is_capturable(optimizer) else None
+
+
+class Steps:
+    """Does the updates of one worker of a trial.
+
+    Args:
+        trial: The trial.
+        distiller: Student, teacher and loss.
+        module: The distiller, in DistributedDataParallel if there are other workers.
+        optimizer: The optimizer of the student and of what the loss learns.
+        ema: The exponential moving average of the student, if there is one.
+        clock: Measures the parts of a step.
+
+    Attributes:
+        graphs: Captures steps; None if they are done one by one.
+        replay: Replays the captured step, if there is one.
+        note: A sentence for the record if a step could not be captured.
+    """
+
+    def __init__(
+        self,
+        trial: Trial,
+        distiller: Distiller,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        ema: MovingAverage | None,
+        clock: Clock,
+    ) -> None:
+        self.batch_size, self.clip_grad = trial.batch_size, trial.clip_grad
+        self.distiller, self.module, self.optimizer, self.ema = distiller, module, optimizer, ema
+        self.clock = clock
+        self.graphs = graphs_for(trial, optimizer, clock, alone=module is distiller)
+        self.note = ""
+        device = next(distiller.student.parameters()).device
+        groups = optimizer.param_groups if self.graphs else []
+        # All steps use these tensors, so that they have the same bits with a graph and without it.
+        self.rates = [torch.empty((), device=device) for _ in groups]
+        self.form: Any = None  # what must be the same in all replays of a graph
+        self.warm = 0
+        self.replay: Callable[[], Tensor] | None = None
+        self.static: Given = ()
+        self.teacher_images = 0
+
+    def __call__(
+        self,
+        batch: Batch,
+        teacher_logits: Tensor | None,
+        order: Tensor | None,
+        weight: float,
+        number: int,
+    ) -> Tensor:
+        """Do one update.
+
+        Args:
+            batch: The batch of this worker.
+            teacher_logits: The stored logits of the teacher [B, C], if there are some.
+            order: The stored order of the classes [B, C], if there is one.
+            weight: The factor of the loss.
+            number: The number of the update, from 0.
+
+        Returns:
+            The loss before the update, a scalar on the device.
+        """
+
+        def step(*given: Any) -> Tensor:
+            *tensors, labels, logits, ranking = given
+            with self.clock("data"):
+                images = batch.make(*tensors)
+            loss: Tensor = self.module(images, labels, teacher_logits=logits, order=ranking)
+            loss = loss * weight if weight != 1 else loss
+            with self.clock("student"), self._rates_of_device():
+                update(loss, self.distiller, self.optimizer, number, self.clip_grad, self.ema)
+            return loss.detach()
+
+        for rate, group in zip(self.rates, self._groups(), strict=True):
+            rate.fill_(group["lr"])
+        labels: Any = batch.labels
+        given = *batch.given, labels, teacher_logits, order
+        if self.graphs is None or len(labels) < self.batch_size:
+            return step(*given)
+        loss_numbers = [(k, x) for k, x in vars(self.distiller.loss).items() if _is_number(x)]
+        form = batch.make, loss_numbers, [None if x is None else (x.shape, x.dtype) for x in given]
+        if form != self.form:
+            self.form, self.warm, self.replay = form, 0, None
+        if self.replay is None:
+            self.warm += 1
+            if self.warm <= WARM_UP:
+                return self.graphs.warm_up(step, given)
+            if not self._capture(step, given):
+                return step(*given)
+        assert self.replay is not None
+        for kept, x in zip(self.static, given, strict=True):
+            if kept is not None and x is not None:
+                kept.copy_(x)
+        if self.distiller.teacher is not None:
+            self.distiller.teacher.images_seen += self.teacher_images
+        return self.replay()
+
+    def _capture(self, step: Step, given: Given) -> bool:
+        """Capture a step; if that fails, say why and do steps one by one from now on."""
+        assert self.graphs is not None
+        teacher = self.distiller.teacher
+        before = teacher.images_seen if teacher is not None else 0
+        self.static = tuple(None if x is None else x.clone() for x in given)
+        try:
+            self.replay = self.graphs.capture(step, self.static)
+        except RuntimeError as error:
+            cause = error.__context__ or error  # the first error ends the capture with a second one
+            self.note = f"steps were not captured as a CUDA graph: {cause}".partition("\n")[0]
+            self.graphs, self.static = None, ()
+        if teacher is not None:
+            self.teacher_images, teacher.images_seen = teacher.images_seen - before, before
+        return self.replay is not None
+
+    def _groups(self) -> list[dict[str, Any]]:
+        """Return the groups of the optimizer whose learning rates are in tensors."""
+        return self.optimizer.param_groups[: len(self.rates)]
+
+    @contextmanager
+    def _rates_of_device(self) -> Iterator[None]:
+        """Let the optimizer read its learning rates from tensors inside the `with` block."""
+        groups = self._groups()
+        numbers = [group["lr"] for group in groups]
+        for group, rate in zip(groups, self.rates, strict=True):
+            group["lr"] = rate
+        try:
+            yield
+        finally:
+            for group, number in zip(groups, numbers, strict=True):
+                group["lr"] = number
+
+
+def _is_number(x: Any) -> bool:
+    return isinstance(x, int | float)
