@@ -11,7 +11,10 @@ pytest.importorskip("triton")
 CHECK = """
 import torch
 from pld_ray.losses import PLDLoss, likelihood, teacher_order
+from pld_ray.losses import triton_kernel
 from pld_ray.losses.triton_kernel import pld
+
+triton_kernel.WARPS = 2  # two programs at most, each of which computes several rows
 
 def brute_force(student, teacher, labels, temperature):
     # the loss of each row by its definition, differentiable, in float64
@@ -48,6 +51,16 @@ for classes, scale, temperature, block in cases:
         assert (error <= 1e-5 * exact.grad.abs().sum(1) + 1e-7).all(), (classes, error)
         alone, _ = pld(student, teacher, labels, order, float(temperature), False, block)
         assert torch.equal(alone, found)
+
+for place in range(12):  # logits that are not finite are not passed over
+    for wrong in (torch.nan, torch.inf):
+        student, teacher = torch.randn(2, 2, 12, generator=generator)
+        student[1, place] = wrong
+        for given in ((student, teacher), (teacher, student)):
+            order = teacher_order(teacher)
+            found, gradient = pld(*given, torch.tensor([3, 3]), order, 1.0, True)
+            assert found.isfinite().tolist() == [True, False]
+            assert gradient.isfinite().all(1).tolist() == [True, False]
 
 # the loss uses the kernel after it has compared it with the form in log space
 kernel = likelihood.checked_kernel(torch.device("cpu"))

@@ -63,6 +63,9 @@ class Rule(Protocol):
             order: The teacher's order [N, K], or None if it is not known.
         """
 
+    def columns(self, order: Tensor, needed: int) -> Tensor:
+        """Return the first `needed` columns of an order, or raise ValueError if it has fewer."""
+
     def weigh(self, teacher: Tensor, labels: Tensor, ranking: Ranking) -> Tensor:
         """Return the weights of the steps [N, M]; they are 0 where the order repeats the label.
 
@@ -124,15 +127,19 @@ class _ClosedForm(torch.autograd.Function):
         rule: Rule,
         mean: bool,
     ) -> Tensor:
-        ranking = rule.rank(teacher, labels, order)
         rule.notice(teacher)
         wanted = ctx.needs_input_grad[0]
         temperature = rule.softmax_temperature
         kernel = None if temperature is None else _kernel(student)
         if kernel is not None:
-            losses, gradient = kernel(student, teacher, labels, ranking.index, temperature, wanted)
+            if order is None:
+                index = rank_all(teacher, labels).index
+            else:  # the kernel passes over the label by itself
+                index = rule.columns(order, teacher.shape[1])
+            losses, gradient = kernel(student, teacher, labels, index, temperature, wanted)
             losses = losses.mean() if mean else losses
         else:
+            ranking = rule.rank(teacher, labels, order)
             weights = rule.weigh(teacher, labels, ranking)
             probabilities = _safe_probabilities(student)
             if probabilities is None:

@@ -71,9 +71,9 @@ class RankingLoss(DistillationLoss):
         """
         if order is None:
             return rank_all(teacher, labels)
-        return rank_in_order(self._columns(order, teacher.shape[1]), labels, teacher.shape[1])
+        return rank_in_order(self.columns(order, teacher.shape[1]), labels, teacher.shape[1])
 
-    def _columns(self, order: Tensor, needed: int) -> Tensor:
+    def columns(self, order: Tensor, needed: int) -> Tensor:
         """Return the first `needed` columns of the order."""
         if order.shape[1] < needed:
             raise ValueError(f"order: expected {needed} classes, got {order.shape[1]}")
@@ -242,7 +242,7 @@ class PLDLoss(RankingLoss):
         classes, chosen = teacher.shape[1], None
 
         def best(k: int) -> Tensor:
-            return teacher.topk(k, 1).indices if order is None else self._columns(order, k).long()
+            return teacher.topk(k, 1).indices if order is None else self.columns(order, k).long()
 
         if self.top_k == "auto":
             # The search would make the host wait for an accelerator. It saves time only: `weigh`

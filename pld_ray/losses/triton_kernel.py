@@ -1,13 +1,18 @@
 """PLD and its gradient in one launch on CUDA, given the teacher's order of the classes.
 
-This is the closed form of `likelihood.py`. One program computes one row, in tiles of BLOCK steps of
-the ranking. Sums are kept as z exp(m), where m is the largest logit of the sum. Differences of
-logits are then exact to their last bit, and float32 is enough for any range of the logits:
+This is the closed form of `likelihood.py`. A program computes one row after another, in tiles of
+BLOCK steps of the ranking. Sums are kept as z exp(m), where m is the largest logit of the sum.
+Differences of logits are then exact to their last bit, and float32 is enough for any range of the
+logits:
 
-    backwards over the tiles    the sum Z of exp(s) over all later tiles, for each tile; the
-                                normalisation of the teacher's softmax
-    forwards over the tiles     Z and R at each step, the loss, A (the sum of w / Z over the steps
+    backwards over the tiles    the logits in the order of the ranking, which are kept; the sum of
+                                exp(s) over all later tiles, for each tile; the normalisation of
+                                the teacher's softmax
+    forwards over the tiles     R and Z at each step, the loss, A (the sum of w / Z over the steps
                                 before), and the gradient
+
+There are only as many programs as run at once, so that what they keep stays in the cache. Logits
+are read in the order of the ranking once, since reading them from any places is what takes longest.
 
 The module is imported on CUDA only, and where Triton is installed.
 """
@@ -16,12 +21,15 @@ The module is imported on CUDA only, and where Triton is installed.
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = 1024  # steps in a tile
+BLOCK = 4096  # the most steps in a tile
+WARPS = 32  # of one multiprocessor that are in use at once
 NOTHING = tl.constexpr(-1e30)  # stands for the logit of no class; finite, so that no NaN arises
 TINY = tl.constexpr(1e-37)
 
@@ -43,83 +51,95 @@ def _class(order, k, label, columns):
 
 
 @triton.jit
-def _logits(values, c, there):
-    """Return the logits of some classes."""
-    return tl.where(there, tl.load(values + c, there, 0.0).to(tl.float32), NOTHING)
-
-
-@triton.jit
 def _pld(
-    student, teacher, labels, order, losses, gradient, later,
-    classes, columns, tiles, temperature,
+    student, teacher, labels, order, losses, gradient, later, ranked,
+    rows, classes, columns, tiles, temperature,
     WANTED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Compute one row; `later` holds the sum of the later tiles, [N, tiles, 2]."""
-    row = tl.program_id(0).to(tl.int64)
-    student += row * classes
-    teacher += row * classes
-    gradient += row * classes
-    order += row * columns
-    later += row * tiles * 2
-    label = tl.load(labels + row)
-    step = tl.arange(0, BLOCK)
+    """Compute every row whose number is that of the program, modulo the number of programs.
 
+    `later` holds the sum of the later tiles, [programs, tiles, 2], and `ranked` the logits of
+    student and teacher in the order of the ranking, [programs, 2, columns + 1].
+    """
+    program = tl.program_id(0).to(tl.int64)
+    steps = columns + 1
+    later += program * tiles * 2
+    ranked_s = ranked + program * 2 * steps
+    ranked_t = ranked_s + steps
+    at = tl.arange(0, BLOCK)
     nothing, zero = tl.full([], NOTHING, tl.float32), tl.full([], 0.0, tl.float32)
-    m_sum, z_sum, t_max, t_sum = nothing, zero, nothing, zero
-    for back in range(tiles):
-        tile = tiles - 1 - back
-        tl.store(later + 2 * tile, m_sum)
-        tl.store(later + 2 * tile + 1, z_sum)
-        c, there = _class(order, tile * BLOCK + step, label, columns)
-        s, t = _logits(student, c, there), _logits(teacher, c, there)
-        m_tile, t_tile = tl.max(s, 0), tl.max(t, 0)
-        z_tile = tl.sum(tl.where(there, tl.exp(s - m_tile), 0.0), 0)
-        m_sum, z_sum = _add(m_sum, z_sum, m_tile, z_tile)
-        top = tl.maximum(t_max, t_tile)
-        exps = tl.where(there, tl.exp((t - top) / temperature), 0.0)
-        t_sum = t_sum * tl.exp((t_max - top) / temperature) + tl.sum(exps, 0)
-        t_max = top
-    tl.debug_barrier()  # the stores above are read below
 
-    loss, e_sum, a_sum = zero, nothing, zero
-    for tile in range(tiles):
-        m_later, z_later = tl.load(later + 2 * tile), tl.load(later + 2 * tile + 1)
-        k = tile * BLOCK + step
-        c, there = _class(order, k, label, columns)
-        s, t = _logits(student, c, there), _logits(teacher, c, there)
-        w = tl.where(there, tl.exp((t - t_max) / temperature) / t_sum, 0.0)
-        m, z = tl.associative_scan((s, tl.where(there, 1.0, 0.0)), 0, _add, reverse=True)
-        m, z = _add(m, z, m_later, z_later)
-        after, there_after = _class(order, k + 1, label, columns)
-        there_after = there_after & (step < BLOCK - 1)  # the next tile is in m_later
-        s_after = _logits(student, after, there_after)
-        pair = s_after, tl.where(there_after, 1.0, 0.0)
-        m_rest, z_rest = tl.associative_scan(pair, 0, _add, reverse=True)
-        m_rest, z_rest = _add(m_rest, z_rest, m_later, z_later)
-        more = there & (z_rest > 0)  # at the last step no choice is left, so it costs nothing
-        x = tl.log(tl.maximum(z_rest, TINY)) + m_rest - s
-        small = tl.exp(tl.minimum(x, -x))
-        # log(1 + small) with Kahan's correction, which keeps the precision of a small number
-        u = 1.0 + small
-        log1p = tl.where(u == 1.0, small, tl.log(u) * (small / tl.where(u == 1.0, 1.0, u - 1.0)))
-        loss += tl.sum(tl.where(more, w * (tl.maximum(x, 0.0) + log1p), 0.0), 0)
-        if WANTED:
-            before, there_before = _class(order, k - 1, label, columns)
-            there_before = there_before & (k > 0) & (k <= columns)
-            s_b = _logits(student, before, there_before)
-            t_b = _logits(teacher, before, there_before)
-            w_b = tl.where(there_before, tl.exp((t_b - t_max) / temperature) / t_sum, 0.0)
-            m_b, z_b = _add(m, z, s_b, tl.where(there_before, 1.0, 0.0))  # Z one step before
-            e = tl.where(there_before, -m_b, NOTHING)
-            share = tl.where(there_before, w_b / tl.maximum(z_b, TINY), 0.0)
-            e_k, a_k = tl.associative_scan((e, share), 0, _add)
-            e_k, a_k = _add(e_k, a_k, e_sum, a_sum)
-            push = tl.where(a_k > 0, a_k * tl.exp(tl.minimum(s + e_k, 0.0)), 0.0)
-            pull = w * z_rest / tl.maximum(z, TINY) * tl.exp(tl.minimum(m_rest - m, 0.0))
-            tl.store(gradient + c, push - tl.where(more, pull, 0.0), there)
-            e_tile = tl.max(e, 0)
-            e_sum, a_sum = _add(e_sum, a_sum, e_tile, tl.sum(share * tl.exp(e - e_tile), 0))
-    tl.store(losses + row, loss)
+    for row in range(program, rows, tl.num_programs(0)):
+        s_row, t_row = student + row * classes, teacher + row * classes
+        order_row = order + row * columns
+        label = tl.load(labels + row)
+
+        m_sum, z_sum, t_max, t_sum = nothing, zero, nothing, zero
+        for back in range(tiles):
+            tile = tiles - 1 - back
+            tl.store(later + 2 * tile, m_sum)
+            tl.store(later + 2 * tile + 1, z_sum)
+            k = tile * BLOCK + at
+            c, there = _class(order_row, k, label, columns)
+            s = tl.where(there, tl.load(s_row + c, there, 0.0).to(tl.float32), NOTHING)
+            t = tl.where(there, tl.load(t_row + c, there, 0.0).to(tl.float32), NOTHING)
+            tl.store(ranked_s + k, s, k < steps)
+            tl.store(ranked_t + k, t, k < steps)
+            m_tile, t_tile = tl.max(s, 0), tl.max(t, 0)
+            z_tile = tl.sum(tl.where(there, tl.exp(s - m_tile), 0.0), 0)
+            m_sum, z_sum = _add(m_sum, z_sum, m_tile, z_tile)
+            top = tl.maximum(t_max, t_tile)
+            exps = tl.where(there, tl.exp((t - top) / temperature), 0.0)
+            t_sum = t_sum * tl.exp((t_max - top) / temperature) + tl.sum(exps, 0)
+            t_max = top
+        tl.debug_barrier()  # the stores above are read below
+        whole = z_sum + t_sum  # NaN if a logit is not finite, which a maximum may pass over
+
+        loss, e_sum, a_sum = zero, nothing, zero
+        for tile in range(tiles):
+            m_later, z_later = tl.load(later + 2 * tile), tl.load(later + 2 * tile + 1)
+            k = tile * BLOCK + at
+            s = tl.load(ranked_s + k, k < steps, NOTHING)
+            t = tl.load(ranked_t + k, k < steps, NOTHING)
+            there = s != NOTHING  # also if it is NaN
+            w = tl.where(there, tl.exp((t - t_max) / temperature) / t_sum, 0.0)
+            # R sums over the steps after k; those of the next tile are in m_later
+            next_inside = (k + 1 < steps) & (at < BLOCK - 1)
+            s_after = tl.load(ranked_s + k + 1, next_inside, NOTHING)
+            pair = s_after, tl.where(s_after != NOTHING, 1.0, 0.0)
+            m_rest, z_rest = tl.associative_scan(pair, 0, _add, reverse=True)
+            m_rest, z_rest = _add(m_rest, z_rest, m_later, z_later)
+            more = there & (z_rest > 0)  # at the last step no choice is left, so it costs nothing
+            x = tl.log(tl.maximum(z_rest, TINY)) + m_rest - s
+            small = tl.exp(tl.minimum(x, -x))
+            # log(1 + small) with Kahan's correction, which keeps the precision of a small number
+            u = 1.0 + small
+            kahan = tl.log(u) * (small / tl.where(u == 1.0, 1.0, u - 1.0))
+            log1p = tl.where(u == 1.0, small, kahan)
+            loss += tl.sum(tl.where(more, w * (tl.maximum(x, 0.0) + log1p), 0.0), 0)
+            if WANTED:
+                m, z = _add(m_rest, z_rest, s, tl.where(there, 1.0, 0.0))
+                before = (k > 0) & (k <= steps)
+                s_b = tl.load(ranked_s + k - 1, before, NOTHING)
+                t_b = tl.load(ranked_t + k - 1, before, NOTHING)
+                there_b = s_b != NOTHING
+                w_b = tl.where(there_b, tl.exp((t_b - t_max) / temperature) / t_sum, 0.0)
+                m_b, z_b = _add(m, z, s_b, tl.where(there_b, 1.0, 0.0))  # Z one step before
+                e = tl.where(there_b, -m_b, NOTHING)
+                share = tl.where(there_b, w_b / tl.maximum(z_b, TINY), 0.0)
+                e_k, a_k = tl.associative_scan((e, share), 0, _add)
+                e_k, a_k = _add(e_k, a_k, e_sum, a_sum)
+                push = tl.where(a_k > 0, a_k * tl.exp(tl.minimum(s + e_k, 0.0)), 0.0)
+                pull = w * z_rest / tl.maximum(z, TINY) * tl.exp(tl.minimum(m_rest - m, 0.0))
+                c, _ = _class(order_row, k, label, columns)
+                value = push - tl.where(more, pull, 0.0)
+                value = tl.where(whole == whole, value, whole)
+                tl.store(gradient + row * classes + c, value, there)
+                e_tile = tl.max(e, 0)
+                a_tile = tl.sum(share * tl.exp(e - e_tile), 0)
+                e_sum, a_sum = _add(e_sum, a_sum, e_tile, a_tile)
+        tl.store(losses + row, tl.where(whole == whole, loss, whole))
+        tl.debug_barrier()  # the next row overwrites what was read above
 
 
 def pld(
@@ -141,7 +161,7 @@ def pld(
             for the label, which may be at any places or missing.
         temperature: The temperature of the teacher's softmax.
         wanted: Whether to compute the gradient.
-        block: The steps of a tile, a power of two.
+        block: The most steps of a tile, a power of two.
 
     Returns:
         Losses [N], and their gradients [N, C] if they are wanted.
@@ -151,10 +171,19 @@ def pld(
     losses, gradient = student.new_empty(rows), torch.empty_like(student) if wanted else student
     block = min(block, triton.next_power_of_2(columns + 1))
     tiles = triton.cdiv(columns + 1, block)
-    later = student.new_empty(rows, tiles, 2)
-    _pld[(rows,)](
-        student, teacher, labels, order, losses, gradient, later,
-        classes, columns, tiles, temperature,
-        WANTED=wanted, BLOCK=block, num_warps=max(1, min(8, block // 128)),
+    warps = max(1, min(WARPS, block // 128))
+    programs = min(rows, _multiprocessors(student.device) * (WARPS // warps))
+    later, ranked = (student.new_empty(programs, 2, length) for length in (tiles, columns + 1))
+    _pld[(programs,)](
+        student, teacher, labels, order, losses, gradient, later, ranked,
+        rows, classes, columns, tiles, temperature,
+        WANTED=wanted, BLOCK=block, num_warps=warps,
     )  # fmt: skip
     return losses, gradient if wanted else None
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    """Return how many multiprocessors a device has; 1 for Triton's interpreter."""
+    cuda = device.type == "cuda"
+    return torch.cuda.get_device_properties(device).multi_processor_count if cuda else 1
