@@ -12,7 +12,7 @@ export PYTHONDONTWRITEBYTECODE :=
 # one process per core; the tests of a file share fixtures
 PARALLEL := -n auto --dist loadfile --no-loadscope-reorder --durations 25
 
-.PHONY: help demo test test-all check docs clean
+.PHONY: help demo test test-all test-gpu check docs clean
 
 help:  ## this list
 	@awk -F ':.*##' '/^[a-z-]+:.*##/ {printf "make %-9s %s\n", $$1, $$2}' Makefile
@@ -25,6 +25,9 @@ test: .venv/dev  ## the tests, but for the slow ones: whole runs on Ray
 
 test-all: .venv/dev  ## all tests
 	$(BIN)/python -m pytest $(PARALLEL)
+
+test-gpu: .venv/dev  ## the tests that need a GPU
+	PLD_RAY_TEST_GPU=1 $(BIN)/python -m pytest tests/test_cuda.py
 
 check: .venv/dev  ## lint, format and types
 	$(BIN)/ruff check .

@@ -55,6 +55,7 @@ SMALL = [
     ("resnet50_cifar", "mobilenetv2_cifar"),
 ]
 LARGE = [("resnet101", "resnet50"), ("vit_base_patch16_224", "vit_small_patch16_224")]
+PATCHES = {"img_size": 8, "patch_size": 2}  # of a network on the digits
 SIZES = [(128, 100), (256, 1000), (8192, 32000)]
 LOSSES = ("ce", "kd", "dist", "dkd", "pld")
 
@@ -294,6 +295,7 @@ def measure_resume(device: torch.device, quick: bool) -> Iterator[Row]:
             sgd = {"name": "sgd", "lr": 0.05}
             kinds += [
                 {"loss": "ce", "optimizer": sgd, "schedule": {"name": "cosine"}},
+                {"loss": "ce", "student": {"name": "vit_tiny_patch16_224", "args": PATCHES}},
                 {"loss": "pld", "teacher": teacher},
                 {"loss": "kd", **live, "clip_grad": 1.0},
                 {"loss": "at", **live},
@@ -307,12 +309,13 @@ def measure_resume(device: torch.device, quick: bool) -> Iterator[Row]:
             resumed = run_trial(trial, places[1], device)
             single = trial.model_copy(update={"cuda_graphs": False})
             yield {
-                "loss": trial.loss.name, "optimizer": trial.optimizer.name,
+                "student": trial.student.name, "loss": trial.loss.name,
+                "optimizer": trial.optimizer.name,
                 "teacher": "" if trial.teacher is None else trial.teacher_logits,
                 "captured": bool(whole and whole["environment"]["cuda_graph"]),
                 "same bits after resume": same(whole, resumed),
                 "same bits one by one": same(whole, run_trial(single, places[2], device)),
-                "notes": " ".join(n for n in whole["notes"] if "captured" in n) if whole else "",
+                "deterministic": bool(whole and whole["environment"]["deterministic"]),
             }  # fmt: skip
 
 

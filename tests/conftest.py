@@ -14,6 +14,9 @@ _cache = tempfile.TemporaryDirectory(prefix="pld-ray-cache-")  # not that of the
 os.environ["XDG_CACHE_HOME"] = _cache.name
 # Ray's default is 15: beside busy processes, its workers would then get almost no time.
 os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112 - this is its name
+# The tests compare bits with those of a CPU. `make test-gpu` runs those that compare with a GPU's.
+if "PLD_RAY_TEST_GPU" not in os.environ:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 settings.register_profile("thorough", max_examples=10_000)  # --hypothesis-profile=thorough
 torch.set_num_threads(1)  # as in a trial's process: results then agree to the bit
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from small import cells, run
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
@@ -21,6 +22,7 @@ from pld_ray.data import stream
 from pld_ray.data.datasets import load
 from pld_ray.data.images import Images
 from pld_ray.data.sampling import batches, order
+from pld_ray.distill import loop
 from pld_ray.distill.device import Clock, pick_precision
 from pld_ray.distill.distiller import Distiller
 from pld_ray.distill.loop import train
@@ -195,3 +197,46 @@ def test_the_clock_of_an_epoch_on_cuda(monkeypatch, steps):
     assert found["data"] == pytest.approx(2 + 0.001 * (steps - 1))
     assert found["student"] == pytest.approx(0.04 * steps)
     assert len(clock.events) == 0 and clock.read() == {}
+
+
+def test_an_operation_without_a_deterministic_form_is_used_and_noted(
+    monkeypatch, tmp_path, experiment
+):
+    said = (
+        "upsample_backward does not have a deterministic implementation, but you set "
+        "'torch.use_deterministic_algorithms(True)'. You can turn off determinism."
+    )
+    chosen, epoch = [], loop.train_epoch
+
+    def choose(device, strict=True):
+        chosen.append(strict)
+
+    def refused(run, number):
+        if number == 1 and chosen[-1]:
+            raise RuntimeError(said)
+        return epoch(run, number)
+
+    trial = cells(experiment, "student=resnet8", "epochs=2")[0]
+    expected = run(trial, Store(tmp_path / "plain"))
+    monkeypatch.setattr(
+        loop, "use_deterministic", lambda device, strict=True: chosen.append(strict)
+    )
+    monkeypatch.setattr(loop, "train_epoch", refused)
+    record = run(trial, Store(tmp_path / "refused"))
+    assert chosen[-2:] == [True, False]
+    assert record["weights_sha256"] == expected["weights_sha256"]
+    assert record["notes"][-1] == (
+        "another run may differ in its last bits: upsample_backward does not have a deterministic "
+        "implementation"
+    )
+    assert expected["environment"]["deterministic"]
+
+
+@pytest.mark.parametrize("error", [ValueError("deterministic"), RuntimeError("shapes differ")])
+def test_other_errors_end_the_trial(monkeypatch, tmp_path, experiment, error):
+    def refused(run, number):
+        raise error
+
+    monkeypatch.setattr(loop, "train_epoch", refused)
+    with pytest.raises(type(error), match=str(error)):
+        run(cells(experiment)[0], Store(tmp_path))

@@ -198,7 +198,7 @@ def test_a_weight_that_is_not_finite_after_the_last_step_ends_the_trial(
         update(loss, distiller, *rest)
         next(distiller.student.parameters()).data[0] = float("inf")
 
-    monkeypatch.setattr("pld_ray.distill.loop.update", broken)
+    monkeypatch.setattr("pld_ray.distill.steps.update", broken)
     trial = plan(experiment(SMALL, "loss=ce", "data.limit=32", "ema=null")).cells[0].trial
     with pytest.raises(TrainingError, match="not finite after step 1, the last of epoch 1: "):
         run(trial, Store(tmp_path))

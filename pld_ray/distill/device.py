@@ -38,16 +38,26 @@ def autocast(device: torch.device, precision: Precision) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
 
 
-def use_deterministic(device: torch.device) -> None:
-    """Choose algorithms that give the same bits in each run, as far as torch has them.
+def use_deterministic(device: torch.device, strict: bool = True) -> None:
+    """Choose algorithms that give the same bits in each run.
 
-    An operation that has none is used nevertheless, with a warning of torch.
+    Args:
+        device: Nothing is chosen for the CPU, whose algorithms are deterministic.
+        strict: Whether an operation that has none raises an error for which
+            `lacks_deterministic` is true. Otherwise it is used with a warning of torch. So are
+            backward passes of attention, although torch has deterministic ones of them.
     """
     torch.backends.cudnn.deterministic = True
     if device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at the first product
-        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.use_deterministic_algorithms(True, warn_only=not strict)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
+def lacks_deterministic(error: BaseException) -> str | None:
+    """Return what torch says about an operation without a deterministic algorithm, or None."""
+    said = str(error) if isinstance(error, RuntimeError) else ""
+    return said.partition(", but")[0] if "deterministic" in said else None
 
 
 def memory_format(channels_last: bool) -> torch.memory_format:

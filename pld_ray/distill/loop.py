@@ -29,7 +29,7 @@ from pld_ray.data.images import Images
 from pld_ray.data.sampling import Ints, batches, order
 from pld_ray.data.stream import upload
 from pld_ray.distill.bank import Ledger
-from pld_ray.distill.device import pick_device
+from pld_ray.distill.device import lacks_deterministic, pick_device, use_deterministic
 from pld_ray.distill.evaluation import evaluate_student, evaluate_teacher
 from pld_ray.distill.optimization import load_optimizer
 from pld_ray.distill.running import Run, TrainingError, seed_epoch, set_up, sum_over_workers
@@ -67,7 +67,24 @@ def train(
     Raises:
         TrainingError: The loss, a weight or a logit of the teacher is not finite.
     """
-    run = set_up(trial, images, store, ledger, alive, device or pick_device())
+    device = device or pick_device()
+    use_deterministic(device)
+    try:
+        finish(set_up(trial, images, store, ledger, alive, device), report)
+        return
+    except RuntimeError as error:
+        lacking = lacks_deterministic(error)
+        if lacking is None:
+            raise
+    use_deterministic(device, strict=False)
+    run = set_up(trial, images, store, ledger, alive, device)
+    run.note = f"another run may differ in its last bits: {lacking}"
+    finish(run, report)
+
+
+def finish(run: Run, report: Report) -> None:
+    """Train all epochs that are left, and write the record; see `train`."""
+    trial = run.trial
     resume(run)
     evaluate_teacher(run)
     for epoch in range(len(run.history), trial.epochs):
@@ -91,7 +108,7 @@ def train(
         )
         keep_and_report(run, report)
     if run.rank == 0:
-        store.finish(trial, make_record(run), run.best_student.state_dict())
+        run.store.finish(trial, make_record(run), run.best_student.state_dict())
 
 
 def resume(run: Run) -> None:
@@ -242,6 +259,7 @@ def environment(run: Run) -> dict[str, Any]:
         "tf32": cuda and torch.backends.cudnn.allow_tf32,
         "torch": str(torch.__version__),
         "cudnn": torch.backends.cudnn.version() if cuda else None,
+        "deterministic": not (cuda and torch.is_deterministic_algorithms_warn_only_enabled()),
     }
 
 
@@ -251,7 +269,7 @@ def change_notes(environments: list[dict[str, Any]]) -> list[str]:
     for before, after in pairwise(environments):
         changed = [
             f"{name} {before[name]} before and {after[name]} from then on"
-            for name in ("device", "precision", "tf32", "torch", "cudnn")
+            for name in ("device", "precision", "tf32", "torch", "cudnn", "deterministic")
             if before[name] != after[name]
         ]
         notes.append(f"resumed in epoch {after['from_epoch']} with {', '.join(changed)}")
@@ -295,6 +313,6 @@ def make_record(run: Run) -> dict[str, Any]:
         "notes": [
             *run.distiller.loss.notes,
             *change_notes(run.environments),
-            *filter(None, [run.update.note]),
+            *filter(None, [run.update.note, run.note]),
         ],
     }

@@ -18,7 +18,7 @@ from pld_ray.data.sampling import Ints, batches, order, random_bits
 from pld_ray.data.stream import Stream
 from pld_ray.distill.bank import Bank, Ledger, open_banks
 from pld_ray.distill.bank_format import uses_bank
-from pld_ray.distill.device import Clock, memory_format, pick_precision, use_deterministic
+from pld_ray.distill.device import Clock, memory_format, pick_precision
 from pld_ray.distill.distiller import Distiller
 from pld_ray.distill.optimization import MovingAverage, create_optimizer, create_schedule
 from pld_ray.distill.steps import Steps
@@ -56,6 +56,7 @@ class Run:
     val_index: Ints  # this worker's share of the validation images
     history: list[dict[str, Any]] = field(default_factory=list)
     environments: list[dict[str, Any]] = field(default_factory=list)  # where its epochs ran
+    note: str = ""  # a sentence for the record
     teacher_val: list[Tensor] | None = None  # the teacher's logits on the validation batches
     teacher_scores: dict[str, float] = field(default_factory=dict)
     kept_at: float = field(default_factory=time.perf_counter)
@@ -76,7 +77,6 @@ def set_up(
 ) -> Run:
     """Make all that a trial needs; the first weights are the same on every worker."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    use_deterministic(device)
     layout = memory_format(trial.channels_last)
     seed_epoch(trial.seed, epoch=0, rank=0)
     student = create_model(trial.student, *images.shape).to(device).to(memory_format=layout)
