@@ -1,6 +1,9 @@
 """What only a GPU can show. `make test-gpu` runs it; without a GPU all of it is skipped."""
 
+import json
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -81,6 +84,8 @@ def test_trials_that_are_resumed_or_captured_have_the_bits_of_others():
         assert row["same bits after resume"] and row["same bits one by one"], row
 
 
-def test_two_processes_on_one_gpu_train_a_trial_and_resume_it():
-    (row,) = runpy.run_path(str(GPU))["measure_workers"](CUDA, True)
+def test_two_processes_on_one_gpu_train_a_trial_and_resume_it(tmp_path):
+    command = [sys.executable, GPU, "--quick", "--parts", "workers", "--out", tmp_path]
+    subprocess.run(command, check=True)
+    (row,) = json.loads((tmp_path / "gpu.json").read_text())["workers"]
     assert row["same bits after resume"]

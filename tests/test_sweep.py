@@ -5,12 +5,13 @@ import torch
 from rich.console import Console
 
 from pld_ray.api.session import keep_plugins
+from pld_ray.config.parts import Resources
 from pld_ray.config.planning import plan
 from pld_ray.data.datasets import load
 from pld_ray.distill.loop import train
 from pld_ray.store.claims import Claims
 from pld_ray.store.store import Store
-from pld_ray.sweep import checks, runner
+from pld_ray.sweep import checks, resources, runner
 from pld_ray.sweep.progress import ProgressView
 from pld_ray.sweep.resources import ResourceRequest
 from pld_ray.sweep.scheduling import PlanSearcher
@@ -313,7 +314,8 @@ def test_out_of_memory_is_tried_twice_and_told_with_the_sizes(
 
 
 def test_a_trial_without_memory_waits_for_a_gpu_of_its_own(experiment, tmp_path, monkeypatch):
-    monkeypatch.setattr("pld_ray.sweep.scheduling.nodes", lambda: [{"CPU": 8.0, "GPU": 1.0}])
+    for room in ("scheduling", "resources"):
+        monkeypatch.setattr(f"pld_ray.sweep.{room}.nodes", lambda: [{"CPU": 8.0, "GPU": 1.0}])
     made = plan(experiment(SMALL, "grid.loss=[ce, {name: ls}]", "resources.gpus_per_worker=0.5"))
     store = Store(tmp_path / "results")
     with Claims(store.files) as claims:
@@ -329,3 +331,21 @@ def test_a_trial_without_memory_waits_for_a_gpu_of_its_own(experiment, tmp_path,
         search.on_trial_complete("c", {"out_of_memory": "CUDA out of memory"})
         assert search.suggest("d") == search.FINISHED
         assert search.failures == {first["id"]: "CUDA out of memory (also alone on its GPU)"}
+
+
+@pytest.mark.parametrize(
+    ("nodes", "given", "gpus", "cpus"),
+    [
+        ([{"CPU": 16}], {}, 0, 1),
+        ([{"CPU": 16, "GPU": 2}], {}, 1, 8),
+        ([{"CPU": 16, "GPU": 2}], {"gpus_per_worker": 0.5}, 0.5, 4),
+        ([{"CPU": 16, "GPU": 2}], {"gpus_per_worker": 0}, 0, 1),
+        ([{"CPU": 16, "GPU": 2}], {"cpus_per_worker": 3}, 1, 3),
+        ([{"CPU": 64}, {"CPU": 16, "GPU": 1}, {"CPU": 32, "GPU": 8}], {}, 1, 4),
+        ([{"CPU": 2, "GPU": 4}], {}, 1, 1),  # fewer CPUs than GPUs: the sentence of `too_large`
+    ],
+)
+def test_a_gpu_comes_with_its_share_of_the_cpus(monkeypatch, nodes, given, gpus, cpus):
+    monkeypatch.setattr(resources, "nodes", lambda: nodes)
+    found = resources.resolved(Resources(**given))
+    assert (found.gpus_per_worker, found.cpus_per_worker) == (gpus, cpus)

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from safetensors.torch import save_file
 from small import CPU, cells, chunks, live, opened, run, seconds_of, weights
 
 from pld_ray.config.parts import Weights
@@ -139,6 +140,7 @@ from pld_ray.config.trial import Trial
 from pld_ray.store.store import Store
 from pld_ray.distill.loop import train
 import torch
+from safetensors.torch import save_file
 torch.set_num_threads(1)
 store, rank, spec = sys.argv[1], int(sys.argv[2]), sys.argv[3:]
 dist.init_process_group("gloo", init_method=f"file://{store}/rendezvous", rank=rank, world_size=2)
@@ -174,7 +176,7 @@ from pld_ray.distill import loop
 from pld_ray.distill.loop import train
 
 loop.CHECKPOINT_SECONDS = 0
-trial, calls, shown = Trial.model_validate_json(sys.argv[2]), int(sys.argv[3]), Stream.train
+trial, calls, shown = Trial.model_validate_json(sys.argv[2]), int(sys.argv[3]), Stream.batches
 
 def dying(*arguments):
     global calls
@@ -184,7 +186,7 @@ def dying(*arguments):
             os.kill(os.getpid(), signal.SIGKILL)
         yield batch
 
-Stream.train = dying
+Stream.batches = dying
 train(trial, load(trial.data), Store(sys.argv[1]), lambda metrics: None)
 """
 
@@ -364,3 +366,28 @@ def test_trials_that_start_together_compute_each_chunk_once(experiment, tmp_path
     for trial in trials:
         run(live(trial), store)
         assert weights(store, trial) == weights(store, live(trial))
+
+
+@pytest.mark.parametrize("name", ["resnet8", "vit_tiny_patch16_224", "resnetv2_50x1_bit"])
+def test_a_teacher_in_bfloat16_has_the_bits_of_one_that_casts_in_each_step(tmp_path, name):
+    size = {"img_size": 32, "patch_size": 8} if "vit" in name else {}
+    network = timm.create_model(name, num_classes=10, **size).eval()
+    file = tmp_path / "weights.safetensors"
+    save_file({k: v.contiguous() for k, v in network.state_dict().items()}, file)
+    data = {"name": "cifar100"}
+    settings = {"name": name, "args": size, "weights": str(file)}
+    trial = Trial.model_validate(
+        {"data": data, "student": "resnet8", "loss": "kd", "epochs": 1}
+        | {"teacher": settings, "precision": "bfloat16", "channels_last": False}
+    )
+    pixels, labels = np.zeros((1, 32, 32, 3), np.uint8), np.arange(1)
+    images = Images(pixels, labels, pixels, labels, 10, (0.5,) * 3, (0.25,) * 3)
+    teacher = Teacher(trial, images, Store(tmp_path / "store"), torch.device("cpu"))
+    x = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        expected = network(x).float()
+    assert torch.equal(teacher(x), expected)
+    plain = (torch.nn.Linear, torch.nn.Conv2d)
+    changed = {m.weight.dtype for m in teacher.module.modules() if type(m) in plain}
+    assert changed == {torch.bfloat16} or name == "resnetv2_50x1_bit"
+    assert all(p.dtype == torch.float32 for p in teacher.network.parameters())

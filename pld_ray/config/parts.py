@@ -260,7 +260,8 @@ class Resources(Part):
     """The resources that trials request from the cluster; they do not change any result.
 
     Attributes:
-        cpus_per_worker: The number of CPUs per worker.
+        cpus_per_worker: The number of CPUs per worker, which decode its images; by default one, and
+            on nodes with GPUs the CPUs of a node that belong to its share of the GPUs.
         gpus_per_worker: The number of GPUs per worker; by default one if the cluster has any. With
             a fraction, several trials of one worker share a GPU.
         concurrent: The number of trials that run at once, even if they do not fit yet, for
@@ -268,7 +269,7 @@ class Resources(Part):
         patience: The seconds without a step after which a worker is considered hung.
     """
 
-    cpus_per_worker: float = Field(1, gt=0)
+    cpus_per_worker: float | None = Field(None, gt=0)
     gpus_per_worker: float | None = Field(None, ge=0)
     concurrent: int | None = Field(None, ge=1)
     patience: float = Field(1800, gt=0)

@@ -142,7 +142,7 @@ class Stream:
                 return self._cropped(images, *self._places(index, view)).clone()
 
             for images in augmented(read, self.data.augment, shares, self.seed, view):
-                yield (images.to(self.device, non_blocking=True),), self._normalise
+                yield (upload(images, self.device),), self._normalise
             return
         lengths = [len(index) for index in shares]
         drawn = self._places(np.concatenate(shares), view)
@@ -192,13 +192,16 @@ class Stream:
             def read(index: Ints) -> Tensor:
                 return self._read(split, index, view)
 
+            def pinned(index: Ints) -> Tensor:  # on a thread; processes have no GPU
+                return _pinned(read(index), self.device)
+
             ahead = (
-                prefetch(read, shares)
+                prefetch(pinned, shares)
                 if isinstance(pixels, EncodedImages)
                 else augmented(read, (), list(shares), self.seed, view)
             )
             for images in ahead:
-                yield images.to(self.device, non_blocking=True)
+                yield upload(images, self.device)
         elif split in self.on_device:
             for index in self._indices(list(shares)):
                 yield self.on_device[split][index]
@@ -247,9 +250,12 @@ def _itself(images: Tensor) -> Tensor:
 
 def upload(x: Tensor, device: torch.device) -> Tensor:
     """Copy a tensor of the host to a device, without waiting for the copy."""
-    if device.type == "cuda":
-        x = x.pin_memory()
-    return x.to(device, non_blocking=True)
+    return _pinned(x, device).to(device, non_blocking=True)
+
+
+def _pinned(x: Tensor, device: torch.device) -> Tensor:
+    """Return a tensor of the host in pinned memory, which CUDA copies in the background."""
+    return x.pin_memory() if device.type == "cuda" else x
 
 
 def _free_memory(device: torch.device) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from functools import cached_property
 
@@ -35,7 +36,10 @@ class Teacher:
     @cached_property
     def module(self) -> FrozenTeacher:
         """The teacher as a module, on its device."""
-        return FrozenTeacher(self.network, self._renormalize(), self.precision)
+        network = self.network
+        if self.precision == "bfloat16":
+            network = _with_bfloat16_weights(network)
+        return FrozenTeacher(network, self._renormalize(), self.precision)
 
     @cached_property
     def network(self) -> nn.Module:
@@ -91,6 +95,19 @@ class Teacher:
             state = {k: v.cpu().contiguous() for k, v in self.network.state_dict().items()}
             _pretrained[name] = hashlib.sha256(save(state)).hexdigest()
         return _pretrained[name]
+
+
+def _with_bfloat16_weights(network: nn.Module) -> nn.Module:
+    """Return a copy whose convolutions and linear layers have the weights that autocast makes.
+
+    Autocast would make them anew in every step. Subclasses may compute with their weights in other
+    ways, so they keep theirs.
+    """
+    network = copy.deepcopy(network)
+    for module in network.modules():
+        if type(module) in (nn.Conv2d, nn.Linear):
+            module.to(torch.bfloat16)
+    return network
 
 
 _pretrained: dict[str, str] = {}  # digests, for all trials of this process

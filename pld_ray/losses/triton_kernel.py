@@ -29,7 +29,7 @@ import triton.language as tl
 from torch import Tensor
 
 BLOCK = 4096  # the most steps in a tile
-WARPS = 32  # of one multiprocessor that are in use at once
+WARPS = 16  # of one multiprocessor that are in use at once; more rows would not fit its cache
 NOTHING = tl.constexpr(-1e30)  # stands for the logit of no class; finite, so that no NaN arises
 TINY = tl.constexpr(1e-37)
 

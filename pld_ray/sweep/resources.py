@@ -87,18 +87,24 @@ class ResourceRequest:
 
 
 def resolved(resources: Resources) -> Resources:
-    """Fill in the default of `gpus_per_worker`: 1 if the cluster has any GPU, else 0."""
-    if resources.gpus_per_worker is not None:
-        return resources
-    gpus = 1.0 if ray.cluster_resources().get("GPU") else 0.0
-    return resources.model_copy(update={"gpus_per_worker": gpus})
+    """Fill in the defaults: one GPU per worker if the cluster has any, and the CPUs of its share.
+
+    One GPU of a node with 16 CPUs and 2 GPUs has 8 CPUs, half a GPU has 4. The node with the fewest
+    CPUs for each GPU counts. A worker without GPUs has one CPU.
+    """
+    having = [node for node in nodes() if node.get("GPU")]
+    gpus, cpus = resources.gpus_per_worker, resources.cpus_per_worker
+    gpus = float(bool(having)) if gpus is None else gpus
+    if cpus is None:
+        shares = [node.get("CPU", 0.0) / node["GPU"] * gpus for node in having]
+        cpus = max(1.0, float(int(min(shares, default=0.0) + 1e-6)))
+    return resources.model_copy(update={"gpus_per_worker": gpus, "cpus_per_worker": cpus})
 
 
 def need(trial: Trial, resources: Resources) -> ResourceRequest:
     """Return the resources that a trial requests; `resources` comes from `resolved`."""
-    return ResourceRequest(
-        resources.cpus_per_worker, resources.gpus_per_worker or 0.0, trial.workers
-    )
+    assert resources.cpus_per_worker is not None and resources.gpus_per_worker is not None
+    return ResourceRequest(resources.cpus_per_worker, resources.gpus_per_worker, trial.workers)
 
 
 def nodes() -> list[dict[str, float]]:
