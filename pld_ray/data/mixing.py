@@ -98,25 +98,24 @@ def draw_mix(data: Data, seed: int, view: int, index: Ints, side: int) -> Mix:
     return Mix(np.where(cut, 1 - area / side**2, share), box, cut)
 
 
-def mix_images(images: Tensor, others: Tensor, mix: Mix) -> Tensor:
+def mix_images(images: Tensor, others: Tensor, box: Tensor, weight: Tensor) -> Tensor:
     """Mix images with their partners.
 
     Args:
         images: Images, float32 [B, channels, H, W].
         others: Their partners, float32 [B, channels, H, W].
-        mix: How they are mixed.
+        box: The part that the partner fills, int64 [B, 4], as in `Mix`.
+        weight: The weight of the image itself in the rest, float32 [B].
 
     Returns:
         Images, float32 [B, channels, H, W].
     """
     import torch
 
-    device, side = images.device, images.shape[-1]
-    left, top, right, bottom = torch.from_numpy(mix.box.T.copy()).to(device)[:, :, None]
-    place = torch.arange(side, device=device)
+    left, top, right, bottom = box.T[:, :, None]
+    place = torch.arange(images.shape[-1], device=images.device)
     rows = (place >= top) & (place < bottom)  # [B, H]
     columns = (place >= left) & (place < right)  # [B, W]
     inside = (rows[:, :, None] & columns[:, None, :])[:, None]
-    share = torch.from_numpy(np.where(mix.cut, 1.0, mix.share)).float().to(device)
-    weight = share[:, None, None, None]
+    weight = weight[:, None, None, None]
     return torch.where(inside, others, images * weight + others * (1 - weight))

@@ -5,8 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -71,6 +74,7 @@ class Stream:
             "val": torch.from_numpy(images.val_labels.copy()).to(device),
         }
         self.on_device: dict[str, Tensor] = {}
+        self.mixers: dict[Any, Callable[..., Tensor]] = {}  # one for each way to make images
         for split, array in self.pixels.items():
             if isinstance(array, np.ndarray) and array.nbytes <= _free_memory(device) / 4:
                 self.on_device[split] = torch.from_numpy(array.copy()).to(device)
@@ -118,18 +122,33 @@ class Stream:
         pixels, labels = self.pixels["train"], self.labels["train"]
         partner = partners(self.seed, view, len(pixels))
         needed = [np.unique(np.concatenate([index, partner[index]])) for index in shares]
-        seen = self._seen(needed, view)
-        for index, there, (given, make) in zip(shares, needed, seen, strict=True):
-            images = make(*given)
-            first, second = (
-                self._put(np.searchsorted(there, each)) for each in (index, partner[index])
-            )
-            mix = draw_mix(self.data, self.seed, view, index, pixels.shape[1])
-            share = torch.from_numpy(mix.share).float().to(self.device, non_blocking=True)
-            mixed = mix_images(images[first], images[second], mix)
-            ours, others = (labels[self._put(each)] for each in (index, partner[index]))
-            mixed = mixed.contiguous(memory_format=self.layout)
-            yield Batch((mixed,), _itself, MixedLabels(ours, others, share))
+        samples = np.concatenate(shares)
+        mix = draw_mix(self.data, self.seed, view, samples, pixels.shape[1])
+        weight = np.where(mix.cut, 1.0, mix.share)
+        # the place of each image, and of its partner, among those that its batch needs
+        pairs = [[index, partner[index]] for index in shares]
+        places = [np.searchsorted(*each) for each in zip(needed, pairs, strict=True)]
+        epoch = (
+            *map(self._put, np.concatenate(places, 1)),
+            self._put(mix.box),
+            self._put(weight.astype(np.float32)),
+            *(labels[self._put(each)] for each in (samples, partner[samples])),
+            self._put(mix.share.astype(np.float32)),
+        )
+        lengths = [len(index) for index in shares]
+        drawn = zip(*(each.split(lengths) for each in epoch), strict=True)
+        for (given, make), (*how, ours, others, share) in zip(
+            self._seen(needed, view), drawn, strict=True
+        ):
+            mixer = self.mixers.setdefault(make, partial(self._mix, make))
+            yield Batch((*given, *how), mixer, MixedLabels(ours, others, share))
+
+    def _mix(self, make: Callable[..., Tensor], *given: Tensor) -> Tensor:
+        """Make images and mix them; the last tensors are their places, boxes and weights."""
+        *given_images, first, second, box, weight = given
+        images = make(*given_images)
+        mixed = mix_images(images[first], images[second], box, weight)
+        return mixed.contiguous(memory_format=self.layout)
 
     def _seen(
         self, shares: list[Ints], view: int
@@ -225,7 +244,7 @@ class Stream:
         draws = crop_draws(self.seed, view, index) if drawn else None
         return torch.from_numpy(pixels.decode(index, draws))
 
-    def _put(self, x: Ints) -> Tensor:
+    def _put(self, x: npt.NDArray[Any]) -> Tensor:
         """Copy an array to the device."""
         return upload(torch.from_numpy(x), self.device)
 
@@ -242,10 +261,6 @@ class Stream:
         x.mul_(self.scale.repeat(width)).add_(self.shift.repeat(width))
         x = x.view(batch, height, width, channels).permute(0, 3, 1, 2)
         return x.contiguous(memory_format=self.layout)
-
-
-def _itself(images: Tensor) -> Tensor:
-    return images
 
 
 def upload(x: Tensor, device: torch.device) -> Tensor:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from pld_ray import plugins
 from pld_ray.config.trial import Trial
+from pld_ray.data.mixing import MixedLabels
 from pld_ray.data.stream import Batch
 from pld_ray.distill.device import Clock
 from pld_ray.distill.distiller import Distiller
@@ -81,8 +82,8 @@ def graphs_for(
 ) -> CudaGraphs | None:
     """Return what captures the steps of a trial, or None if they are done one by one.
 
-    A graph does not repeat what the host does in a step. So code of plug-ins is not captured, since
-    it may do anything there, nor are mixed images, which the host draws.
+    A graph does not repeat what the host does in a step. Code of plug-ins is not captured, since it
+    may do anything there.
 
     Args:
         trial: The trial.
@@ -92,7 +93,7 @@ def graphs_for(
     """
     networks = {("network", trial.student.name), ("network", trial.teacher_name or "")}
     own = plugins.used({("loss", trial.loss.name), ("optimizer", trial.optimizer.name), *networks})
-    wanted = trial.cuda_graphs and clock.cuda and alone and not trial.data.mixes and not own
+    wanted = trial.cuda_graphs and clock.cuda and alone and not own
     return CudaGraphs(clock) if wanted and is_capturable(optimizer) else None
 
 
@@ -158,8 +159,14 @@ class Steps:
             The loss before the update, a scalar on the device.
         """
 
+        mixed = isinstance(batch.labels, MixedLabels)
+        parts = batch.labels if isinstance(batch.labels, MixedLabels) else (batch.labels,)
+        given = *batch.given, *parts, teacher_logits, order
+
         def step(*given: Any) -> Tensor:
-            *tensors, labels, logits, ranking = given
+            first = len(batch.given)
+            tensors, parts, (logits, ranking) = given[:first], given[first:-2], given[-2:]
+            labels = MixedLabels(*parts) if mixed else parts[0]
             with self.clock("data"):
                 images = batch.make(*tensors)
             loss: Tensor = self.module(images, labels, teacher_logits=logits, order=ranking)
@@ -170,9 +177,7 @@ class Steps:
 
         for rate, group in zip(self.rates, self._groups(), strict=True):
             rate.fill_(group["lr"])
-        labels: Any = batch.labels
-        given = *batch.given, labels, teacher_logits, order
-        if self.graphs is None or len(labels) < self.batch_size:
+        if self.graphs is None or len(parts[0]) < self.batch_size:
             return step(*given)
         loss_numbers = [(k, x) for k, x in vars(self.distiller.loss).items() if _is_number(x)]
         form = batch.make, loss_numbers, [None if x is None else (x.shape, x.dtype) for x in given]
