@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from small import cells, run
+from small import SMALL, cells, run
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
@@ -240,3 +240,22 @@ def test_other_errors_end_the_trial(monkeypatch, tmp_path, experiment, error):
     monkeypatch.setattr(loop, "train_epoch", refused)
     with pytest.raises(type(error), match=str(error)):
         run(cells(experiment)[0], Store(tmp_path))
+
+
+FEATURES = [name for name, params in REGISTRY.items() if params.needs_features]
+
+
+@pytest.mark.parametrize("loss", FEATURES)
+def test_losses_on_features_train_with_a_teacher_in_bfloat16(tmp_path, experiment, loss):
+    settings = (f"grid.loss=[{loss}]", "precision=bfloat16", "epochs=1")
+    record = run(plan(experiment(SMALL, *settings)).cells[0].trial, Store(tmp_path))
+    assert record["environment"]["precision"] == "bfloat16"
+
+
+def test_a_checkpoint_that_says_less_of_where_it_ran_is_resumed():
+    before = {"from_epoch": 1, "device": "cpu", "precision": "float32", "tf32": False}
+    before |= {"torch": "2.15", "cudnn": None}
+    after = before | {"from_epoch": 3, "deterministic": True}
+    assert loop.change_notes([before, after]) == [
+        "resumed in epoch 3 with deterministic None before and True from then on"
+    ]

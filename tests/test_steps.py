@@ -6,7 +6,7 @@ from small import cells, live, run, weights
 
 from pld_ray import plugins
 from pld_ray.distill import steps
-from pld_ray.distill.device import Clock
+from pld_ray.distill.device import Clock, device_failed
 from pld_ray.distill.optimization import load_optimizer
 from pld_ray.store.store import Store
 
@@ -23,7 +23,7 @@ class StandIn:
 
     def warm_up(self, step, given):
         self.counts["warm"] += 1
-        return step(*given)
+        return step(*given), False
 
     def capture(self, step, given):
         self.counts["captured"] += 1
@@ -70,6 +70,8 @@ def trained(monkeypatch, tmp_path, trial, kind=StandIn, warm=steps.WARM_UP):
         (["loss=pld", "ema=0.9", "schedule.name=cosine"], 1, 9),
         (["loss=kd", "optimizer.name=adamw", "optimizer.lr=0.01", "clip_grad=1"], 1, 9),
         (["loss=kd", "data.mixup=0.4", "data.cutmix=1.0"], 1, 9),
+        # from epoch 2 on, most partners are in other batches, so that a batch needs more images
+        (["loss=kd", "data.mixup=0.4", "teacher.views=1"], 2, 6),
         # the weight of DKD rises in each epoch: a graph holds it, so each epoch has its own
         (["loss={name: dkd, warmup_epochs: 3}"], 3, 3),
     ],
@@ -94,22 +96,36 @@ def test_a_replay_counts_the_images_of_a_live_teacher(monkeypatch, tmp_path, exp
     assert record["teacher_images"] == other["teacher_images"]
 
 
-def test_a_step_that_cannot_be_captured_is_done(monkeypatch, tmp_path, experiment):
+def test_steps_in_which_the_host_waits_are_not_captured(monkeypatch, tmp_path, experiment):
+    class Waiting(StandIn):
+        def warm_up(self, step, given):
+            loss, _ = super().warm_up(step, given)
+            return loss, self.counts["warm"] == steps.WARM_UP
+
+    trial = live(cells(experiment)[0])
+    ours, record, counts = trained(monkeypatch, tmp_path, trial, Waiting)
+    assert counts == {"warm": 3, "captured": 0, "replayed": 0}
+    assert not record["environment"]["cuda_graph"]
+    assert record["notes"][-1] == "no CUDA graph of the steps: the host waits for the GPU in them"
+    expected, _, _ = trained(monkeypatch, tmp_path, trial, warm=10**9)
+    assert ours == expected
+
+
+def test_a_step_that_cannot_be_captured_ends_the_process(monkeypatch, tmp_path, experiment):
     class Failing(StandIn):
         def capture(self, step, given):
             try:
-                raise RuntimeError("operation not permitted when stream is capturing\nmore")
+                raise RuntimeError("operation not permitted when stream is capturing")
             finally:
-                raise RuntimeError("operation failed due to a previous error")
+                raise RuntimeError("CUDA error: operation failed due to a previous error")
 
-    trial = live(cells(experiment)[0])
-    ours, record, counts = trained(monkeypatch, tmp_path, trial, Failing)
-    expected, other, _ = trained(monkeypatch, tmp_path, trial, warm=10**9)
-    assert ours == expected and record["teacher_images"] == other["teacher_images"]
-    assert counts["warm"] == 3 and not record["environment"]["cuda_graph"]
-    assert record["notes"][-1] == (
-        "steps were not captured as a CUDA graph: operation not permitted when stream is capturing"
+    said = (
+        r"a step cannot be captured as a CUDA graph \(operation not permitted when stream is "
+        r"capturing\): expected cuda_graphs: false"
     )
+    with pytest.raises(RuntimeError, match=said) as caught:
+        trained(monkeypatch, tmp_path, cells(experiment)[0], Failing)
+    assert device_failed(caught.value)
 
 
 def on_cuda(parameters):
@@ -207,4 +223,7 @@ def test_the_clock_of_a_graph_counts_its_replays(monkeypatch):
     assert clock.read() == {"student": 195.0}
     assert clock.read() == {}
     clock.replays, Events.seconds = 3, 0.25
-    assert clock.read() == {"student": 0.75}
+    with clock.capture(), clock("student"):  # another graph, in the middle of an epoch
+        pass
+    clock.replays, Events.seconds = 2, 0.5
+    assert clock.read() == {"student": 3 * 0.25 + 2 * 0.5}

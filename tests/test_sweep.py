@@ -342,6 +342,9 @@ def test_a_trial_without_memory_waits_for_a_gpu_of_its_own(experiment, tmp_path,
         ([{"CPU": 16, "GPU": 2}], {"gpus_per_worker": 0}, 0, 1),
         ([{"CPU": 16, "GPU": 2}], {"cpus_per_worker": 3}, 1, 3),
         ([{"CPU": 64}, {"CPU": 16, "GPU": 1}, {"CPU": 32, "GPU": 8}], {}, 1, 4),
+        ([{"CPU": 8, "GPU": 1}, {"CPU": 96, "GPU": 8}], {"gpus_per_worker": 2}, 2, 24),
+        ([{"CPU": 96, "GPU": 8}, {"CPU": 0, "GPU": 1}], {}, 1, 12),
+        ([{"CPU": 16, "GPU": 0.5}], {}, 1, 1),
         ([{"CPU": 2, "GPU": 4}], {}, 1, 1),  # fewer CPUs than GPUs: the sentence of `too_large`
     ],
 )

@@ -62,6 +62,16 @@ for place in range(12):  # logits that are not finite are not passed over
             assert found.isfinite().tolist() == [True, False]
             assert gradient.isfinite().all(1).tolist() == [True, False]
 
+for least in (-1e30, -3e38):  # a large logit is none that is missing
+    student, teacher = torch.randn(2, 3, 12, generator=generator)
+    student[1, 5] = least
+    labels = torch.tensor([5, 5, 5])
+    exact = student.double().requires_grad_()
+    brute_force(exact, teacher.double(), labels, 1.0).sum().backward()
+    found, gradient = pld(student, teacher, labels, teacher_order(teacher), 1.0, True)
+    assert torch.allclose(gradient.double(), exact.grad, rtol=1e-5, atol=1e-6)
+    assert found[1] > 1e28
+
 # the loss uses the kernel after it has compared it with the form in log space
 kernel = likelihood.checked_kernel(torch.device("cpu"))
 assert kernel is pld

@@ -14,6 +14,7 @@ from pydantic import (
 )
 
 from pld_ray.errors import InputError, nearest
+from pld_ray.losses.parameters import refuse_switches
 
 
 class Part(BaseModel):
@@ -27,7 +28,9 @@ class Part(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _from_name(cls, value: Any) -> Any:
-        return {"name": value} if isinstance(value, str) and "name" in cls.model_fields else value
+        if isinstance(value, str) and "name" in cls.model_fields:
+            return {"name": value}
+        return refuse_switches(cls, value)
 
 
 _Model = TypeVar("_Model", bound=BaseModel)

@@ -122,6 +122,9 @@ class Stream:
         pixels, labels = self.pixels["train"], self.labels["train"]
         partner = partners(self.seed, view, len(pixels))
         needed = [np.unique(np.concatenate([index, partner[index]])) for index in shares]
+        # All batches of an epoch need as many: a CUDA graph has one shape.
+        most = max(map(len, needed))
+        needed = [np.pad(each, (0, most - len(each)), "edge") for each in needed]
         samples = np.concatenate(shares)
         mix = draw_mix(self.data, self.seed, view, samples, pixels.shape[1])
         weight = np.where(mix.cut, 1.0, mix.share)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -57,7 +58,15 @@ def use_deterministic(device: torch.device, strict: bool = True) -> None:
 def lacks_deterministic(error: BaseException) -> str | None:
     """Return what torch says about an operation without a deterministic algorithm, or None."""
     said = str(error) if isinstance(error, RuntimeError) else ""
-    return said.partition(", but")[0] if "deterministic" in said else None
+    known = "does not have a deterministic implementation", "CUBLAS_WORKSPACE_CONFIG"
+    return said.partition(", but")[0] if any(text in said for text in known) else None
+
+
+def free_memory() -> None:
+    """Give the GPU memory that is not used any more back, for this process and others."""
+    if torch.cuda.is_initialized():
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 def memory_format(channels_last: bool) -> torch.memory_format:
@@ -150,11 +159,20 @@ class Clock:
     @contextmanager
     def capture(self) -> Iterator[None]:
         """Take the parts inside the `with` block for those of a CUDA graph, which is captured."""
+        self._count_replays()
         self.graph, self.capturing = [], True
         try:
             yield
         finally:
             self.capturing = False
+
+    def _count_replays(self) -> None:
+        """Add the seconds of the replays so far."""
+        if self.replays:
+            torch.cuda.synchronize()
+            for part, begin, end in self.graph:
+                self.add(part, self.replays * begin.elapsed_time(end) / 1000)
+        self.replays = 0
 
     @contextmanager
     def host(self, part: str) -> Iterator[None]:
@@ -170,12 +188,9 @@ class Clock:
 
     def read(self) -> dict[str, float]:
         """Return the seconds of each part since the last call."""
-        if self.events or self.replays:
+        if self.events:
             torch.cuda.synchronize()
-        if self.replays:
-            for part, begin, end in self.graph:
-                self.add(part, self.replays * begin.elapsed_time(end) / 1000)
-        self.replays = 0
+        self._count_replays()
         for part, weight, begin, end in self.events:
             self.add(part, weight * begin.elapsed_time(end) / 1000)
         found, self.seconds, self.events = self.seconds, {}, []

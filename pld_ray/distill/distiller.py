@@ -162,7 +162,8 @@ class Distiller(nn.Module):
             return
         assert self.teacher is not None and isinstance(self.loss, FeatureLoss)
         one = images[:1]
-        features = [probe_features(net, one) for net in (self.student, self.teacher.network)]
+        with autocast(one.device, self.precision):  # in which the teacher's weights may be
+            features = [probe_features(net, one) for net in (self.student, self.teacher.network)]
         self.loss.connect(*features)
         self.loss.to(one.device)
         self.connected = True
@@ -190,7 +191,8 @@ class Distiller(nn.Module):
 
     def compile_student(self) -> None:
         """Compile the student's forward pass with `torch.compile`."""
-        self._network = (torch.compile(self._network[0]), self.student)
+        # A ragged batch would otherwise change the kernels of the later, whole batches.
+        self._network = (torch.compile(self._network[0], dynamic=False), self.student)
 
     def forward(
         self,

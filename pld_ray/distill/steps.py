@@ -11,6 +11,8 @@ has the same bits in both ways.
 
 from __future__ import annotations
 
+import warnings
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -30,6 +32,10 @@ WARM_UP = 3
 """Steps before a graph is captured. They create what later steps keep: compiled kernels, the state
 of the optimizer, constants of the loss. The moving average has its decay from the third step on."""
 
+AHEAD = 8
+"""Replays that the host may be ahead of the device. Without a limit, the batches of an epoch could
+pile up, and the host would give no sign of life while it waits for the device in the end."""
+
 Given = tuple[Tensor | None, ...]
 Step = Callable[..., Tensor]
 
@@ -44,15 +50,29 @@ class CudaGraphs:
     def __init__(self, clock: Clock) -> None:
         self.clock = clock
         self.stream = torch.cuda.Stream()  # the default stream cannot be captured
+        self.running: deque[torch.cuda.Event] = deque()
 
-    def warm_up(self, step: Step, given: Given) -> Tensor:
-        """Do a step on the stream on which steps are captured."""
+    def warm_up(self, step: Step, given: Given) -> tuple[Tensor, bool]:
+        """Do a step on the stream on which steps are captured.
+
+        Returns:
+            The loss, and whether the host waited for the device, which a graph cannot do.
+        """
         here = torch.cuda.current_stream()
         self.stream.wait_stream(here)
-        with torch.cuda.stream(self.stream):
-            loss = step(*given)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                with torch.cuda.stream(self.stream):
+                    loss = step(*given)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
         here.wait_stream(self.stream)
-        return loss
+        others = [each for each in said if "synchronizing CUDA operation" not in str(each.message)]
+        for each in others:
+            warnings.warn_explicit(each.message, each.category, each.filename, each.lineno)
+        return loss, len(others) < len(said)
 
     def capture(self, step: Step, given: Given) -> Callable[[], Tensor]:
         """Capture a step, without doing it, and return a function that does it and gives the loss.
@@ -72,6 +92,10 @@ class CudaGraphs:
         def replay() -> Tensor:
             graph.replay()
             self.clock.replays += 1
+            self.running.append(torch.cuda.Event())
+            self.running[-1].record()
+            if len(self.running) > AHEAD:
+                self.running.popleft().synchronize()
             return loss.clone()
 
         return replay
@@ -111,7 +135,7 @@ class Steps:
     Attributes:
         graphs: Captures steps; None if they are done one by one.
         replay: Replays the captured step, if there is one.
-        note: A sentence for the record if a step could not be captured.
+        note: A sentence for the record if steps are not captured although they seemed to allow it.
     """
 
     def __init__(
@@ -129,7 +153,7 @@ class Steps:
         self.graphs = graphs_for(trial, optimizer, clock, alone=module is distiller)
         self.note = ""
         device = next(distiller.student.parameters()).device
-        groups = optimizer.param_groups if self.graphs else []
+        groups = optimizer.param_groups if clock.cuda and is_capturable(optimizer) else []
         # All steps use these tensors, so that they have the same bits with a graph and without it.
         self.rates = [torch.empty((), device=device) for _ in groups]
         self.form: Any = None  # what must be the same in all replays of a graph
@@ -186,10 +210,12 @@ class Steps:
         if self.replay is None:
             self.warm += 1
             if self.warm <= WARM_UP:
-                return self.graphs.warm_up(step, given)
-            if not self._capture(step, given):
-                return step(*given)
-        assert self.replay is not None
+                loss, waited = self.graphs.warm_up(step, given)
+                if waited and self.warm == WARM_UP:  # earlier steps may wait for what they create
+                    self.graphs = None
+                    self.note = "no CUDA graph of the steps: the host waits for the GPU in them"
+                return loss
+            self.replay = self._capture(step, given)
         for kept, x in zip(self.static, given, strict=True):
             if kept is not None and x is not None:
                 kept.copy_(x)
@@ -197,21 +223,27 @@ class Steps:
             self.distiller.teacher.images_seen += self.teacher_images
         return self.replay()
 
-    def _capture(self, step: Step, given: Given) -> bool:
-        """Capture a step; if that fails, say why and do steps one by one from now on."""
+    def _capture(self, step: Step, given: Given) -> Callable[[], Tensor]:
+        """Capture a step, and return what replays it.
+
+        Raises:
+            RuntimeError: It cannot be captured. The process must end: torch may leave its random
+                numbers and its memory in the state of a capture.
+        """
         assert self.graphs is not None
         teacher = self.distiller.teacher
         before = teacher.images_seen if teacher is not None else 0
         self.static = tuple(None if x is None else x.clone() for x in given)
         try:
-            self.replay = self.graphs.capture(step, self.static)
+            replay = self.graphs.capture(step, self.static)
         except RuntimeError as error:
             cause = error.__context__ or error  # the first error ends the capture with a second one
-            self.note = f"steps were not captured as a CUDA graph: {cause}".partition("\n")[0]
-            self.graphs, self.static = None, ()
+            raise RuntimeError(
+                f"a step cannot be captured as a CUDA graph ({cause}): expected cuda_graphs: false"
+            ) from error
         if teacher is not None:
             self.teacher_images, teacher.images_seen = teacher.images_seen - before, before
-        return self.replay is not None
+        return replay
 
     def _groups(self) -> list[dict[str, Any]]:
         """Return the groups of the optimizer whose learning rates are in tensors."""

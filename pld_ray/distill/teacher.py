@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 from functools import cached_property
 
@@ -38,7 +37,8 @@ class Teacher:
         """The teacher as a module, on its device."""
         network = self.network
         if self.precision == "bfloat16":
-            network = _with_bfloat16_weights(network)
+            del self.network  # it is loaded again if its weights are asked for
+            _cast_weights(network)
         return FrozenTeacher(network, self._renormalize(), self.precision)
 
     @cached_property
@@ -97,17 +97,14 @@ class Teacher:
         return _pretrained[name]
 
 
-def _with_bfloat16_weights(network: nn.Module) -> nn.Module:
-    """Return a copy whose convolutions and linear layers have the weights that autocast makes.
+def _cast_weights(network: nn.Module) -> None:
+    """Give convolutions and linear layers the bfloat16 weights that autocast makes in every step.
 
-    Autocast would make them anew in every step. Subclasses may compute with their weights in other
-    ways, so they keep theirs.
+    Subclasses may compute with their weights in other ways, so they keep theirs.
     """
-    network = copy.deepcopy(network)
     for module in network.modules():
         if type(module) in (nn.Conv2d, nn.Linear):
             module.to(torch.bfloat16)
-    return network
 
 
 _pretrained: dict[str, str] = {}  # digests, for all trials of this process

@@ -6,9 +6,9 @@ built-in types. Nothing here imports torch, so that a plan is made without it.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, PlainValidator
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, model_validator
 from pydantic_core import PydanticCustomError
 
 Temperature = Annotated[float, Field(gt=0)]
@@ -24,6 +24,22 @@ def _top_k(value: Any) -> Any:
 
 
 TopK = Annotated[int | str | None, PlainValidator(_top_k)]
+
+
+def refuse_switches(model: type[BaseModel], values: Any) -> Any:
+    """Return the values of a model's fields, unless true or false stands for a number.
+
+    Pydantic would take true for 1.
+
+    Raises:
+        ValueError: It does. The message names the field.
+    """
+    for name, value in values.items() if isinstance(values, dict) else ():
+        if isinstance(value, bool) and (field := model.model_fields.get(name)) is not None:
+            kinds = {field.annotation, *get_args(field.annotation)}
+            if kinds & {int, float} and bool not in kinds:
+                raise ValueError(f"{name} is {value}: expected a number")
+    return values
 
 
 class LossParams(BaseModel):
@@ -45,6 +61,11 @@ class LossParams(BaseModel):
     needs_features: ClassVar[bool]
     source: ClassVar[str]
     name: str
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_switches(cls, values: Any) -> Any:
+        return refuse_switches(cls, values)
 
     @property
     def needs_order(self) -> bool:

@@ -190,8 +190,8 @@ class PLDLoss(RankingLoss):
     how much information the teacher's ranking carries, and the mean is the weighted mean.
 
     The loss warns once if the teacher's mean entropy is above 0.9 log C, where the paper expects
-    little benefit from PLD (section 6). To save time, it checks the entropy only in calls 1, 2, 4,
-    8, ...
+    little benefit from PLD (section 6). To save time, it checks the entropy only in calls 1, 2, 3,
+    5, 9, ..., and on an accelerator only in the first.
 
     Args:
         temperature: Temperature tau of the weights alpha_k, above 0. Default: 1.
@@ -224,7 +224,7 @@ class PLDLoss(RankingLoss):
         self.top_k = top_k
         self.tolerance = tolerance
         self.adaptive = adaptive
-        self._calls = itertools.count(1)
+        self._calls = itertools.count()
 
     @property
     def softmax_temperature(self) -> float | None:

@@ -31,6 +31,7 @@ from torch import Tensor
 BLOCK = 4096  # the most steps in a tile
 WARPS = 16  # of one multiprocessor that are in use at once; more rows would not fit its cache
 NOTHING = tl.constexpr(-1e30)  # stands for the logit of no class; finite, so that no NaN arises
+LEAST = tl.constexpr(-9.9e29)  # the least finite logit; smaller ones are taken for it
 TINY = tl.constexpr(1e-37)
 
 
@@ -81,7 +82,9 @@ def _pld(
             tl.store(later + 2 * tile + 1, z_sum)
             k = tile * BLOCK + at
             c, there = _class(order_row, k, label, columns)
-            s = tl.where(there, tl.load(s_row + c, there, 0.0).to(tl.float32), NOTHING)
+            s = tl.load(s_row + c, there, 0.0).to(tl.float32)
+            s = tl.where((s <= NOTHING) & (s > -float("inf")), LEAST, s)
+            s = tl.where(there, s, NOTHING)
             t = tl.where(there, tl.load(t_row + c, there, 0.0).to(tl.float32), NOTHING)
             tl.store(ranked_s + k, s, k < steps)
             tl.store(ranked_t + k, t, k < steps)

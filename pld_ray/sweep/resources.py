@@ -89,14 +89,16 @@ class ResourceRequest:
 def resolved(resources: Resources) -> Resources:
     """Fill in the defaults: one GPU per worker if the cluster has any, and the CPUs of its share.
 
-    One GPU of a node with 16 CPUs and 2 GPUs has 8 CPUs, half a GPU has 4. The node with the fewest
-    CPUs for each GPU counts. A worker without GPUs has one CPU.
+    One GPU of a node with 16 CPUs and 2 GPUs has 8 CPUs, half a GPU has 4. Of the nodes that have
+    room for a worker, the one with the fewest CPUs for each GPU counts. A worker without GPUs has
+    one CPU.
     """
     having = [node for node in nodes() if node.get("GPU")]
     gpus, cpus = resources.gpus_per_worker, resources.cpus_per_worker
     gpus = float(bool(having)) if gpus is None else gpus
     if cpus is None:
-        shares = [node.get("CPU", 0.0) / node["GPU"] * gpus for node in having]
+        room = [node for node in having if node["GPU"] >= gpus and node.get("CPU", 0.0) >= 1]
+        shares = [node["CPU"] / node["GPU"] * gpus for node in room]
         cpus = max(1.0, float(int(min(shares, default=0.0) + 1e-6)))
     return resources.model_copy(update={"gpus_per_worker": gpus, "cpus_per_worker": cpus})
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import traceback
 from collections.abc import Callable
@@ -55,7 +54,9 @@ def run_trial(
     except OutOfMemory as error:
         tune.report({"out_of_memory": str(error)})
     finally:  # not before: until here, the error holds the variables of the training
-        _free_memory()
+        from pld_ray.distill.device import free_memory
+
+        free_memory()
 
 
 def _trial(settings: dict[str, Any], store: Store) -> Trial:
@@ -184,15 +185,6 @@ def _end_process() -> NoReturn:
     After a fault of the GPU, CUDA refuses all further work of a process, also that of other trials.
     """
     os._exit(1)
-
-
-def _free_memory() -> None:
-    """Give the GPU memory of a trial back, for the next trial and for other processes."""
-    import torch
-
-    if torch.cuda.is_initialized():
-        gc.collect()
-        torch.cuda.empty_cache()
 
 
 def _device(trial: Trial) -> Any:
