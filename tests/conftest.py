@@ -17,14 +17,15 @@ os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112 - this is its name
 # The tests compare bits with those of a CPU. `make test-gpu` runs those that compare with a GPU's.
 if "PLD_RAY_TEST_GPU" not in os.environ:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
+LONG = {"test_workers", "test_teacher", "test_train", "test_triton"}  # without slow tests
 settings.register_profile("thorough", max_examples=10_000)  # --hypothesis-profile=thorough
 torch.set_num_threads(1)  # as in a trial's process: results then agree to the bit
 
 
 def pytest_collection_modifyitems(items):
-    """Files with slow tests come first, so that no process ends long after the others."""
+    """Files that take long come first, so that no process ends long after the others."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: item.path not in slow)
+    items.sort(key=lambda item: (item.path not in slow, item.path.stem not in LONG))
 
 
 @pytest.fixture(autouse=True)

@@ -52,7 +52,7 @@ for classes, scale, temperature, block in cases:
         alone, _ = pld(student, teacher, labels, order, float(temperature), False, block)
         assert torch.equal(alone, found)
 
-for place in range(12):  # logits that are not finite are not passed over
+for place in (0, 7, 11):  # logits that are not finite are not passed over
     for wrong in (torch.nan, torch.inf):
         student, teacher = torch.randn(2, 2, 12, generator=generator)
         student[1, place] = wrong

@@ -182,15 +182,13 @@ class Steps:
         Returns:
             The loss before the update, a scalar on the device.
         """
-
-        mixed = isinstance(batch.labels, MixedLabels)
         parts = batch.labels if isinstance(batch.labels, MixedLabels) else (batch.labels,)
         given = *batch.given, *parts, teacher_logits, order
 
         def step(*given: Any) -> Tensor:
             first = len(batch.given)
             tensors, parts, (logits, ranking) = given[:first], given[first:-2], given[-2:]
-            labels = MixedLabels(*parts) if mixed else parts[0]
+            labels = MixedLabels(*parts) if len(parts) > 1 else parts[0]
             with self.clock("data"):
                 images = batch.make(*tensors)
             loss: Tensor = self.module(images, labels, teacher_logits=logits, order=ranking)
