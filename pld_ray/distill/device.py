@@ -62,8 +62,8 @@ def lacks_deterministic(error: BaseException) -> str | None:
     return said.partition(", but")[0] if any(text in said for text in known) else None
 
 
-def free_memory() -> None:
-    """Give the GPU memory that is not used any more back, for this process and others."""
+def release_memory() -> None:
+    """Give back the GPU memory that is not used any more, to this process and others."""
     if torch.cuda.is_initialized():
         gc.collect()
         torch.cuda.empty_cache()

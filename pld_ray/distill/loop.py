@@ -29,7 +29,12 @@ from pld_ray.data.images import Images
 from pld_ray.data.sampling import Ints, batches, order
 from pld_ray.data.stream import upload
 from pld_ray.distill.bank import Ledger
-from pld_ray.distill.device import free_memory, lacks_deterministic, pick_device, use_deterministic
+from pld_ray.distill.device import (
+    lacks_deterministic,
+    pick_device,
+    release_memory,
+    use_deterministic,
+)
 from pld_ray.distill.evaluation import evaluate_student, evaluate_teacher
 from pld_ray.distill.optimization import load_optimizer
 from pld_ray.distill.running import Run, TrainingError, seed_epoch, set_up, sum_over_workers
@@ -76,7 +81,7 @@ def train(
         lacking = lacks_deterministic(error)
         if lacking is None:
             raise
-    free_memory()  # of the first attempt
+    release_memory()  # of the first attempt
     use_deterministic(device, strict=False)
     run = set_up(trial, images, store, ledger, alive, device)
     run.note = f"another run may differ in its last bits: {lacking}"

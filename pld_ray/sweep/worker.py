@@ -54,9 +54,9 @@ def run_trial(
     except OutOfMemory as error:
         tune.report({"out_of_memory": str(error)})
     finally:  # not before: until here, the error holds the variables of the training
-        from pld_ray.distill.device import free_memory
+        from pld_ray.distill.device import release_memory
 
-        free_memory()
+        release_memory()
 
 
 def _trial(settings: dict[str, Any], store: Store) -> Trial:
