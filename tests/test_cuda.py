@@ -11,7 +11,7 @@ import torch
 
 from pld_ray.data import stream
 from pld_ray.data.sampling import batches, order
-from pld_ray.losses import create_loss, likelihood, teacher_order
+from pld_ray.losses import ListMLELoss, PLDLoss, create_loss, likelihood, teacher_order
 from pld_ray.losses.registry import REGISTRY
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -38,9 +38,18 @@ def test_a_loss_has_the_value_and_the_gradient_of_float64_on_the_cpu(name, class
     assert (our_gradient - gradient).abs().sum() <= 1e-4 * gradient.abs().sum()
 
 
+RULES = {
+    "pld": lambda classes: PLDLoss(2.0),
+    "top-k": lambda classes: PLDLoss(2.0, top_k=max(1, classes // 3)),
+    "auto": lambda classes: PLDLoss(2.0, top_k="auto"),
+    "listmle": lambda classes: ListMLELoss(),
+}
+
+
 @pytest.mark.parametrize("classes", [3, 127, 128, 1000, 4095, 4096, 9000, 40_000])
 @pytest.mark.parametrize("scale", [3, 1e4])
-def test_the_kernel_of_pld_agrees_with_float64(classes, scale):
+@pytest.mark.parametrize("rule", RULES)
+def test_the_kernel_agrees_with_float64(classes, scale, rule):
     kernel = likelihood.checked_kernel(CUDA)
     assert kernel is not None
     rows = 300 if classes <= 1000 else 8  # more rows than programs
@@ -51,12 +60,14 @@ def test_the_kernel_of_pld_agrees_with_float64(classes, scale):
         teacher[0, 2:7] = teacher[0, 1]
         teacher[1, 3:6] = -torch.inf
     labels = torch.randint(classes, (rows,), generator=generator)
-    ranking = likelihood.rank_all(teacher.double(), labels)
-    weights = ranking.take((teacher.double() / 2).softmax(1), 0.0)
+    loss, order = RULES[rule](classes), teacher_order(teacher)
+    ranking, weights = likelihood._ranked(loss, teacher.double(), labels, order)
     expected, gradient = likelihood._in_log_space(student.double(), ranking, weights, True)
-    for ranked in (ranking.index, teacher_order(teacher)):
-        given = (student, teacher, labels, ranked)
-        ours, our_gradient = kernel(*(x.to(CUDA) for x in given), 2.0, True)
+    chosen = loss.chosen(teacher.to(CUDA), order.to(CUDA))
+    weighting = loss.weighting(teacher.to(CUDA))
+    for ranked in (ranking.index, chosen):
+        given = (x.to(CUDA) for x in (student, teacher, labels, ranked))
+        ours, our_gradient = kernel(*given, weighting, True)
         torch.testing.assert_close(ours.cpu().double(), expected, rtol=1e-5, atol=1e-6)
         error = (our_gradient.cpu().double() - gradient).abs().sum(1)
         assert (error <= 1e-5 * gradient.abs().sum(1) + 1e-7).all()

@@ -1,4 +1,4 @@
-"""The Triton kernel of PLD, in Triton's interpreter on the CPU, against float64."""
+"""The Triton kernel of the ranking losses, in Triton's interpreter on the CPU, against float64."""
 
 import os
 import subprocess
@@ -10,22 +10,55 @@ pytest.importorskip("triton")
 
 CHECK = """
 import torch
-from pld_ray.losses import PLDLoss, likelihood, teacher_order
+from pld_ray.losses import ListMLELoss, PLDLoss, PListMLELoss, likelihood, teacher_order
 from pld_ray.losses import triton_kernel
-from pld_ray.losses.triton_kernel import pld
+from pld_ray.losses.likelihood import Weighting
+from pld_ray.losses.triton_kernel import plackett_luce
 
 triton_kernel.WARPS = 2  # two programs at most, each of which computes several rows
 
-def brute_force(student, teacher, labels, temperature):
+def brute_force(student, teacher, labels, weigh):
     # the loss of each row by its definition, differentiable, in float64
     total = []
     for s, t, y in zip(student, teacher, labels, strict=True):
         order = t.argsort(descending=True, stable=True)
         ranked = torch.cat([y[None], order[order != y]])
-        weights = (t / temperature).softmax(0)[ranked]
+        weights = weigh(t, ranked)
         s = s[ranked]
         total.append(sum(w * (s[k:].logsumexp(0) - s[k]) for k, w in enumerate(weights)))
     return torch.stack(total)
+
+def softmax(temperature):
+    return lambda t, ranked: (t / temperature).softmax(0)[ranked]
+
+def best(temperature, count):
+    # the label and the `count` best classes; the order of the others does not matter
+    def weigh(t, ranked):
+        weights = (t / temperature).softmax(0)
+        kept = set(t.argsort(descending=True, stable=True)[:count].tolist()) | {int(ranked[0])}
+        return torch.stack([w if int(c) in kept else 0 * w
+                            for w, c in zip(weights[ranked], ranked, strict=True)])
+    return weigh
+
+def until(temperature, tolerance):
+    def weigh(t, ranked):
+        weights = (t / temperature).softmax(0)[ranked]
+        before = weights.cumsum(0) - weights
+        kept = 1 - before >= tolerance
+        kept[0] = True
+        return weights * kept
+    return weigh
+
+def agrees(student, teacher, labels, order, weighting, weigh, block):
+    exact = student.double().requires_grad_()
+    expected = brute_force(exact, teacher.double(), labels, weigh)
+    expected.sum().backward()
+    found, gradient = plackett_luce(student, teacher, labels, order, weighting, True, block)
+    assert torch.allclose(found.double(), expected.detach(), rtol=1e-5, atol=1e-6), weighting
+    error = (gradient - exact.grad).abs().sum(1)
+    assert (error <= 1e-5 * exact.grad.abs().sum(1) + 1e-7).all(), (weighting, error)
+    alone, _ = plackett_luce(student, teacher, labels, order, weighting, False, block)
+    assert torch.equal(alone, found)
 
 generator = torch.Generator().manual_seed(0)
 cases = [(1, 3, 1, 1024), (2, 3, 1, 2), (10, 3, 1, 1024), (15, 3, 1, 16), (31, 3, 2, 16)]
@@ -39,18 +72,21 @@ for classes, scale, temperature, block in cases:
         teacher[2, 1:5] = teacher[2, 0]  # ties
         labels[1] = 4  # masked and the label
         labels[3] = teacher[3].argmin()  # ranked last
-    exact = student.double().requires_grad_()
-    expected = brute_force(exact, teacher.double(), labels, temperature)
-    expected.sum().backward()
-    for order in (teacher_order(teacher), teacher_order(teacher, labels), teacher.argsort(1, True)):
-        if order.dtype == torch.int64:
-            order = teacher.argsort(dim=1, descending=True, stable=True)
-        found, gradient = pld(student, teacher, labels, order, float(temperature), True, block)
-        assert torch.allclose(found.double(), expected.detach(), rtol=1e-5, atol=1e-6), classes
-        error = (gradient - exact.grad).abs().sum(1)
-        assert (error <= 1e-5 * exact.grad.abs().sum(1) + 1e-7).all(), (classes, error)
-        alone, _ = pld(student, teacher, labels, order, float(temperature), False, block)
-        assert torch.equal(alone, found)
+    order = teacher.argsort(dim=1, descending=True, stable=True)
+    given = student, teacher, labels
+    for each in (order, teacher_order(teacher, labels)):
+        agrees(*given, each, Weighting(temperature), softmax(temperature), block)
+    for count in {1, min(3, classes), block - 1, block} if classes in (20, 31, 33) else ():
+        best_classes = order[:, :count]
+        agrees(*given, best_classes, Weighting(temperature), best(temperature, count), block)
+    if classes not in (10, 31, 33):
+        continue
+    agrees(*given, order, Weighting(temperature, 0.1), until(temperature, 0.1), block)
+    for loss in (ListMLELoss(), PListMLELoss()):
+        weights = loss.weighting(teacher).schedule
+        for each in (order, teacher_order(teacher, labels)):
+            weighting = Weighting(schedule=weights)
+            agrees(*given, each, weighting, lambda t, ranked: weights.double(), block)
 
 for place in (0, 7, 11):  # logits that are not finite are not passed over
     for wrong in (torch.nan, torch.inf):
@@ -58,42 +94,53 @@ for place in (0, 7, 11):  # logits that are not finite are not passed over
         student[1, place] = wrong
         for given in ((student, teacher), (teacher, student)):
             order = teacher_order(teacher)
-            found, gradient = pld(*given, torch.tensor([3, 3]), order, 1.0, True)
-            assert found.isfinite().tolist() == [True, False]
-            assert gradient.isfinite().all(1).tolist() == [True, False]
+            for each in (order, order[:, :4]):
+                rest = torch.tensor([3, 3]), each, Weighting(), True
+                found, gradient = plackett_luce(*given, *rest)
+                assert found.isfinite().tolist() == [True, False]
+                assert gradient.isfinite().all(1).tolist() == [True, False]
 
 for least in (-1e30, -3e38):  # a large logit is none that is missing
     student, teacher = torch.randn(2, 3, 12, generator=generator)
     student[1, 5] = least
     labels = torch.tensor([5, 5, 5])
     exact = student.double().requires_grad_()
-    brute_force(exact, teacher.double(), labels, 1.0).sum().backward()
-    found, gradient = pld(student, teacher, labels, teacher_order(teacher), 1.0, True)
+    brute_force(exact, teacher.double(), labels, softmax(1)).sum().backward()
+    given = student, teacher, labels, teacher_order(teacher)
+    found, gradient = plackett_luce(*given, Weighting(), True)
     assert torch.allclose(gradient.double(), exact.grad, rtol=1e-5, atol=1e-6)
     assert found[1] > 1e28
 
-# the loss uses the kernel after it has compared it with the form in log space
+# the losses use the kernel after it has been compared with the form in log space
+likelihood.CHECKED = 40  # the interpreter is slow
 kernel = likelihood.checked_kernel(torch.device("cpu"))
-assert kernel is pld
+assert kernel is plackett_luce
 student, teacher = 3 * torch.randn(2, 6, 12, generator=generator)
 labels = torch.arange(6)
-results = []
-for used in (None, kernel):
-    likelihood._kernel = lambda student: used
-    logits = student.clone().requires_grad_()
-    loss = PLDLoss(temperature=2.0)(logits, teacher, labels, order=teacher_order(teacher))
-    loss.backward()
-    results.append((loss.detach(), logits.grad))
-    assert used is None or PLDLoss(top_k=3)(logits, teacher, labels).isfinite()
-torch.testing.assert_close(*results)
+
+class OwnWeights(PLDLoss):
+    def weigh(self, teacher, labels, ranking):
+        return 2 * super().weigh(teacher, labels, ranking)
+
+for loss in (PLDLoss(2.0), PLDLoss(top_k=3), PLDLoss(top_k="auto"), ListMLELoss(), OwnWeights()):
+    for order in (None, teacher_order(teacher)):
+        results = []
+        for used in (False, True):
+            likelihood._on_cuda = lambda student: used
+            logits = student.clone().requires_grad_()
+            value = loss(logits, teacher, labels, order=order)
+            value.backward()
+            results.append((value.detach(), logits.grad))
+        torch.testing.assert_close(*results)
 """
 
 DISAGREES = """
 import torch
 from pld_ray.losses import likelihood, triton_kernel
 
-pld = triton_kernel.pld
-triton_kernel.pld = lambda *given: tuple(1.01 * each for each in pld(*given))
+likelihood.CHECKED = 40
+right = triton_kernel.plackett_luce
+triton_kernel.plackett_luce = lambda *given: tuple(1.01 * each for each in right(*given))
 assert likelihood.checked_kernel(torch.device("cpu")) is None
 """
 
@@ -101,11 +148,11 @@ assert likelihood.checked_kernel(torch.device("cpu")) is None
 def interpreted(script):
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     return subprocess.run(
-        [sys.executable, "-c", script], env=environment, capture_output=True, text=True
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=900
     )
 
 
-def test_the_kernel_is_pld_and_its_gradient():
+def test_the_kernel_is_the_loss_and_its_gradient():
     done = interpreted(CHECK)
     assert done.returncode == 0, done.stderr
 

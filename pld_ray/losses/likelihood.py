@@ -20,9 +20,9 @@ Only exp itself can fail. In float32 a row is safe if its smallest probability i
 term underflows, and rounding max s - s, which is at most 50, changes a term by 2e-6. In float64 the
 limit is e^-500. Beyond these limits the sums are computed in log space, which works for any finite
 logits and takes five times as long. On the CPU the code inspects the batch and uses the cheapest
-safe form. On other devices the inspection would stall the step. On CUDA, PLD over all classes has a
-kernel of its own (`triton_kernel.py`), which is as exact in float32 for any logits; everything else
-uses log space there.
+safe form. On other devices the inspection would stall the step. On CUDA there is a kernel
+(`triton_kernel.py`), which is as exact in float32 for any logits. Log space is used there only for
+weights without a `Weighting`, for logits in float64 and without Triton.
 """
 
 from __future__ import annotations
@@ -32,39 +32,55 @@ import math
 import warnings
 from collections.abc import Callable
 from functools import cache
-from typing import Any, Protocol, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from pld_ray.losses.common import transformed
-from pld_ray.losses.order import Ranking, rank_all
+from pld_ray.losses.order import Ranking, rank_all, rank_in_order
 
 # dtype: (smallest safe probability, stand-in for the label's probability where the order lists
 # the label again). The stand-in vanishes in the rounding of every sum, but it is not 0 and not
 # so small that 1 divided by it overflows.
 LINEAR = {torch.float32: (math.exp(-50), 1e-37), torch.float64: (math.exp(-500), 1e-300)}
 
+CHECKED = 10_000  # classes with which the kernel is checked: three tiles
+
+
+class Weighting(NamedTuple):
+    """The weights of the steps, as the kernel on CUDA takes them.
+
+    Attributes:
+        temperature: The weights are the teacher's softmax at this temperature.
+        tolerance: If given, steps weigh nothing once the classes that are not ranked yet have less
+            than this probability.
+        schedule: If given, the weights are these, [C], in the order of the ranking.
+    """
+
+    temperature: float = 1.0
+    tolerance: float | None = None
+    schedule: Tensor | None = None
+
 
 class Rule(Protocol):
     """How a loss ranks the classes and how it weights the steps of a ranking."""
 
-    @property
-    def softmax_temperature(self) -> float | None:
-        """The temperature, if all classes are ranked and the weights are the teacher's softmax."""
-
-    def rank(self, teacher: Tensor, labels: Tensor, order: Tensor | None) -> Ranking:
-        """Return the ranking of every sample.
+    def weighting(self, teacher: Tensor) -> Weighting | None:
+        """Return what `weigh` computes, in the kernel's form, or None if the kernel has no form.
 
         Args:
             teacher: Teacher logits [N, C].
-            labels: Labels [N].
-            order: The teacher's order [N, K], or None if it is not known.
         """
 
-    def columns(self, order: Tensor, needed: int) -> Tensor:
-        """Return the first `needed` columns of an order, or raise ValueError if it has fewer."""
+    def chosen(self, teacher: Tensor, order: Tensor | None) -> Tensor | None:
+        """Return the order of the classes to rank [N, K], or None if all are to be sorted.
+
+        Args:
+            teacher: Teacher logits [N, C].
+            order: The teacher's order [N, C], or None if it is not known.
+        """
 
     def weigh(self, teacher: Tensor, labels: Tensor, ranking: Ranking) -> Tensor:
         """Return the weights of the steps [N, M]; they are 0 where the order repeats the label.
@@ -72,7 +88,7 @@ class Rule(Protocol):
         Args:
             teacher: Teacher logits [N, C].
             labels: Labels [N].
-            ranking: The ranking that `rank` returned.
+            ranking: The ranking of every sample.
         """
 
     def notice(self, teacher: Tensor) -> None:
@@ -106,12 +122,23 @@ def ranking_loss(
         Losses [N], or their mean.
     """
     if transformed():
-        ranking = rule.rank(teacher, labels, order)
-        weights = rule.weigh(teacher, labels, ranking)
+        ranking, weights = _ranked(rule, teacher, labels, order)
         losses = _in_log_space(student, ranking, weights)[0].to(student.dtype)
         return losses.mean() if mean else losses
     result: Tensor = _ClosedForm.apply(student, teacher, labels, order, rule, mean)
     return result
+
+
+def _ranked(
+    rule: Rule, teacher: Tensor, labels: Tensor, order: Tensor | None
+) -> tuple[Ranking, Tensor]:
+    """Return the ranking of every sample and the weights of its steps [N, M]."""
+    chosen = rule.chosen(teacher, order)
+    if chosen is None:
+        ranking = rank_all(teacher, labels)
+    else:
+        ranking = rank_in_order(chosen, labels, teacher.shape[1])
+    return ranking, rule.weigh(teacher, labels, ranking)
 
 
 class _ClosedForm(torch.autograd.Function):
@@ -129,18 +156,18 @@ class _ClosedForm(torch.autograd.Function):
     ) -> Tensor:
         rule.notice(teacher)
         wanted = ctx.needs_input_grad[0]
-        temperature = rule.softmax_temperature
-        kernel = None if temperature is None else _kernel(student)
-        if kernel is not None:
-            if order is None:
-                index = rank_all(teacher, labels).index
-            else:  # the kernel passes over the label by itself
-                index = rule.columns(order, teacher.shape[1])
-            losses, gradient = kernel(student, teacher, labels, index, temperature, wanted)
+        weighting = None
+        if _on_cuda(student) and _says_weighting(rule):
+            weighting = rule.weighting(teacher)
+        kernel = None if weighting is None else checked_kernel(student.device)
+        if weighting is not None and kernel is not None:
+            chosen = rule.chosen(teacher, order)
+            if chosen is None:
+                chosen = rank_all(teacher, labels).index
+            losses, gradient = kernel(student, teacher, labels, chosen, weighting, wanted)
             losses = losses.mean() if mean else losses
         else:
-            ranking = rule.rank(teacher, labels, order)
-            weights = rule.weigh(teacher, labels, ranking)
+            ranking, weights = _ranked(rule, teacher, labels, order)
             probabilities = _safe_probabilities(student)
             if probabilities is None:
                 losses, gradient = _in_log_space(student, ranking, weights, wanted)
@@ -160,49 +187,60 @@ class _ClosedForm(torch.autograd.Function):
         student, gradient = ctx.saved_tensors
         if torch.is_grad_enabled():  # for second derivatives
             rule, teacher, labels, order = ctx.constants
-            ranking = rule.rank(teacher, labels, order)
-            weights = rule.weigh(teacher, labels, ranking)
+            ranking, weights = _ranked(rule, teacher, labels, order)
             gradient = cast(Tensor, _in_log_space(student, ranking, weights, True)[1])
             gradient = gradient.to(student.dtype)
         scale = grad_losses / len(student) if ctx.mean else grad_losses[:, None]
         return gradient * scale, None, None, None, None, None
 
 
-def _kernel(student: Tensor) -> Callable[..., tuple[Tensor, Tensor | None]] | None:
-    """Return the kernel of PLD for student logits [N, C], or None if they need another form."""
-    if student.device.type != "cuda" or student.dtype != torch.float32:
-        return None
-    return checked_kernel(student.device)
+Kernel = Callable[[Tensor, Tensor, Tensor, Tensor, Weighting, bool], tuple[Tensor, Tensor | None]]
+
+
+def _on_cuda(student: Tensor) -> bool:
+    """Return whether the kernel takes student logits [N, C] as they are."""
+    return student.device.type == "cuda" and student.dtype == torch.float32
+
+
+def _says_weighting(rule: Rule) -> bool:
+    """Return whether `weighting` is what `weigh` computes; a subclass may define only `weigh`."""
+    weighs = next(kind for kind in type(rule).__mro__ if "weigh" in vars(kind))
+    return "weighting" in vars(weighs)
 
 
 @cache
-def checked_kernel(device: torch.device) -> Callable[..., tuple[Tensor, Tensor | None]] | None:
-    """Return the Triton kernel of PLD if it runs on a device and agrees with `_in_log_space`.
+def checked_kernel(device: torch.device) -> Kernel | None:
+    """Return the Triton kernel if it runs on a device and agrees with `_in_log_space`.
 
-    The two are compared once per process and device, on random logits. If they differ, or the
-    kernel does not compile, a warning says so and the result is None.
+    The two are compared once per process and device, on random logits: PLD over all classes, over
+    some, and with a tolerance; and ListMLE. If they differ, or the kernel does not compile, a
+    warning says so and the result is None.
     """
     if importlib.util.find_spec("triton") is None:
         return None
-    classes = 2500  # three tiles of the kernel
+    from pld_ray.losses.plackett_luce import ListMLELoss, PLDLoss
+
+    classes = CHECKED
     generator = torch.Generator().manual_seed(0)
     student, teacher = 30 * torch.randn(2, 2, classes, generator=generator).to(device)
     labels = torch.tensor([0, classes - 1], device=device)
-    ranking = rank_all(teacher, labels)
-    weights = ranking.take((teacher / 4).softmax(1), 0.0)
-    expected = _in_log_space(student, ranking, weights, True)
+    rules: list[Rule] = [PLDLoss(4.0), PLDLoss(4.0, top_k=classes // 2), PLDLoss(4.0, top_k="auto")]
     try:
-        from pld_ray.losses.triton_kernel import pld
+        from pld_ray.losses.triton_kernel import plackett_luce
 
-        found = pld(student, teacher, labels, ranking.index, 4.0, True)
-        for ours, theirs in zip(found, expected, strict=True):
-            assert ours is not None and theirs is not None
-            torch.testing.assert_close(ours.double(), theirs.double(), rtol=1e-4, atol=1e-6)
+        for rule in (*rules, ListMLELoss()):
+            ranking, weights = _ranked(rule, teacher, labels, None)
+            weighting = cast(Weighting, rule.weighting(teacher))
+            given = student, teacher, labels, ranking.index, weighting, True
+            expected = _in_log_space(student, ranking, weights, True)
+            for ours, theirs in zip(plackett_luce(*given), expected, strict=True):
+                assert ours is not None and theirs is not None
+                torch.testing.assert_close(ours.double(), theirs.double(), rtol=1e-4, atol=1e-6)
     except Exception as error:  # of Triton, of its compiler, or of the comparison
         said = f"{type(error).__name__}: {error}".partition("\n")[0]
         warnings.warn(f"pld: the Triton kernel is not used on {device}: {said}", stacklevel=2)
         return None
-    return pld
+    return plackett_luce
 
 
 def _safe_probabilities(student: Tensor) -> Tensor | None:

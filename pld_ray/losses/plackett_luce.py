@@ -30,8 +30,8 @@ from pld_ray.losses.common import (
     standardize_pair,
     transformed,
 )
-from pld_ray.losses.likelihood import ranking_loss
-from pld_ray.losses.order import Ranking, rank_all, rank_in_order
+from pld_ray.losses.likelihood import Weighting, ranking_loss
+from pld_ray.losses.order import Ranking
 from pld_ray.losses.parameters import Standardize, Temperature, TopK
 from pld_ray.losses.registry import register_loss
 
@@ -53,25 +53,25 @@ class RankingLoss(DistillationLoss):
         super().__init__(**options)
         self.standardize = standardize
 
-    @property
-    def softmax_temperature(self) -> float | None:
-        """The temperature, if all classes are ranked and the weights are the teacher's softmax."""
-        return None
-
-    def rank(self, teacher: Tensor, labels: Tensor, order: Tensor | None) -> Ranking:
-        """Rank the classes by teacher logits, or by their order if it is known.
+    def weighting(self, teacher: Tensor) -> Weighting | None:
+        """Return what `weigh` computes in the form that the kernel on CUDA takes, if it has one.
 
         Args:
             teacher: Teacher logits [N, C].
-            labels: Labels [N].
+        """
+        return None
+
+    def chosen(self, teacher: Tensor, order: Tensor | None) -> Tensor | None:
+        """Return the order of the classes to rank [N, K], or None if all are to be sorted.
+
+        Args:
+            teacher: Teacher logits [N, C].
             order: The teacher's order [N, C], or None if it is not known.
 
         Raises:
             ValueError: The order has too few columns.
         """
-        if order is None:
-            return rank_all(teacher, labels)
-        return rank_in_order(self.columns(order, teacher.shape[1]), labels, teacher.shape[1])
+        return None if order is None else self.columns(order, teacher.shape[1])
 
     def columns(self, order: Tensor, needed: int) -> Tensor:
         """Return the first `needed` columns of the order."""
@@ -86,7 +86,7 @@ class RankingLoss(DistillationLoss):
         Args:
             teacher: Teacher logits [N, C].
             labels: Labels [N].
-            ranking: The ranking that `rank` returned.
+            ranking: The ranking of every sample.
         """
 
     def weigh_samples(self, teacher: Tensor) -> Tensor | None:
@@ -226,10 +226,9 @@ class PLDLoss(RankingLoss):
         self.adaptive = adaptive
         self._calls = itertools.count()
 
-    @property
-    def softmax_temperature(self) -> float | None:
-        """The temperature, unless `top_k` leaves out classes."""
-        return self.temperature if self.top_k is None else None
+    def weighting(self, teacher: Tensor) -> Weighting:
+        """Return the softmax of the teacher, with the tolerance of top_k="auto"."""
+        return Weighting(self.temperature, self.tolerance if self.top_k == "auto" else None)
 
     def _probabilities(self, teacher: Tensor) -> Tensor:
         """Return softmax(teacher / tau) [N, C]."""
@@ -237,23 +236,21 @@ class PLDLoss(RankingLoss):
             teacher = (teacher - teacher.amax(1, keepdim=True)).div_(self.temperature)
         return teacher.softmax(1)
 
-    def rank(self, teacher: Tensor, labels: Tensor, order: Tensor | None) -> Ranking:
-        """Rank the classes that `top_k` selects; see `RankingLoss.rank`."""
-        classes, chosen = teacher.shape[1], None
+    def chosen(self, teacher: Tensor, order: Tensor | None) -> Tensor | None:
+        """Return the classes that `top_k` selects; see `RankingLoss.chosen`."""
 
         def best(k: int) -> Tensor:
-            return teacher.topk(k, 1).indices if order is None else self.columns(order, k).long()
+            return teacher.topk(k, 1).indices if order is None else self.columns(order, k)
 
+        found = None
         if self.top_k == "auto":
             # The search would make the host wait for an accelerator. It saves time only: `weigh`
             # leaves out the same classes without it.
-            searched = teacher.device.type == "cpu" and not transformed()
-            chosen = self._enough(teacher, best) if searched else None
-        elif self.top_k is not None and int(self.top_k) < classes:
-            chosen = best(int(self.top_k))
-        if chosen is None:
-            return super().rank(teacher, labels, order)
-        return rank_in_order(chosen, labels, classes)
+            if teacher.device.type == "cpu" and not transformed():
+                found = self._enough(teacher, best)
+        elif self.top_k is not None and int(self.top_k) < teacher.shape[1]:
+            found = best(int(self.top_k))
+        return super().chosen(teacher, order) if found is None else found
 
     def _enough(self, teacher: Tensor, best: Callable[[int], Tensor]) -> Tensor | None:
         """Return the 64, 256, ... best classes that leave out less than `tolerance` of probability.
@@ -264,7 +261,7 @@ class PLDLoss(RankingLoss):
         probabilities, k = self._probabilities(teacher), FEWEST
         while 16 * k <= teacher.shape[1]:
             chosen = best(k)
-            if (1 - probabilities.gather(1, chosen).sum(1)).max() < self.tolerance:
+            if (1 - probabilities.gather(1, chosen.long()).sum(1)).max() < self.tolerance:
                 return chosen
             k *= 4
         return None
@@ -351,6 +348,10 @@ class PlackettLuceLoss(RankingLoss):
         if where not in self.kept:
             self.kept[where] = schedule_weights(self.schedule, classes).to(like)
         return self.kept[where]
+
+    def weighting(self, teacher: Tensor) -> Weighting:
+        """Return the weights of the schedule."""
+        return Weighting(schedule=self._step_weights(teacher))
 
     def weigh(self, teacher: Tensor, labels: Tensor, ranking: Ranking) -> Tensor:
         """Return the weights of the schedule for every sample [N, M]; see `RankingLoss.weigh`."""

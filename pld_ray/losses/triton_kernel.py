@@ -1,15 +1,16 @@
-"""PLD and its gradient in one launch on CUDA, given the teacher's order of the classes.
+"""Ranking losses and their gradient in one launch on CUDA, given the order of the classes.
 
 This is the closed form of `likelihood.py`. A program computes one row after another, in tiles of
 BLOCK steps of the ranking. Sums are kept as z exp(m), where m is the largest logit of the sum.
 Differences of logits are then exact to their last bit, and float32 is enough for any range of the
 logits:
 
+    over the classes            only if the ranking leaves out classes: the sum of exp(s) over them
     backwards over the tiles    the logits in the order of the ranking, which are kept; the sum of
-                                exp(s) over all later tiles, for each tile; the normalisation of
+                                exp(s) over all later steps, for each tile; the normalisation of
                                 the teacher's softmax
-    forwards over the tiles     R and Z at each step, the loss, A (the sum of w / Z over the steps
-                                before), and the gradient
+    forwards over the tiles     the weights w, R and Z at each step, the loss, A (the sum of w / Z
+                                over the steps before), and the gradient
 
 There are only as many programs as run at once, so that what they keep stays in the cache. Logits
 are read in the order of the ranking once, since reading them from any places is what takes longest.
@@ -28,6 +29,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pld_ray.losses.likelihood import Weighting
+
 BLOCK = 4096  # the most steps in a tile
 WARPS = 16  # of one multiprocessor that are in use at once; more rows would not fit its cache
 NOTHING = tl.constexpr(-1e30)  # stands for the logit of no class; finite, so that no NaN arises
@@ -43,6 +46,14 @@ def _add(m1, z1, m2, z2):
 
 
 @triton.jit
+def _add_tile(m, z, x, there, temperature):
+    """Add the sum of exp(x / temperature) over a tile to the sum z exp(m / temperature)."""
+    top = tl.maximum(m, tl.max(tl.where(there, x, NOTHING), 0))
+    exps = tl.where(there, tl.exp((x - top) / temperature), 0.0)
+    return top, z * tl.exp((m - top) / temperature) + tl.sum(exps, 0)
+
+
+@triton.jit
 def _class(order, k, label, columns):
     """Return the class of step k, and whether there is one: the order's label is passed over."""
     inside = (k >= 1) & (k <= columns)
@@ -52,21 +63,46 @@ def _class(order, k, label, columns):
 
 
 @triton.jit
-def _pld(
-    student, teacher, labels, order, losses, gradient, later, ranked,
-    rows, classes, columns, tiles, temperature,
-    WANTED: tl.constexpr, BLOCK: tl.constexpr,
+def _logits(row, c, there):
+    """Return the student's logits of classes that are there; NOTHING stands for the others."""
+    s = tl.load(row + c, there, 0.0).to(tl.float32)
+    s = tl.where((s <= NOTHING) & (s > -float("inf")), LEAST, s)
+    return tl.where(there, s, NOTHING)
+
+
+@triton.jit
+def _find_tail(tail, order_row, label, classes, columns, tiles, BLOCK: tl.constexpr):
+    """Write 1 to `tail` [classes] for the classes that the ranking leaves out, 0 for the others."""
+    at = tl.arange(0, BLOCK)
+    one = tl.full([BLOCK], 1, tl.int8)
+    for start in range(0, classes, BLOCK):
+        tl.store(tail + start + at, one, start + at < classes)
+    tl.debug_barrier()
+    for tile in range(tiles):
+        c, there = _class(order_row, tile * BLOCK + at, label, columns)
+        tl.store(tail + c, one - 1, there)
+    tl.debug_barrier()
+
+
+@triton.jit
+def _ranking(
+    student, teacher, schedule, labels, order, losses, gradient, later, ranked, tails,
+    rows, classes, columns, tiles, temperature, tolerance,
+    SCHEDULED: tl.constexpr, CUT: tl.constexpr, TAILED: tl.constexpr, WANTED: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Compute every row whose number is that of the program, modulo the number of programs.
 
-    `later` holds the sum of the later tiles, [programs, tiles, 2], and `ranked` the logits of
-    student and teacher in the order of the ranking, [programs, 2, columns + 1].
+    `later` holds the sum of the later steps, [programs, tiles, 2]; `ranked` holds the student's
+    logits in the order of the ranking, and the teacher's, which the weights replace,
+    [programs, 2, columns + 1]; `tails` marks the classes in the tail, [programs, classes].
     """
     program = tl.program_id(0).to(tl.int64)
     steps = columns + 1
     later += program * tiles * 2
     ranked_s = ranked + program * 2 * steps
-    ranked_t = ranked_s + steps
+    ranked_w = ranked_s + steps
+    tail = tails + program * classes
     at = tl.arange(0, BLOCK)
     nothing, zero = tl.full([], NOTHING, tl.float32), tl.full([], 0.0, tl.float32)
 
@@ -76,36 +112,49 @@ def _pld(
         label = tl.load(labels + row)
 
         m_sum, z_sum, t_max, t_sum = nothing, zero, nothing, zero
+        if TAILED:
+            _find_tail(tail, order_row, label, classes, columns, tiles, BLOCK)
+            for start in range(0, classes, BLOCK):
+                c = start + at
+                left = tl.load(tail + c, c < classes, 0) != 0
+                m_sum, z_sum = _add_tile(m_sum, z_sum, _logits(s_row, c, left), left, 1.0)
+                if not SCHEDULED:
+                    t = tl.load(t_row + c, left, 0.0).to(tl.float32)
+                    t_max, t_sum = _add_tile(t_max, t_sum, t, left, temperature)
+        again = steps  # the step at which the order lists the label, if it does
         for back in range(tiles):
             tile = tiles - 1 - back
             tl.store(later + 2 * tile, m_sum)
             tl.store(later + 2 * tile + 1, z_sum)
             k = tile * BLOCK + at
             c, there = _class(order_row, k, label, columns)
-            s = tl.load(s_row + c, there, 0.0).to(tl.float32)
-            s = tl.where((s <= NOTHING) & (s > -float("inf")), LEAST, s)
-            s = tl.where(there, s, NOTHING)
-            t = tl.where(there, tl.load(t_row + c, there, 0.0).to(tl.float32), NOTHING)
+            s = _logits(s_row, c, there)
             tl.store(ranked_s + k, s, k < steps)
-            tl.store(ranked_t + k, t, k < steps)
-            m_tile, t_tile = tl.max(s, 0), tl.max(t, 0)
-            z_tile = tl.sum(tl.where(there, tl.exp(s - m_tile), 0.0), 0)
-            m_sum, z_sum = _add(m_sum, z_sum, m_tile, z_tile)
-            top = tl.maximum(t_max, t_tile)
-            exps = tl.where(there, tl.exp((t - top) / temperature), 0.0)
-            t_sum = t_sum * tl.exp((t_max - top) / temperature) + tl.sum(exps, 0)
-            t_max = top
+            m_sum, z_sum = _add_tile(m_sum, z_sum, s, there, 1.0)
+            if SCHEDULED:
+                again = tl.minimum(again, tl.min(tl.where(there | (k >= steps), steps, k), 0))
+            else:
+                t = tl.where(there, tl.load(t_row + c, there, 0.0).to(tl.float32), NOTHING)
+                tl.store(ranked_w + k, t, k < steps)
+                t_max, t_sum = _add_tile(t_max, t_sum, t, there, temperature)
         tl.debug_barrier()  # the stores above are read below
         whole = z_sum + t_sum  # NaN if a logit is not finite, which a maximum may pass over
 
-        loss, e_sum, a_sum = zero, nothing, zero
+        loss, e_sum, a_sum, w_sum = zero, nothing, zero, zero
         for tile in range(tiles):
             m_later, z_later = tl.load(later + 2 * tile), tl.load(later + 2 * tile + 1)
             k = tile * BLOCK + at
             s = tl.load(ranked_s + k, k < steps, NOTHING)
-            t = tl.load(ranked_t + k, k < steps, NOTHING)
             there = s != NOTHING  # also if it is NaN
-            w = tl.where(there, tl.exp((t - t_max) / temperature) / t_sum, 0.0)
+            if SCHEDULED:  # classes after the label in the order come one step earlier
+                w = tl.load(schedule + tl.where(k > again, k - 1, k), there & (k < classes), 0.0)
+            else:
+                t = tl.load(ranked_w + k, k < steps, NOTHING)
+                w = tl.where(there, tl.exp((t - t_max) / temperature) / t_sum, 0.0)
+            if CUT:
+                before_k = tl.cumsum(w, 0) - w + w_sum
+                w_sum += tl.sum(w, 0)
+                w = tl.where((k == 0) | (1 - before_k >= tolerance), w, 0.0)
             # R sums over the steps after k; those of the next tile are in m_later
             next_inside = (k + 1 < steps) & (at < BLOCK - 1)
             s_after = tl.load(ranked_s + k + 1, next_inside, NOTHING)
@@ -121,12 +170,13 @@ def _pld(
             log1p = tl.where(u == 1.0, small, kahan)
             loss += tl.sum(tl.where(more, w * (tl.maximum(x, 0.0) + log1p), 0.0), 0)
             if WANTED:
+                tl.store(ranked_w + k, w, k < steps)
+                tl.debug_barrier()  # the weights of the steps before are read below
                 m, z = _add(m_rest, z_rest, s, tl.where(there, 1.0, 0.0))
                 before = (k > 0) & (k <= steps)
                 s_b = tl.load(ranked_s + k - 1, before, NOTHING)
-                t_b = tl.load(ranked_t + k - 1, before, NOTHING)
+                w_b = tl.load(ranked_w + k - 1, before, 0.0)
                 there_b = s_b != NOTHING
-                w_b = tl.where(there_b, tl.exp((t_b - t_max) / temperature) / t_sum, 0.0)
                 m_b, z_b = _add(m, z, s_b, tl.where(there_b, 1.0, 0.0))  # Z one step before
                 e = tl.where(there_b, -m_b, NOTHING)
                 share = tl.where(there_b, w_b / tl.maximum(z_b, TINY), 0.0)
@@ -141,28 +191,35 @@ def _pld(
                 e_tile = tl.max(e, 0)
                 a_tile = tl.sum(share * tl.exp(e - e_tile), 0)
                 e_sum, a_sum = _add(e_sum, a_sum, e_tile, a_tile)
+        if TAILED and WANTED:
+            for start in range(0, classes, BLOCK):
+                c = start + at
+                left = tl.load(tail + c, c < classes, 0) != 0
+                value = a_sum * tl.exp(tl.minimum(_logits(s_row, c, left) + e_sum, 0.0))
+                value = tl.where(whole == whole, value, whole)
+                tl.store(gradient + row * classes + c, value, left)
         tl.store(losses + row, tl.where(whole == whole, loss, whole))
         tl.debug_barrier()  # the next row overwrites what was read above
 
 
-def pld(
+def plackett_luce(
     student: Tensor,
     teacher: Tensor,
     labels: Tensor,
     order: Tensor,
-    temperature: float,
+    weighting: Weighting,
     wanted: bool,
     block: int = BLOCK,
 ) -> tuple[Tensor, Tensor | None]:
-    """Compute PLD with the weights softmax(teacher / temperature).
+    """Compute the weighted Plackett-Luce likelihood.
 
     Args:
         student: Student logits [N, C], float32.
         teacher: Teacher logits [N, C], float32; -inf for classes that are masked.
         labels: Labels [N], int64.
-        order: The teacher's order of the classes [N, K], of any integer type, with all classes but
-            for the label, which may be at any places or missing.
-        temperature: The temperature of the teacher's softmax.
+        order: The teacher's order of the classes to rank [N, K], of any integer type. The label may
+            be at any place or missing. Other classes that are missing form the tail.
+        weighting: The weights of the steps.
         wanted: Whether to compute the gradient.
         block: The most steps of a tile, a power of two.
 
@@ -172,15 +229,20 @@ def pld(
     student, teacher, order = student.contiguous(), teacher.contiguous(), order.contiguous()
     (rows, classes), columns = student.shape, order.shape[1]
     losses, gradient = student.new_empty(rows), torch.empty_like(student) if wanted else student
-    block = min(block, triton.next_power_of_2(columns + 1))
-    tiles = triton.cdiv(columns + 1, block)
+    tailed = columns < classes
+    needed = columns + 1 + tailed  # A for the tail sums over all steps, which takes one more
+    block = min(block, triton.next_power_of_2(needed))
+    tiles = triton.cdiv(needed, block)
     warps = max(1, min(WARPS, block // 128))
     programs = min(rows, _multiprocessors(student.device) * (WARPS // warps))
     later, ranked = (student.new_empty(programs, 2, length) for length in (tiles, columns + 1))
-    _pld[(programs,)](
-        student, teacher, labels, order, losses, gradient, later, ranked,
-        rows, classes, columns, tiles, temperature,
-        WANTED=wanted, BLOCK=block, num_warps=warps,
+    tails = labels.new_empty(programs, classes if tailed else 0, dtype=torch.int8)
+    _ranking[(programs,)](
+        student, teacher, student if weighting.schedule is None else weighting.schedule, labels,
+        order, losses, gradient, later, ranked, tails,
+        rows, classes, columns, tiles, weighting.temperature, weighting.tolerance or 0.0,
+        SCHEDULED=weighting.schedule is not None, CUT=weighting.tolerance is not None,
+        TAILED=tailed, WANTED=wanted, BLOCK=block, num_warps=warps,
     )  # fmt: skip
     return losses, gradient if wanted else None
 
