@@ -1,15 +1,18 @@
 """What a bank keeps, how large it is, who computes what, and its commands."""
 
 import asyncio
+import threading
 from dataclasses import replace
 
 import numpy as np
 import pytest
-from small import cells, chunks, run, train
+import torch
+from small import cells, chunks, opened, run, train
 
 from pld_ray.cli.main import app
 from pld_ray.data.datasets import load, size
 from pld_ray.data.images import Size
+from pld_ray.data.sampling import batches, order
 from pld_ray.distill import bank_format, bank_plan
 from pld_ray.errors import InputError
 from pld_ray.store.store import Store
@@ -179,3 +182,27 @@ def test_bank_build_ls_and_rm(local_ray, experiment, tmp_path, capfd):
     assert "deleted: 1 banks, 15 kB" in cli("bank", "rm", rows["val"][0])
     assert rows["train"][0] in cli("bank", "ls") and len(store.banks()) == 1
     assert "deleted: 1 banks" in cli("bank", "rm", "--all") and store.banks() == {}
+
+
+def test_the_next_chunk_is_read_while_one_is_used(experiment, tmp_path, monkeypatch):
+    trial, _ = cells(experiment, "base.data.limit=null")
+    store, images = Store(tmp_path), load(trial.data)
+    train(trial.teacher, load(trial.teacher.data), store, lambda metrics: None)
+    monkeypatch.setattr(bank_format, "ROWS", 256)
+    first, *_ = opened(trial, store, images)
+    shares = list(batches(order(trial.seed, 0, len(images.train)), 32, drop_last=False))
+    computed = [first.read(share, 0, True)[0] for share in shares]
+    reads, read_chunk = [], store.read_chunk
+
+    def watched(name):
+        reads.append((name.split("/")[-1], threading.current_thread() is threading.main_thread()))
+        return read_chunk(name)
+
+    monkeypatch.setattr(store, "read_chunk", watched)
+    second, *_ = opened(trial, store, images)
+    assert torch.equal(second.read(shares[0], 0, True)[0], computed[0])
+    assert reads[0] == ("0.logits", True)
+    for share, expected in zip(shares[1:], computed[1:], strict=True):
+        assert torch.equal(second.read(share, 0, True)[0], expected)
+    assert [name for name, here in reads if here] == ["0.logits"]
+    assert [name for name, here in reads if not here] == [f"{n}.logits" for n in range(1, 6)]

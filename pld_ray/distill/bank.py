@@ -1,6 +1,6 @@
 """The teacher bank as a trial reads it: stored logits are read, missing ones are computed.
 
-bank.read(samples, view):  the chunk is in the store?      read it
+bank.read(samples, view):  the chunk is in the store?      read it, and the next one meanwhile
                            nobody computes it?             compute it, keep it
                            another process computes it?    compute one of the next, or wait
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -89,6 +90,8 @@ class Bank:
         self.logits: dict[int, tuple[Array, float]] = {}  # its chunks so far, their seconds
         self.orders: dict[int, Array] = {}
         self.unread: dict[tuple[int, int], int] = {}  # rows computed here and not yet read
+        self.reader = ThreadPoolExecutor(1)
+        self.ahead: dict[str, Future[tuple[Array, float] | None]] = {}  # chunks that it reads
 
     def read(
         self, samples: Ints, view: int, with_order: bool = False
@@ -114,6 +117,8 @@ class Bank:
                 self.logits[number] = self._chunk(view, number)
             if with_order and number not in self.orders:
                 self.orders[number] = self._order_chunk(view, number)
+        if needed[-1] + 1 not in self.logits:
+            self._read_ahead(view, needed[-1] + 1, with_order)
         with self.clock.host("bank"):
             rows = _gather({n: self.logits[n][0] for n in needed}, chunk, row)
             logits = torch.from_numpy(bank_format.unpack(rows))
@@ -131,7 +136,7 @@ class Bank:
             self._compute_one([name], patience=0)
 
     def _open(self, view: int) -> None:
-        self.view, self.logits, self.orders = view, {}, {}
+        self.view, self.logits, self.orders, self.ahead = view, {}, {}, {}
         self.order = self.spec.order(view, self.size)
         self.place = np.empty_like(self.order)
         self.place[self.order] = np.arange(self.size)
@@ -153,7 +158,26 @@ class Bank:
         order = self.order if view == self.view else self.spec.order(view, self.size)
         return order[chunk * self.spec.rows :][: self.spec.rows]
 
+    def _count_rows(self, number: int) -> int:
+        """Return the number of rows in a chunk; the last one of a view may be shorter."""
+        return min(self.spec.rows, self.size - number * self.spec.rows)
+
+    def _read_ahead(self, view: int, number: int, with_order: bool) -> None:
+        """Begin to read a chunk, if there is such a chunk, while its predecessor is used."""
+        kinds = {"logits": self.row, **({"order": self.order_row} if with_order else {})}
+        for kind, row in kinds.items() if number < self.chunks else ():
+            name = self._name(view, number, kind)
+            if name not in self.ahead:
+                given = name, row, self._count_rows(number)
+                self.ahead[name] = self.reader.submit(self._load_now, *given)
+
     def _load(self, name: str, row: np.dtype[Any], count: int) -> tuple[Array, float] | None:
+        """Return a chunk that was read ahead, or read it."""
+        ahead = self.ahead.get(name)
+        found = None if ahead is None else ahead.result()
+        return self._load_now(name, row, count) if found is None else found
+
+    def _load_now(self, name: str, row: np.dtype[Any], count: int) -> tuple[Array, float] | None:
         """Read a chunk from the store. A damaged chunk is deleted and treated as missing."""
         content = self.store.read_chunk(name)
         if content is None:
@@ -168,7 +192,7 @@ class Bank:
         first = view * self.chunks + number
         last = min(first + AHEAD, self.views * self.chunks)
         names = [self._name(*divmod(i, self.chunks)) for i in range(first, last)]
-        count = min(self.spec.rows, self.size - number * self.spec.rows)
+        count = self._count_rows(number)
         while (found := self._load(names[0], self.row, count)) is None:
             missing = self.store.missing_chunks(names)
             if missing and missing[0] == names[0]:
