@@ -27,23 +27,31 @@ def seconds(plan: Plan, store: Store, done: set[str]) -> dict[str, float]:
     Returns:
         Wall seconds by trial id. Trials without a similar finished trial are left out.
     """
+    kinds = _kinds(plan.trials)
     measured: dict[Any, float] = {}
     for key, trial in plan.trials.items():
-        if key in done and _kind(trial) not in measured:
+        if key in done and kinds[key] not in measured:
             record = store.record(key)
             if record:
-                measured[_kind(trial)] = record["seconds"]["seconds"] / trial.epochs
+                measured[kinds[key]] = record["seconds"]["seconds"] / trial.epochs
     return {
-        key: measured[_kind(trial)] * trial.epochs
+        key: measured[kinds[key]] * trial.epochs
         for key, trial in plan.trials.items()
-        if _kind(trial) in measured
+        if kinds[key] in measured
     }
 
 
-def _kind(trial: Trial) -> tuple[Any, ...]:
-    """Return the settings that similar trials have in common."""
-    data = trial.data.model_dump_json()
-    return trial.student.name, trial.teacher_name, data, trial.batch_size, trial.workers
+def _kinds(trials: dict[str, Trial]) -> dict[str, tuple[Any, ...]]:
+    """Return for each trial the settings that similar trials have in common."""
+    found, by_settings = {}, {}
+    for key, trial in trials.items():
+        same = id(trial.settings)  # trials that differ in the seed only share this object
+        if same not in by_settings:
+            data = trial.data.model_dump_json()
+            kind = trial.student.name, trial.teacher_name, data, trial.batch_size, trial.workers
+            by_settings[same] = kind
+        found[key] = by_settings[same]
+    return found
 
 
 def for_programs(plan: Plan, store: Store, done: set[str]) -> dict[str, Any]:

@@ -74,11 +74,18 @@ def planned(
     """
     size = cache(size)
     found: dict[str, PlannedBank] = {}
+    keys: dict[tuple[int, int, str], str] = {}
+    trials = list(trials)
     for trial in trials:
         if not uses_bank(trial):
             continue
         for split in ("train", "val"):
-            key = planned_key(trial, split)
+            # trials that differ in the seed only share their settings, and often their banks
+            seed = trial.seed if split == "train" and trial.data.augmented else 0
+            same = id(trial.settings), seed, split
+            if same not in keys:
+                keys[same] = planned_key(trial, split)
+            key = keys[same]
             count = views(trial) if split == "train" else 1
             if key not in found:
                 samples = size(trial.data)
