@@ -23,7 +23,7 @@ base:
   data: {name: digits, pad: 1, limit: 200}
   student: resnet8
   teacher: {name: resnet8, train: {epochs: 2}}
-  epochs: 40
+  epochs: 24
   batch_size: 32
 grid: {loss: [ce, pld]}
 resources: {patience: 20, concurrent: 1}  # one process, which imports torch once
@@ -101,5 +101,5 @@ def wait(condition):
 
 def under_way(store, made):
     """Whether a trial has a checkpoint to continue from."""
-    found = [key for key in made.trials if 5 < len(store.epochs(key)) < 40]
+    found = [key for key in made.trials if 3 < len(store.epochs(key)) < 24]
     return any(Path(store.folder(key), "checkpoint.pt").exists() for key in found)

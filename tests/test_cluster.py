@@ -92,14 +92,14 @@ def run(cluster, folder, *sets, text=TEXT):
     path.write_text(text)
     overrides = (x for s in sets for x in ("--set", s))
     place = "--storage", folder / "results", "--address", cluster.address
-    driver = subprocess.Popen(
-        warm.command("run", path, *place, *overrides),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        cwd=folder,
-    )
+    driver = warm.command("run", path, *place, *overrides, output=folder / "printed.txt")
     return driver, load_experiment(path, sets), Store(folder / "results")
+
+
+def ended(driver, folder):
+    """Wait until a command has ended; return its exit code and what it printed."""
+    driver.join()
+    return driver.exitcode, (folder / "printed.txt").read_text()
 
 
 def wait(condition):
@@ -125,8 +125,8 @@ def test_a_group_across_nodes_a_death_in_it_and_the_bank_they_share(cluster, tmp
     workers = children(cluster, lambda process: "RayTrainWorker" in process.cmdline()[0])
     assert len(workers) == 2
     workers[-1].kill()
-    output = driver.communicate()[0]
-    assert driver.returncode == 0, output
+    code, output = ended(driver, tmp_path)
+    assert code == 0, output
     trials = plan(made).trials
     assert store.finished(trials) == trials.keys()
     assert store.record(trial.id) and store.trial(trial.id).workers == 2 and len(store.banks()) == 2
@@ -167,9 +167,9 @@ search:
   scheduler: asha
 """
     )
-    driver, made, store = run(cluster, tmp_path, "workers=2", "epochs=20", text=text)
-    output = driver.communicate()[0]
-    assert driver.returncode == 0, output
+    driver, made, store = run(cluster, tmp_path, "workers=2", "epochs=12", text=text)
+    code, output = ended(driver, tmp_path)
+    assert code == 0, output
     states = [drawn.state for drawn in search.look(made, store)[0].drawn]
     assert "stopped" in states and "done" in states
     assert "stopped by asha" in output
@@ -177,17 +177,17 @@ search:
 
 
 def test_a_node_that_dies_takes_nothing_with_it(cluster, tmp_path):
-    driver, made, store = run(cluster, tmp_path, "epochs=60", "seeds=[0,1]")
+    driver, made, store = run(cluster, tmp_path, "epochs=30", "seeds=[0,1]")
     wait(lambda: len(store.finished(store.trials())) >= 2)
     raylets = children(cluster, lambda process: process.name() == "raylet")
     [raylet for raylet in raylets if "--head" not in raylet.cmdline()][-1].kill()
-    output = driver.communicate()[0]
-    assert driver.returncode == 0, output
+    code, output = ended(driver, tmp_path)
+    assert code == 0, output
     trials = plan(made).trials
     assert store.finished(trials) == trials.keys()
     assert cluster.ask("nodes") == 1
     cluster.all_back(1.0)
     # what needs both nodes is refused now, in a sentence
     driver, _, _ = run(cluster, tmp_path, "workers=2", "seeds=[9]")
-    output = driver.communicate()[0]
-    assert driver.returncode == 2 and "needs 1 CPUs for each of its 2 workers" in output
+    code, output = ended(driver, tmp_path)
+    assert code == 2 and "needs 1 CPUs for each of its 2 workers" in output

@@ -1,8 +1,8 @@
 """Faults of the command itself while an experiment runs: one fault a test, nothing is lost."""
 
+import os
 import re
 import signal
-import subprocess
 from contextlib import suppress
 from pathlib import Path
 
@@ -14,24 +14,31 @@ from faults import LIMIT, command, finishes, results, store, under_way, wait, wh
 pytestmark = pytest.mark.slow
 
 
-class Driver(subprocess.Popen):
+class Driver:
     """The command as a process, with a Ray of its own."""
 
     def __init__(self, path, storage):
-        command = warm.command("run", path, "--storage", storage)
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        super().__init__(command, **pipes)
+        self.printed = Path(storage).with_name("printed.txt")
+        self.process = warm.command("run", path, "--storage", storage, output=self.printed)
 
-    def __exit__(self, kind, *error):
-        if kind is not None:
-            self.kill()
-        super().__exit__(kind, *error)
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.process.kill()
+        self.process.join()
+
+    def output(self):
+        """Wait until the command has ended, and return what it printed."""
+        self.process.join(LIMIT)
+        assert self.process.exitcode is not None
+        return self.printed.read_text()
 
     def wait_for(self, condition):
         """Wait for something that the command brings about."""
-        wait(lambda: condition() or self.poll() is not None)
-        if self.poll() is not None:
-            pytest.fail(f"the command has ended early: {self.communicate()[0]}")
+        wait(lambda: condition() or not self.process.is_alive())
+        if not self.process.is_alive():
+            pytest.fail(f"the command has ended early: {self.output()}")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -40,9 +47,9 @@ def test_a_driver_that_is_told_to_stop(whole, store, finishes, number):
     with Driver(path, store.uri) as driver:
         driver.wait_for(lambda: under_way(store, made))
         assert listening(driver) == {"127.0.0.1"}
-        driver.send_signal(number)
-        output, _ = driver.communicate(timeout=LIMIT)
-    assert driver.returncode == 128 + number
+        os.kill(driver.process.pid, number)
+        output = driver.output()
+    assert driver.process.exitcode == 128 + number
     assert output.endswith("stopped; run the same command again to resume\n")
     assert "Traceback" not in output
     assert len(results(made, store)) < len(made.trials)  # it did not wait for them
@@ -51,7 +58,7 @@ def test_a_driver_that_is_told_to_stop(whole, store, finishes, number):
 
 def listening(driver):
     """The addresses on which a driver and the processes it has started listen."""
-    here = psutil.Process(driver.pid)
+    here = psutil.Process(driver.process.pid)
     found = set()
     for process in (here, *here.children(recursive=True), *warm.workers()):
         with suppress(psutil.Error):
@@ -64,8 +71,8 @@ def test_a_driver_that_is_killed(whole, store, finishes):
     path, made, *_ = whole
     with Driver(path, store.uri) as driver:
         driver.wait_for(lambda: len(store.records(made.trials)) >= 2)
-        driver.kill()
-        driver.communicate()
+        driver.process.kill()
+        driver.output()
     before = store.records(made.trials)
     output = finishes()
     if len(before) < len(made.trials):
@@ -84,7 +91,7 @@ def test_two_drivers_share_the_work_and_a_killed_one_leaves_it_to_the_other(whol
 
         def kill():
             wait(lambda: len(list(Path(store.uri).rglob("claim-*"))) == 2)
-            other.kill()
-            other.communicate()
+            other.process.kill()
+            other.output()
 
         finishes(meanwhile=kill)

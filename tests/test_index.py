@@ -10,7 +10,7 @@ from pld_ray.store import files, index
 from pld_ray.store.documents import to_document, to_lines
 from pld_ray.store.store import Store
 
-IDS = [f"{number:016x}" for number in range(300)]
+IDS = [f"{number:016x}" for number in range(30)]
 
 
 def record(top1):
@@ -23,7 +23,8 @@ def record(top1):
 
 @pytest.fixture(params=["disk", "s3"])
 def store(request, tmp_path, monkeypatch):
-    """A store with 300 finished trials; files may be indexed at once."""
+    """A store with more finished trials than are read without an index; all may be indexed."""
+    monkeypatch.setattr(index, "FEW", 20)
     monkeypatch.setattr(files, "SETTLED", 0)
     root = (
         tmp_path if request.param == "disk" else f"{request.getfixturevalue('s3')}/{tmp_path.name}"
@@ -58,7 +59,7 @@ EXPECTED = {key: float(number) for number, key in enumerate(IDS)}
 
 def test_the_second_read_opens_no_trial(store, monkeypatch):
     found, seen = reads(store, monkeypatch)
-    assert found == EXPECTED and len(seen) == 300
+    assert found == EXPECTED and len(seen) == 30
     assert reads(store, monkeypatch) == (EXPECTED, [])
 
 
@@ -92,7 +93,7 @@ def test_a_damaged_index_is_written_again(store, monkeypatch, damage):
         }[damage],
     )
     found, seen = reads(store, monkeypatch)
-    assert found == EXPECTED and len(seen) == 300
+    assert found == EXPECTED and len(seen) == 30
     assert reads(store, monkeypatch) == (EXPECTED, [])
 
 
@@ -131,7 +132,7 @@ def test_a_file_that_was_just_written_is_not_indexed(store, monkeypatch):
         pytest.skip("an object store has ETags")
     monkeypatch.setattr(files, "SETTLED", 10**15)
     top1(store)
-    assert len(reads(store, monkeypatch)[1]) == 300
+    assert len(reads(store, monkeypatch)[1]) == 30
 
 
 def test_an_index_that_cannot_be_read_is_no_obstacle(store, monkeypatch):
@@ -155,9 +156,9 @@ def test_epochs_with_and_without_a_last_newline(store):
     store.files.write(path, to_lines([{"epoch": 1, "top1": 2.0, "own": "text"}]))
     store.files.write(f"trials/{IDS[2]}/epochs.jsonl", to_lines([{"epoch": 1, "own": 1.5}] * 2))
     found = frames.epochs(IDS, store)
-    assert len(found) == 301 and list(found["id"][:4]) == [*IDS[:3], IDS[2]]
+    assert len(found) == 31 and list(found["id"][:4]) == [*IDS[:3], IDS[2]]
     assert found["own"].dropna().tolist() == ["text", 1.5, 1.5]
-    small = list(frames._batches(store.epoch_lines(IDS), most=1000))
+    small = list(frames._batches(store.epoch_lines(IDS), most=100))
     assert len(small) > 5 and {k: v for part in small for k, v in part.items()} == (
         store.epoch_lines(IDS)
     )

@@ -1,7 +1,6 @@
 import hashlib
 import json
 import multiprocessing
-import subprocess
 from pathlib import Path
 from uuid import uuid4
 
@@ -218,9 +217,10 @@ def test_an_experiment_on_an_object_store_is_the_same_to_the_bit(s3, experiment,
     for trial in made.trials.values():
         train(trial, load(trial.data), local, lambda metrics: None)
     arguments = ["run", experiment.folder / "small.yaml", "--storage", f"{s3}/whole"]
-    command = warm.command(*arguments)  # its Ray knows where the S3 is
-    found = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert "3 trials to run" in found.stdout
+    printed = tmp_path / "printed.txt"
+    command = warm.command(*arguments, output=printed)  # its Ray knows where the S3 is
+    command.join()
+    assert command.exitcode == 0 and "3 trials to run" in printed.read_text()
     assert "all 3 trials are done" in cli(*arguments, cwd=tmp_path).stdout
     remote = Store(f"{s3}/whole")
     for key in made.trials:

@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import struct
-import subprocess
 import sys
 import time
 import zlib
@@ -16,6 +15,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+import warm
 from safetensors.torch import save_file
 from small import CPU, cells, chunks, live, opened, run, seconds_of, weights
 
@@ -155,11 +155,10 @@ def test_two_workers_agree_with_a_live_teacher(experiment, tmp_path):
     store = Store(tmp_path)
     train(trial.teacher, load(trial.teacher.data), store, lambda metrics: None)
     specs = [t.model_dump_json() for t in (trial, live(trial))]
-    workers = [
-        subprocess.Popen([sys.executable, "-c", WORKER, str(tmp_path), str(rank), *specs])
-        for rank in (0, 1)
-    ]
-    assert [worker.wait(timeout=600) for worker in workers] == [0, 0]
+    workers = [warm.start(WORKER, tmp_path, rank, *specs) for rank in (0, 1)]
+    for worker in workers:
+        worker.join(600)
+    assert [worker.exitcode for worker in workers] == [0, 0]
     kept, computed = (store.record(t.id)["metrics"] for t in (trial, live(trial)))
     for name in ("train_loss", "val_loss", "kl_teacher_student"):
         assert kept[name] == pytest.approx(computed[name], rel=1e-4)
@@ -220,8 +219,9 @@ def test_a_trial_killed_in_mid_epoch_ends_with_the_same_bits(experiment, tmp_pat
     run(live(trial), store)
     # batches 1 to 5 of a view are computed when the first is read, then the student has 5 steps
     for calls in (3, 7, 13):
-        child = [sys.executable, "-c", CHILD, store.uri, trial.model_dump_json(), str(calls)]
-        assert subprocess.run(child, check=False).returncode == -signal.SIGKILL
+        child = warm.start(CHILD, store.uri, trial.model_dump_json(), calls)
+        child.join()
+        assert child.exitcode == -signal.SIGKILL
     assert store.record(trial.id) is None and store.epochs(trial.id)
     run(trial, store)
     assert weights(store, trial) == weights(store, live(trial))

@@ -1,13 +1,12 @@
 import math
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import timm
 import torch
+import warm
 from timm.utils import ModelEmaV3
 
 from pld_ray.config.planning import plan
@@ -67,10 +66,10 @@ def test_a_killed_trial_resumes_and_ends_with_the_same_bits(experiment, tmp_path
     seen = []
     whole = run(student, stores[0], lambda metrics: seen.append(metrics["epoch"]))
     assert seen == [1, 2, 3, 4]
-    arguments = [str(tmp_path / "small.yaml"), stores[1].uri]
-    for epoch in ("1", "3"):
-        child = subprocess.run([sys.executable, "-c", CHILD, *arguments, epoch], check=False)
-        assert child.returncode == -signal.SIGKILL
+    for epoch in (1, 3):
+        child = warm.start(CHILD, tmp_path / "small.yaml", stores[1].uri, epoch)
+        child.join()
+        assert child.exitcode == -signal.SIGKILL
         assert stores[1].record(student.id) is None
     seen.clear()
     resumed = run(student, stores[1], lambda metrics: seen.append(metrics["epoch"]))
@@ -303,5 +302,6 @@ train(trial, load(trial.data), Store(sys.argv[2]), print)
 def test_a_trial_trains_without_ray(experiment, tmp_path):
     path = experiment.folder / "small.yaml"
     path.write_text(SMALL)
-    arguments = [sys.executable, "-c", WITHOUT_RAY, str(path), str(tmp_path / "results")]
-    assert "top1" in subprocess.run(arguments, check=True, capture_output=True, text=True).stdout
+    child = warm.start(WITHOUT_RAY, path, tmp_path / "results", output=tmp_path / "printed")
+    child.join()
+    assert child.exitcode == 0 and "top1" in (tmp_path / "printed").read_text()

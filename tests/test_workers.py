@@ -1,12 +1,11 @@
 """Several workers of one trial, here as two processes with gloo."""
 
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import warm
 from small import CPU, cells, weights
 
 from pld_ray.data.datasets import load
@@ -39,13 +38,10 @@ train(trial, load(trial.data), Store(folder), report)
 def on_two_workers(trial, folder, last=0):
     """Train, up to an epoch if `last` is given, and return the store."""
     folder.mkdir(exist_ok=True)
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-c", WORKER, folder, str(rank), trial.model_dump_json(), str(last)]
-        )
-        for rank in (0, 1)
-    ]
-    assert [process.wait(timeout=600) for process in started] == [0, 0]
+    started = [warm.start(WORKER, folder, rank, trial.model_dump_json(), last) for rank in (0, 1)]
+    for process in started:
+        process.join(600)
+    assert [process.exitcode for process in started] == [0, 0]
     return Store(folder)
 
 

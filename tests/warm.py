@@ -1,34 +1,35 @@
-"""Start Ray's workers by forking a process that has imported torch and timm.
+"""Start processes by forking one that has imported torch and timm.
 
-A worker imports torch, timm and Ray before it does anything. That takes ten seconds of a slow core,
-and the tests start more than a hundred workers. Ray starts them by `sys.executable`, so the tests
-set it to `executable()`: a script that asks one server process to fork. Everything else that the
-script is given, it runs with the real Python.
+Importing torch and timm takes seven seconds of a slow core, and the tests start more than a hundred
+processes that need them. `start` runs Python code in such a process. Ray starts its workers by
+`sys.executable`, so the tests set it to `executable()`: a script that asks a server process to
+fork. Everything else that the script is given, it runs with the real Python.
 """
 
-import atexit
 import functools
-import importlib
 import json
+import multiprocessing
+import multiprocessing.connection
+import multiprocessing.forkserver
 import os
 import runpy
 import select
 import shlex
 import signal
 import socket
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from unittest import mock
 
-WORKERS = ("setup_worker.py", "default_worker.py")  # in ray/_private/workers
+CLIENT = Path(__file__).with_name("warm_client.py").resolve()
 # Not Ray: it reads the variables of a worker when it is imported.
 IMPORTED = (
     *("torch._dynamo", "torch.distributed", "timm", "pandas", "pyarrow.fs", "pydantic", "rich"),
     *("attr", "colorful", "fsspec", "google.protobuf", "jsonschema", "msgpack", "psutil"),
     *("requests", "scipy.stats", "yaml"),
 )
-# The first arguments of Python to run the command of pld-ray, with such workers.
+# The command of pld-ray, with workers that start fast.
 COMMAND = """
 import sys
 sys.executable = sys.argv.pop(1)
@@ -37,85 +38,111 @@ main()
 """
 
 
-def command(*arguments: object) -> list[str]:
-    """Return how to start the command of pld-ray in a process of its own."""
-    return [sys.executable, "-c", COMMAND, executable(), *map(str, arguments)]
+def start(code: str, *arguments: object, output: Path | None = None) -> multiprocessing.Process:
+    """Run code in a process of its own, as `python -c` does.
+
+    Args:
+        code: Python code.
+        *arguments: What it finds in sys.argv.
+        output: A file for what it prints, errors included.
+    """
+    given = ["-c", *map(str, arguments)]
+    task = code, given, output, dict(os.environ), os.getcwd()
+    process = _context().Process(target=_run, args=task)
+    process.start()
+    return process
+
+
+def command(*arguments: object, output: Path) -> multiprocessing.Process:
+    """Run the command of pld-ray in a process of its own."""
+    return start(COMMAND, executable(), *arguments, output=output)
 
 
 def workers():
     """Return the workers that were started by this process of the tests."""
     import psutil
 
-    return psutil.Process(_server().pid).children()
+    return psutil.Process(_server()[1].pid).children()
 
 
-@functools.cache
 def executable() -> str:
     """Return the path of a Python that starts Ray's workers fast."""
-    return str(Path(_server().args[-1]).with_name("python"))
+    return str(_server()[0])
 
 
 @functools.cache
-def _server() -> subprocess.Popen:
+def _context() -> multiprocessing.context.ForkServerContext:
+    """Return how processes are started: they are forked from one with the modules."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(IMPORTED))
+    with mock.patch.dict(os.environ, OMP_NUM_THREADS="1"):  # as Ray sets it for a worker
+        multiprocessing.forkserver.ensure_running()
+    return context
+
+
+def _run(code, arguments, output, environment, folder) -> None:
+    """Run code as `python -c` does."""
+    _become_like(environment, folder)
+    if output is not None:
+        with open(output, "ab") as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+    sys.argv = arguments
+    exec(compile(code, "<code>", "exec"), {"__name__": "__main__"})
+
+
+def _become_like(environment, folder) -> None:
+    """Take over the environment and the working folder of another process."""
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(environment)
+
+
+@functools.cache
+def _server() -> tuple[Path, multiprocessing.Process]:
+    """Return the script that starts workers, and the process that it asks for them."""
     folder = Path(tempfile.mkdtemp(prefix="warm-"))
     script, address = folder / "python", folder / "socket"
-    script.write_text(
-        f'#!/bin/sh\nexec {sys.executable} -IS {Path(__file__).resolve()} {address} "$@"\n'
-    )
+    script.write_text(f'#!/bin/sh\nexec {sys.executable} -IS {CLIENT} {address} "$@"\n')
     script.chmod(0o755)
-    server = subprocess.Popen(  # one thread, as Ray sets it for a worker; it ends with its stdin
-        [sys.executable, __file__, str(address)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    assert server.stdout.readline() == b"ready\n"
-    atexit.register(server.kill)
-    return server
+    ended, ending = _context().Pipe(duplex=False)  # it ends with this process
+    server = _context().Process(target=_serve, args=(str(address), ended), daemon=True)
+    server.start()
+    ended.close()
+    server.ending = ending
+    while not address.exists():
+        assert server.is_alive()
+        multiprocessing.connection.wait([server.sentinel], timeout=0.05)
+    return script, server
 
 
-def _ask(address: str, arguments: list[str]) -> None:
-    """Have a worker forked, or run what is no worker."""
-    given = [argument for argument in arguments if argument != "-u"]
-    if not given or Path(given[0]).name not in WORKERS:
-        os.execv(sys.executable, [sys.executable, *arguments])
-    request = json.dumps([given, dict(os.environ), os.getcwd()]).encode()
-    with socket.socket(socket.AF_UNIX) as server:
-        server.connect(address)
-        socket.send_fds(server, [len(request).to_bytes(8, "big")], [0, 1, 2])
-        server.sendall(request)
-        server.recv(1)  # until it is there
-
-
-def _serve(address: str) -> None:
-    """Fork for each request; return in the fork, as the process that was asked for."""
-    for name in IMPORTED:
-        importlib.import_module(name)
+def _serve(address: str, ended: multiprocessing.connection.Connection) -> None:
+    """Fork for each request, and go on in the fork as the process that was asked for."""
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # no zombies
     with socket.socket(socket.AF_UNIX) as server:
-        server.bind(address)
+        server.bind(f"{address}.new")
         server.listen(64)
-        print("ready", flush=True)
-        while True:
-            if sys.stdin in select.select([server, sys.stdin], [], [])[0]:
-                return
+        os.rename(f"{address}.new", address)
+        while ended not in select.select([server, ended], [], [])[0]:
             client, _ = server.accept()
             size, files, *_ = socket.recv_fds(client, 8, 3)
             with client, client.makefile("rb") as stream:
                 request = json.loads(stream.read(int.from_bytes(size, "big")))
-                if os.fork() == 0:
-                    break
+                forked = os.fork() == 0
+            if forked:
+                break
             for file in files:
                 os.close(file)
+        else:
+            return
+    ended.close()
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     os.setpgrp()  # Ray kills the group of a worker that has ended
     for number, file in enumerate(files):
         os.dup2(file, number)
         os.close(file)
     arguments, environment, folder = request
-    os.chdir(folder)
-    os.environ.clear()
-    os.environ.update(environment)
+    _become_like(environment, folder)
     os.execvp = functools.partial(_exec, os.execvp)
     _become(arguments)
 
@@ -135,10 +162,3 @@ def _become(arguments: list[str]) -> None:
     sys.argv = arguments
     sys.path[:1] = [str(Path(arguments[0]).parent), *places]
     runpy.run_path(arguments[0], run_name="__main__")
-
-
-if __name__ == "__main__":
-    if len(sys.argv) == 2:
-        _serve(sys.argv[1])
-    else:
-        _ask(sys.argv[1], sys.argv[2:])
