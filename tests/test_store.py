@@ -212,7 +212,10 @@ def test_an_object_store_that_is_not_there_is_told(s3):
 
 
 @pytest.mark.slow
-def test_an_experiment_on_an_object_store_is_the_same_to_the_bit(s3, experiment, cli, tmp_path):
+def test_an_experiment_on_an_object_store_is_the_same_to_the_bit(
+    s3, experiment, cli, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
     made, local = plan(experiment(SMALL)), Store(tmp_path)
     for trial in made.trials.values():
         train(trial, load(trial.data), local, lambda metrics: None)
