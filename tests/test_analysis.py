@@ -126,6 +126,20 @@ def test_the_ranking_of_the_finished_methods(results):
     assert "| PLD | 1.00 |" in said and "Mean rank over 3 blocks" in said
 
 
+def test_the_matrix_of_wins():
+    """A has won 2, tied 1 and lost 0 against B, and so on; a row against a column."""
+    pairs = pd.DataFrame(
+        [("A", "B", 2, 1, 0), ("A", "C", 0, 0, 3), ("B", "C", 1, 2, 0)],
+        columns=["method", "against", "wins", "ties", "losses"],
+    )
+    assert comparison_printing.printed_wins(pairs).to_dict("split")["data"] == [
+        ["1 A", "", "2/1/0", "0/0/3"],
+        ["2 B", "0/1/2", "", "1/2/0"],
+        ["3 C", "3/0/0", "0/2/1", ""],
+    ]
+    assert comparison_printing.printed_wins(pairs[:1]).empty  # the table says it
+
+
 def test_all_pairs_of_methods(results):
     pairs = comparison.all_pairs(frames.frame(*results))
     found = {(row["method"], row["against"]): row for row in pairs.to_dict("records")}

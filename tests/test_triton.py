@@ -57,8 +57,9 @@ def agrees(student, teacher, labels, order, weighting, weigh, block):
     assert torch.allclose(found.double(), expected.detach(), rtol=1e-5, atol=1e-6), weighting
     error = (gradient - exact.grad).abs().sum(1)
     assert (error <= 1e-5 * exact.grad.abs().sum(1) + 1e-7).all(), (weighting, error)
-    alone, _ = plackett_luce(student, teacher, labels, order, weighting, False, block)
-    assert torch.equal(alone, found)
+    if classes == 31:
+        alone, _ = plackett_luce(student, teacher, labels, order, weighting, False, block)
+        assert torch.equal(alone, found)
 
 generator = torch.Generator().manual_seed(0)
 cases = [(1, 3, 1, 1024), (2, 3, 1, 2), (10, 3, 1, 1024), (15, 3, 1, 16), (31, 3, 2, 16)]
@@ -74,12 +75,12 @@ for classes, scale, temperature, block in cases:
         labels[3] = teacher[3].argmin()  # ranked last
     order = teacher.argsort(dim=1, descending=True, stable=True)
     given = student, teacher, labels
-    for each in (order, teacher_order(teacher, labels)):
+    for each in (order, teacher_order(teacher, labels))[: 2 if classes > 8 else 1]:
         agrees(*given, each, Weighting(temperature), softmax(temperature), block)
-    for count in {1, min(3, classes), block - 1, block} if classes in (20, 31, 33) else ():
+    for count in {1, min(3, classes), block - 1, block} if classes in (20, 31) else ():
         best_classes = order[:, :count]
         agrees(*given, best_classes, Weighting(temperature), best(temperature, count), block)
-    if classes not in (10, 31, 33):
+    if classes not in (10, 31):
         continue
     agrees(*given, order, Weighting(temperature, 0.1), until(temperature, 0.1), block)
     for loss in (ListMLELoss(), PListMLELoss()):

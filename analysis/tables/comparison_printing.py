@@ -18,6 +18,7 @@ from analysis.tables.rendering import MISSING, signed
 from pld_ray.config.experiment import Experiment
 
 TOP = 10  # settings of a loss that are printed by default
+WIDEST = 12  # methods in a matrix of wins; more do not fit on a line
 
 
 def printed(table: pd.DataFrame, top: int = 0) -> pd.DataFrame:
@@ -123,6 +124,34 @@ def _probability(row: Any) -> str:
     if not math.isnan(row["probability_low"]):
         found += f" [{row['probability_low']:.2f}, {row['probability_high']:.2f}]"
     return found
+
+
+def printed_wins(pairs: pd.DataFrame) -> pd.DataFrame:
+    """Format the wins, ties and losses in the table of `all_pairs` as a matrix of strings.
+
+    It has a row and a numbered column for each method. It is empty with two methods, and with too
+    many for a line.
+    """
+    methods = list(dict.fromkeys([*pairs["method"], *pairs["against"]]))
+    if not 2 < len(methods) <= WIDEST:
+        return pd.DataFrame()
+    cells = {}
+    for row in pairs.to_dict("records"):
+        wins, ties, losses = (f"{row[name]:.0f}" for name in ("wins", "ties", "losses"))
+        cells[row["method"], row["against"]] = f"{wins}/{ties}/{losses}"
+        cells[row["against"], row["method"]] = f"{losses}/{ties}/{wins}"
+    numbered = list(enumerate(methods, 1))
+    return pd.DataFrame(
+        {"W/T/L": f"{number} {name}"}
+        | {str(column): cells.get((name, other), "") for column, other in numbered}
+        for number, name in numbered
+    )
+
+
+EXPLAINED_WINS = (
+    "W/T/L: paired runs that the method of the row wins, ties and loses against the method of the "
+    "column, which has the number in front of its name."
+)
 
 
 def printed_ranking(table: pd.DataFrame) -> pd.DataFrame:
@@ -233,6 +262,9 @@ def text(own: Tables, experiment: Experiment, top: int = TOP) -> str:
     if len(own.pairs):
         tail += ["", rendering.markdown(printed_against(own.pairs, True), 2), ""]
         tail.append(textwrap.fill(explained(len(own.pairs), looks=own.looks), 100))
+        wins = printed_wins(own.pairs)
+        if len(wins):
+            tail += ["", rendering.markdown(wins, 1), "", textwrap.fill(EXPLAINED_WINS, 100)]
     if len(own.ranking):
         tail += ["", rendering.markdown(printed_ranking(own.ranking), 1), ""]
         tail.append(textwrap.fill(explained_ranking(own.ranking), 100))
