@@ -1,4 +1,5 @@
 import hashlib
+import json
 import subprocess
 import sys
 
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 from pld_ray.config.experiment import load_experiment
 from pld_ray.config.parts import Weights
 from pld_ray.config.planning import plan
-from pld_ray.config.trial import Trial
+from pld_ray.config.trial import Trial, canonical
 from pld_ray.errors import InputError
 from pld_ray.losses import REGISTRY
 
@@ -34,6 +35,17 @@ def test_id_is_the_hash_of_what_was_said():
         '"student":{"name":"resnet8"}}'
     )
     assert trial().id == hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@pytest.mark.parametrize("seed", [0, 7])
+def test_the_id_of_every_setting_and_seed(seed):
+    """The hash of the whole canonical form as JSON with sorted keys."""
+    own = {"name": "resnet8", "args": {"seed": 3, "a": {"zoo": [1, "x"]}}}
+    fields = {"teacher": trial(workers=2, seed=5), "loss": "kd", "student": own, "ema": 0.5}
+    some = trial(**fields, batch_size=64, views=2, schedule={"name": "step"}, seed=seed)
+    for found in (some, some.with_seed(11).with_seed(seed)):
+        text = json.dumps(canonical(some), sort_keys=True, separators=(",", ":"))
+        assert found.id == hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def test_id_is_stable_across_forms_of_the_same_spec():

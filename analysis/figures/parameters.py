@@ -97,11 +97,13 @@ def prepared(records: pd.DataFrame) -> pd.DataFrame:
 def _cleaned(records: pd.DataFrame, column: str) -> pd.Series:
     """Return one column as `prepared` does."""
     field = column.removeprefix("trial.loss.")
+    losses = records["loss"].unique()
+    have = {loss for loss in losses if field == column or field in REGISTRY[loss].model_fields}
     values = [
         (NONE if _missing(value) else str(value) if isinstance(value, list | dict) else value)
-        if field == column or field in REGISTRY[loss].model_fields
+        if loss in have
         else math.nan
-        for loss, value in zip(records["loss"], records[column], strict=True)
+        for loss, value in zip(records["loss"].tolist(), records[column].tolist(), strict=True)
     ]
     return pd.Series(values, index=records.index, dtype=object)
 

@@ -185,8 +185,8 @@ def _section(
             if record is not None:
                 state = f"top-1 {record['metrics']['top1']:.2f}"
                 spec = {"trial": spec, "metrics": record["metrics"], "ran": record["environment"]}
-            first = len(found) <= MANY or id(trial.unseeded) not in specified
-            specified.add(id(trial.unseeded))  # the seeds of a cell share it
+            first = len(found) <= MANY or id(trial.settings) not in specified
+            specified.add(id(trial.settings))  # the seeds of a cell share it
             text = json.dumps(spec, indent=1) if first else ""
             section.trials.append(
                 {"id": key, "label": plan.labels[key], "state": state, "spec": text}

@@ -145,16 +145,22 @@ class Trial(Part):
     @cached_property
     def id(self) -> str:
         """The hash of the canonical settings, as 16 hex digits."""
-        seed = {"seed": self.seed} if self.seed else {}
-        text = json.dumps(self.unseeded | seed, sort_keys=True, separators=(",", ":"))
+        before, after = self.hashed
+        text = before + (f',"seed":{self.seed}' if self.seed else "") + after
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     @cached_property
-    def unseeded(self) -> dict[str, Any]:
-        """The canonical settings without the seed (see `canonical`)."""
-        found = canonical(self)
-        found.pop("seed", None)
-        return found
+    def hashed(self) -> tuple[str, str]:
+        """The canonical settings (see `canonical`) as JSON, before and after the seed.
+
+        The keys are sorted, so that the first one is never the seed.
+        """
+        parts: list[dict[str, Any]] = [{}, {}]
+        for key, value in canonical(self).items():
+            if key != "seed":
+                parts[key > "seed"][key] = value
+        before, after = (json.dumps(p, sort_keys=True, separators=(",", ":")) for p in parts)
+        return before[:-1], after.replace("{", "," if parts[1] else "", 1)
 
     @property
     def provided(self) -> set[tuple[str, str]]:
@@ -235,7 +241,7 @@ def _short(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-UNSEEDED = ("unseeded", "unseeded_label", "settings", "flat")  # cached, and the same for every seed
+UNSEEDED = ("hashed", "unseeded_label", "settings", "flat")  # cached, and the same for every seed
 NOT_IDENTITY = {"root", "compile", "cuda_graphs"}  # fields that do not change the result of a trial
 
 

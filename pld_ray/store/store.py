@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 from pydantic import ValidationError
-from pydantic_core import from_json
+from pydantic_core import from_json, to_json
 
 from pld_ray import plugins
 from pld_ray.config.trial import SEEDS, Trial
@@ -213,7 +213,7 @@ class Store:
                 or schedule comes from a plug-in that is not imported are left out.
         """
         found: dict[str, Trial] = {}
-        shared: dict[str, Trial] = {}  # by the settings without the seed
+        shared: dict[bytes, Trial] = {}  # by the settings without the seed
         for files in self._read_all(self.files.folders("trials"), "trial.json").values():
             settings = from_json(files["trial.json"]) if files else {}
             if with_plugins:
@@ -221,7 +221,7 @@ class Store:
             seed = settings.pop("seed", 0)
             if not isinstance(seed, int) or not 0 <= seed < SEEDS:
                 continue
-            key = json.dumps(settings, sort_keys=True)
+            key = to_json(settings)
             with suppress(ValidationError):
                 if key not in shared:
                     shared[key] = Trial.model_validate(settings)
