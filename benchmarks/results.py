@@ -12,6 +12,7 @@ process, with the imports; `plan`, which reads no results, is shown beside it.
 from __future__ import annotations
 
 import argparse
+import logging
 import math
 import os
 import random
@@ -95,6 +96,7 @@ def storage(s3: bool, folder: Path) -> Iterator[str]:
     import boto3
     from moto.server import ThreadedMotoServer
 
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # it prints a line for each request
     server = ThreadedMotoServer(port=0)
     server.start()
     address = "http://{}:{}".format(*server.get_host_and_port())

@@ -111,6 +111,19 @@ def test_without_pld_the_first_method_is_the_reference(experiment, tmp_path):
     assert "gain" not in comparison_printing.text(comparison.tables(frame), made.experiment)
 
 
+def test_methods_have_as_many_digits_as_tell_them_apart(experiment):
+    near = "[1, 1.00000001, 1.0000000000000002]"
+    made = plan(experiment(TEXT.replace("temperature: [1, 4]", f"temperature: {near}")))
+    methods = list(dict.fromkeys(frames.places(made)["method"]))
+    assert methods == [
+        "CE",
+        "KD (τ = 1.0)",
+        "KD (τ = 1.00000001)",
+        "KD (τ = 1.0000000000000002)",
+        "PLD",
+    ]
+
+
 def test_a_reference_that_is_no_method_is_refused(experiment):
     made = plan(experiment(TEXT, "reference=kdd"))
     with pytest.raises(InputError, match="reference is 'kdd': expected a loss or a method .*kd"):

@@ -12,9 +12,10 @@ import torch
 
 from pld_ray import plugins
 from pld_ray.config.experiment import load_experiment
+from pld_ray.config.parts import Data
 from pld_ray.config.planning import plan
 from pld_ray.data.datasets import load
-from pld_ray.data.registry import DATASETS
+from pld_ray.data.registry import DATASETS, find_dataset
 from pld_ray.distill.bank_format import planned_key
 from pld_ray.distill.loop import train
 from pld_ray.errors import InputError, MissingError
@@ -239,6 +240,21 @@ def test_a_package_is_a_plugin(experiment, tmp_path):
     check_loss(REGISTRY["packed"](name="packed"), 5)
     plugins._forget("own_package")
     assert "packed" not in REGISTRY
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("digits:/x", "'digits:/x': expected 'digits' alone$"),
+        ("folder", "'folder': expected a path too, folder:PATH"),
+        ("stripes:/x", r"expected 'stripes' alone; register_dataset\(..., has_path=True\) lets"),
+        ("stripe", "no such dataset; did you mean 'stripes'"),
+    ],
+)
+def test_a_dataset_with_and_without_a_path(own, name, said):
+    own.plan()
+    with pytest.raises(InputError, match=said):
+        find_dataset(Data(name=name))
 
 
 def test_a_newer_version_takes_the_place_of_the_older(own):

@@ -248,7 +248,7 @@ def _methods(plan: Plan) -> list[str]:
     labels = {}
     for key, loss in losses.items():
         differ = [
-            f"{SYMBOLS.get(field, field)} = {value:g}"
+            f"{SYMBOLS.get(field, field)} = {_number(value, values[loss.name, field])}"
             if isinstance(value, float)
             else f"{field} = {value}"
             for field, value in loss
@@ -257,6 +257,15 @@ def _methods(plan: Plan) -> list[str]:
         ]
         labels[key] = loss.label + (f" ({', '.join(differ)})" if differ else "")
     return [labels[id(trial.loss)] for trial in plan.shown]
+
+
+def _number(value: float, values: set[Any]) -> str:
+    """Format one of several values with as many digits as it takes to tell them apart."""
+    numbers = [each for each in values if isinstance(each, float)]
+    for digits in (6, 9):
+        if len({f"{each:.{digits}g}" for each in numbers}) == len(numbers):
+            return f"{value:.{digits}g}"
+    return repr(value)
 
 
 def _settings(plan: Plan) -> list[str]:

@@ -23,7 +23,7 @@ from pld_ray.config.parts import Data
 from pld_ray.config.paths import absolute_dataset
 from pld_ray.data.images import Size
 from pld_ray.errors import InputError, nearest
-from pld_ray.plugins import provide
+from pld_ray.plugins import PROVIDED, provide
 
 Find = Callable[[Data, str], Any]  # Found, or two map-style datasets
 _Find = TypeVar("_Find", bound=Find)
@@ -92,8 +92,16 @@ def find_dataset(data: Data) -> tuple[Dataset, str]:
     kind, colon, _ = data.name.partition(":")
     found = DATASETS.get(kind)
     if found is None or bool(colon) != found.has_path:
-        names = [f"{d.name}:PATH" if d.has_path else d.name for d in DATASETS.values()]
-        raise InputError(f"data.name is {data.name!r}: no such dataset; {nearest(kind, names)}")
+        if found is not None and not colon:
+            said = f"expected a path too, {kind}:PATH"
+        elif found is not None:
+            said = f"expected {kind!r} alone"
+            if ("dataset", kind) in PROVIDED:
+                said += "; register_dataset(..., has_path=True) lets it have a path"
+        else:
+            names = [f"{d.name}:PATH" if d.has_path else d.name for d in DATASETS.values()]
+            said = f"no such dataset; {nearest(kind, names)}"
+        raise InputError(f"data.name is {data.name!r}: {said}")
     if data.random_resized_crop and not found.encodes:
         raise InputError(f"data.random_resized_crop: {kind} has small images: use pad and flip")
     return found, absolute_dataset(data.name).partition(":")[2]

@@ -178,7 +178,7 @@ def _shared(images: dict[str, Images]) -> dict[str, Any]:
     try:
         return {name: ray.put(value) for name, value in images.items()}
     except (TypeError, AttributeError, pickle.PicklingError) as error:
-        said = str(error).strip().partition("\n")[0]
+        said = str(error.__cause__ or error).strip().partition("\n")[0]  # Ray's own prints all data
         raise InputError(
             f"a dataset cannot be sent to the workers ({said}): expected one that opens its files "
             "in __getitem__, and not before"
