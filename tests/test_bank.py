@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+from concurrent.futures import wait
 from dataclasses import replace
 
 import numpy as np
@@ -206,3 +207,17 @@ def test_the_next_chunk_is_read_while_one_is_used(experiment, tmp_path, monkeypa
         assert torch.equal(second.read(share, 0, True)[0], expected)
     assert [name for name, here in reads if here] == ["0.logits"]
     assert [name for name, here in reads if not here] == [f"{n}.logits" for n in range(1, 6)]
+
+    def fails(name):
+        monkeypatch.setattr(store, "read_chunk", read_chunk)
+        raise OSError("the network is down")
+
+    third, *_ = opened(trial, store, images)
+    third.read(shares[0], 0)
+    wait([*third.ahead.values()])
+    third.ahead.clear()
+    monkeypatch.setattr(store, "read_chunk", fails)
+    third.read(shares[1], 0)  # another thread reads the second chunk, and fails
+    with pytest.raises(OSError, match="the network is down"):
+        third.read(shares[8], 0)
+    assert torch.equal(third.read(shares[8], 0)[0], computed[8])

@@ -101,6 +101,13 @@ for place in (0, 7, 11):  # logits that are not finite are not passed over
                 assert found.isfinite().tolist() == [True, False]
                 assert gradient.isfinite().all(1).tolist() == [True, False]
 
+for shown in (torch.tensor([[0, 9], [5, 9], [11, 9]])[:, 0], torch.tensor([4]).expand(3)):
+    student, teacher = torch.randn(2, 3, 12, generator=generator)
+    order = teacher_order(teacher)
+    found, _ = plackett_luce(student, teacher, shown, order, Weighting(), False)
+    copied, _ = plackett_luce(student, teacher, shown.clone(), order, Weighting(), False)
+    assert torch.equal(found, copied)  # labels need not be contiguous
+
 for least in (-1e30, -3e38):  # a large logit is none that is missing
     student, teacher = torch.randn(2, 3, 12, generator=generator)
     student[1, 5] = least
@@ -133,6 +140,16 @@ for loss in (PLDLoss(2.0), PLDLoss(top_k=3), PLDLoss(top_k="auto"), ListMLELoss(
             value.backward()
             results.append((value.detach(), logits.grad))
         torch.testing.assert_close(*results)
+# on CUDA a schedule in float64, as that of such teacher logits, would not compile
+class Launched:
+    def __getitem__(self, grid):
+        return lambda *given, **flags: launched.extend(given)
+
+launched, triton_kernel._ranking = [], Launched()
+schedule = ListMLELoss().weighting(teacher.double()).schedule
+weighting = Weighting(schedule=schedule)
+plackett_luce(student, teacher.double(), labels, teacher_order(teacher), weighting, True)
+assert schedule.dtype == torch.float64 and launched[2].dtype == torch.float32
 """
 
 DISAGREES = """

@@ -173,7 +173,7 @@ class Bank:
 
     def _load(self, name: str, row: np.dtype[Any], count: int) -> tuple[Array, float] | None:
         """Return a chunk that was read ahead, or read it."""
-        ahead = self.ahead.get(name)
+        ahead = self.ahead.pop(name, None)  # an error in it is told once, then it is read again
         found = None if ahead is None else ahead.result()
         return self._load_now(name, row, count) if found is None else found
 

@@ -111,7 +111,7 @@ def rank_in_order(order: Tensor, labels: Tensor, classes: int) -> Ranking:
     whole = order.shape[1] == classes and order.device.type == "cpu" and not transformed()
     if whole and bool((order[:, 0] == labels).all()):
         return Ranking(order.long(), False, classes)
-    return Ranking(torch.cat([labels[:, None], order], 1), True, classes)
+    return Ranking(torch.cat([labels[:, None], order.long()], 1), True, classes)
 
 
 def rank_all(teacher: Tensor, labels: Tensor) -> Ranking:

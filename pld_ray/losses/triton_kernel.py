@@ -226,7 +226,9 @@ def plackett_luce(
     Returns:
         Losses [N], and their gradients [N, C] if they are wanted.
     """
-    student, teacher, order = student.contiguous(), teacher.contiguous(), order.contiguous()
+    given = student, teacher, labels, order
+    student, teacher, labels, order = (x.contiguous() for x in given)
+    schedule = None if weighting.schedule is None else weighting.schedule.float().contiguous()
     (rows, classes), columns = student.shape, order.shape[1]
     losses, gradient = student.new_empty(rows), torch.empty_like(student) if wanted else student
     tailed = columns < classes
@@ -238,10 +240,10 @@ def plackett_luce(
     later, ranked = (student.new_empty(programs, 2, length) for length in (tiles, columns + 1))
     tails = labels.new_empty(programs, classes if tailed else 0, dtype=torch.int8)
     _ranking[(programs,)](
-        student, teacher, student if weighting.schedule is None else weighting.schedule, labels,
+        student, teacher, student if schedule is None else schedule, labels,
         order, losses, gradient, later, ranked, tails,
         rows, classes, columns, tiles, weighting.temperature, weighting.tolerance or 0.0,
-        SCHEDULED=weighting.schedule is not None, CUT=weighting.tolerance is not None,
+        SCHEDULED=schedule is not None, CUT=weighting.tolerance is not None,
         TAILED=tailed, WANTED=wanted, BLOCK=block, num_warps=warps,
     )  # fmt: skip
     return losses, gradient if wanted else None
