@@ -89,6 +89,20 @@ def test_chunks(store):
     assert store.banks() == {}
 
 
+def test_many_files_are_read_with_one_request_each(store, monkeypatch):
+    contents = {f"f/{number}": bytes([number]) * number for number in range(5)}
+    for path, content in contents.items():
+        store.files.write(path, content)
+
+    def asked(*_):
+        raise AssertionError("a request for the size")
+
+    monkeypatch.setattr(store.files.fs, "_size", asked, raising=False)
+    assert store.files.read_many([*contents, "f/none"]) == contents
+    assert store.files.read_many(["f/3"]) == {"f/3": b"\x03\x03\x03"}
+    assert store.files.read_many(["f/none"]) == {}
+
+
 def test_of_many_who_create_a_file_one_succeeds(store):
     if store.uri.startswith("memory"):
         pytest.skip("lives in one process")

@@ -8,6 +8,7 @@ in object stores by a conditional upload.
 
 from __future__ import annotations
 
+import inspect
 import os
 import shutil
 import time
@@ -144,8 +145,11 @@ class Files:
         paths = list(paths)
         if self.local or not paths:
             return {path: content for path in paths if (content := self.read(path)) is not None}
+        # s3fs asks for the size of each file first, to read large ones in parts; these are small
+        takes = inspect.signature(getattr(self.fs, "_cat_file", self.fs.cat_file)).parameters
+        whole = {"max_concurrency": 1} if "max_concurrency" in takes else {}
         with self._told():
-            found = self.fs.cat([self.place(path) for path in paths], on_error="return")
+            found = self.fs.cat([self.place(path) for path in paths], on_error="return", **whole)
         if isinstance(found, bytes):  # `cat` returns plain bytes for a single path
             return {paths[0]: found}
         contents = {path: found.get(self.place(path)) for path in paths}
