@@ -49,14 +49,15 @@ class Picture(Figure):
 
 def save(figure: Figure, path: Path) -> Path:
     """Write PATH.png and PATH.pdf, and return the path of the PNG file."""
-    figure.set_dpi(matplotlib.rcParams["savefig.dpi"])  # the width of a text depends on it
-    figure.draw_without_rendering()
-    figure.set_layout_engine(None)  # all is in its place; do not arrange it for each file again
-    box = figure.get_tightbbox().padded(matplotlib.rcParams["savefig.pad_inches"])
-    for kind in ("pdf", "png"):
-        # Without a creation date, the same numbers give the same bytes.
-        metadata = {"CreationDate": None} if kind == "pdf" else None
-        figure.savefig(path.with_suffix(f".{kind}"), metadata=metadata, bbox_inches=box)
+    with matplotlib.rc_context(STYLE):
+        figure.set_dpi(STYLE["savefig.dpi"])  # the width of a text depends on it
+        figure.draw_without_rendering()
+        figure.set_layout_engine(None)  # all is in its place; do not arrange it for each file again
+        box = figure.get_tightbbox().padded(matplotlib.rcParams["savefig.pad_inches"])
+        for kind in ("pdf", "png"):
+            # Without a creation date, the same numbers give the same bytes.
+            metadata = {"CreationDate": None} if kind == "pdf" else None
+            figure.savefig(path.with_suffix(f".{kind}"), metadata=metadata, bbox_inches=box)
     return path.with_suffix(".png")
 
 
