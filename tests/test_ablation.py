@@ -39,6 +39,16 @@ def additive(trial):
     return 80 + temperature + rate + trial.seed
 
 
+def test_figures_have_the_common_style(experiment, tmp_path):
+    frame = records(plan(experiment(TEXT)), tmp_path, additive)
+    few = records(plan(experiment(TEXT, "grid.optimizer.lr=[0.01]")), tmp_path, additive)
+    shown = {**ablation.ablation(frame)[0], **ablation.chosen(few, "loss.temperature")[0]}
+    assert len(shown) == 2
+    for picture in shown.values():
+        for axis in picture.axes:
+            assert axis.get_label() == "<colorbar>" or not axis.spines["top"].get_visible()
+
+
 def test_parameters(experiment, tmp_path):
     frame = records(plan(experiment(TEXT)), tmp_path, additive)
     found = {each.column: each for each in parameters.parameters(frame)}

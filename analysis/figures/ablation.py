@@ -19,6 +19,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
+import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib.artist import Artist
@@ -38,7 +39,7 @@ from analysis.figures.parameters import (
     prepared,
     texts,
 )
-from analysis.figures.style import COLOURS, PAGE, PALETTE, Picture, escaped
+from analysis.figures.style import COLOURS, PAGE, PALETTE, STYLE, Picture, escaped
 from analysis.statistics import paired
 from pld_ray.config.search_space import METRICS as DIRECTIONS
 from pld_ray.errors import InputError, nearest
@@ -49,6 +50,7 @@ LINES = 12  # in a panel: as many as there are colours that can be told apart
 WRITTEN = 64  # cells of a heat map that are also written as numbers
 
 
+@matplotlib.rc_context(STYLE)
 def ablation(records: pd.DataFrame) -> tuple[dict[str, Picture], list[str]]:
     """Draw what the grid varies.
 
@@ -307,6 +309,7 @@ def effects(records: pd.DataFrame, varied: Sequence[Parameter], metric: str = "t
     return picture
 
 
+@matplotlib.rc_context(STYLE)
 def chosen(
     records: pd.DataFrame, x: str, by: str = "loss", facet: str = "", metric: str = "top1"
 ) -> tuple[dict[str, Picture], list[str]]:

@@ -12,13 +12,14 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import matplotlib
 import pandas as pd
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 
-from analysis.figures.style import Picture
+from analysis.figures.style import STYLE, Picture
 from pld_ray.config.search_space import Range
 
 PANELS = 12
@@ -26,6 +27,7 @@ FEWEST = 8  # finished trials from which an importance says something
 PLACE = ["student", "teacher", "setting", "method"]
 
 
+@matplotlib.rc_context(STYLE)
 def draw(
     drawn: pd.DataFrame, space: Mapping[str, Range], metric: str, better: str
 ) -> tuple[dict[str, Picture], list[str]]:

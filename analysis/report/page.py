@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-import matplotlib
 import pandas as pd
 from PIL import Image
 
@@ -221,8 +220,7 @@ def _ours(
         frame, frames.curves(methods.best_settings(frame), store), folder, own.reported
     )
     pictures, told = ablation.ablation(frame)
-    with matplotlib.rc_context(style.STYLE):
-        drawn += style.save_all(pictures, folder)
+    drawn += style.save_all(pictures, folder)
     blocks += [Block(image=path) for path in drawn]
     blocks += [Block(caption=sentence.capitalize() + ".") for sentence in told]
     students = weights.students(plan, store)

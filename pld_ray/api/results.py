@@ -185,17 +185,14 @@ class Results:
         Raises:
             InputError: No trial has finished, or a field does not vary.
         """
-        import matplotlib
-
-        from analysis.figures import ablation, style
+        from analysis.figures import ablation
         from analysis.records import frames
 
         plan = self._comparable()
         frame = frames.frame(plan, self.store)
         if not frame["finished"].any():
             raise InputError(f"{plan.experiment.name}: nothing to draw yet: no trial has finished")
-        with matplotlib.rc_context(style.STYLE):
-            pictures, _ = ablation.chosen(frame, x, by, facet, metric)
+        pictures, _ = ablation.chosen(frame, x, by, facet, metric)
         return next(iter(pictures.values()))
 
     def student(self, trial_id: str) -> nn.Module:

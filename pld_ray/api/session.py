@@ -361,8 +361,6 @@ def write_tables(
 
 def draw_figures(plan: Plan, store: Store, folder: Path) -> list[Path]:
     """Draw the figures of an experiment into a folder and return their paths."""
-    import matplotlib
-
     from analysis.figures import ablation, methods, paper_figures, style
     from analysis.records import frames, imported
 
@@ -374,10 +372,9 @@ def draw_figures(plan: Plan, store: Store, folder: Path) -> list[Path]:
     curves = frames.curves(methods.best_settings(frame), store)
     paths = methods.draw(frame, curves, folder, reported)
     pictures, told = ablation.ablation(frame)
+    paths += style.save_all(pictures, folder)
     for sentence in told if pictures else ():
         tell(f"note: {sentence}")
-    with matplotlib.rc_context(style.STYLE):
-        paths += style.save_all(pictures, folder)
     return [
         *sought,
         *paths,
@@ -389,8 +386,6 @@ def draw_search(plan: Plan, store: Store, folder: Path) -> list[Path]:
     """Draw the figures of the search of an experiment, if it has one; return their paths."""
     if plan.experiment.search is None:
         return []
-    import matplotlib
-
     from analysis.figures import searches, style
     from analysis.tables import best
     from pld_ray.sweep import search
@@ -398,30 +393,26 @@ def draw_search(plan: Plan, store: Store, folder: Path) -> list[Path]:
     progress = search.look(plan.experiment, store)
     space = {field: found for each in progress for field, found in each.group.space.items()}
     sought = plan.experiment.search
-    with matplotlib.rc_context(style.STYLE):
-        pictures, told = searches.draw(best.drawn(progress), space, sought.metric, sought.better)
-        for sentence in told:
-            tell(f"note: {sentence}")
-        return style.save_all(pictures, folder) if pictures else []
+    pictures, told = searches.draw(best.drawn(progress), space, sought.metric, sought.better)
+    for sentence in told:
+        tell(f"note: {sentence}")
+    return style.save_all(pictures, folder) if pictures else []
 
 
 def draw_chosen(
     plan: Plan, store: Store, folder: Path, x: str, by: str, facet: str, metric: str
 ) -> list[Path]:
     """Draw a figure with axes that the user names (see `ablation.chosen`); return its paths."""
-    import matplotlib
-
     from analysis.figures import ablation, style
     from analysis.records import frames
 
     frame = frames.frame(plan, store)
     if not frame["finished"].any():
         raise InputError(f"{plan.experiment.name}: nothing to draw yet: no trial has finished")
-    with matplotlib.rc_context(style.STYLE):
-        pictures, told = ablation.chosen(frame, x, by, facet, metric)
-        for sentence in told:
-            tell(f"note: {sentence}")
-        return style.save_all(pictures, folder)
+    pictures, told = ablation.chosen(frame, x, by, facet, metric)
+    for sentence in told:
+        tell(f"note: {sentence}")
+    return style.save_all(pictures, folder)
 
 
 def say(kind: str, paths: list[Path]) -> None:
