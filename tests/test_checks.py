@@ -14,7 +14,8 @@ from pld_ray.data import datasets
 from pld_ray.distill.running import TrainingError
 from pld_ray.distill.teacher import Teacher
 from pld_ray.errors import InputError
-from pld_ray.models.checks import check_model
+from pld_ray.losses import REGISTRY
+from pld_ray.models.checks import check_loss, check_model
 from pld_ray.models.factory import create_model, load_teacher
 from pld_ray.store.store import Store
 from pld_ray.sweep.checks import check_trials
@@ -277,3 +278,8 @@ def test_an_exported_teacher_sees_images_as_it_was_trained(experiment, tmp_path,
     (folder / "config.json").write_text("{")
     with pytest.raises(InputError, match=r"config.json: expected the config.json of a timm model"):
         plan(experiment(TEXT, "loss=kd", f"teacher={{name: resnet8, weights: {folder}}}"))
+
+
+def test_the_check_of_a_loss_on_random_logits_does_not_warn(recwarn):
+    check_loss(REGISTRY["pld"](name="pld", temperature=8.0), 10)  # the weights are near uniform
+    assert not recwarn.list
