@@ -299,4 +299,5 @@ def test_the_tutorial_from_the_wheel_in_an_empty_folder(tmp_path, monkeypatch):
     assert len(pd.read_csv(reports / "squared" / "pairs.csv")) == 15
     for figure in ("accuracy.png", "gains.png", "curves.png"):
         assert (reports / "squared" / figure).stat().st_size > 10_000
-    assert "Squared (τ = 1) against the other methods" in (reports / "report.html").read_text()
+    page = (reports / "report.html").read_text()
+    assert "Squared (τ = 1) against the other methods" in page and "Every two methods" in page

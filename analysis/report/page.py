@@ -170,7 +170,8 @@ def _section(
         rows = best.of_search(search.look(experiment, store), metric)
         section.blocks.append(Block("Best settings of each cell", best.printed(rows, metric), 3))
     if frame["finished"].any():
-        own = comparison.tables(frame, imported.beside(frame, store))
+        few = frame["method"].nunique() <= comparison_printing.WIDEST
+        own = comparison.tables(frame, imported.beside(frame, store), few)
         dataset = " and ".join(dict.fromkeys(cell.trial.data.name for cell in plan.cells))
         section.summary = " ".join(summary.sentences(frame, own, dataset))
         section.blocks += _ours(plan, store, frame, own, folder)
@@ -216,6 +217,10 @@ def _ours(
         name = comparison.reference_name(table)
         caption = comparison_printing.explained(len(own.against), name, own.looks)
         blocks.append(Block(f"{name} against the other methods", against, caption=caption))
+    wins = comparison_printing.printed_wins(own.pairs)
+    if len(wins):
+        caption = comparison_printing.EXPLAINED_WINS
+        blocks.append(Block("Every two methods", wins, caption=caption))
     drawn = methods.draw(
         frame, frames.curves(methods.best_settings(frame), store), folder, own.reported
     )
