@@ -42,8 +42,8 @@ from pld_ray.config.trial import Trial
 from pld_ray.data import datasets
 from pld_ray.data.images import Images
 from pld_ray.distill.device import pick_device, use_deterministic
-from pld_ray.distill.loop import train, train_epoch
-from pld_ray.distill.running import set_up
+from pld_ray.distill.loop import Gang, train, train_epoch
+from pld_ray.distill.running import Shared, set_up
 from pld_ray.models.factory import create_model
 from pld_ray.store.store import Store
 
@@ -145,16 +145,20 @@ class Epochs:
             settings["teacher"] = weights_file(teacher, images, self.folder.name)
             settings["teacher_logits"] = "live"
         trial, store = Trial.model_validate(settings), Store(self.folder.name)
-        self.run = set_up(trial, images, store, None, lambda: None, device)
-        self.epoch = 0
+        shared = Shared(trial, images, store, None, lambda: None, device)
+        self.gang = Gang(
+            shared, lambda epochs: None, lambda trial, error: None, lambda trial: False
+        )
+        self.run, self.device, self.epoch = set_up(trial, shared), device, 0
 
     def seconds(self) -> float:
         """Train an epoch and return the seconds that it took."""
-        wait(self.run.device)
+        wait(self.device)
         started = time.perf_counter()
-        train_epoch(self.run, self.epoch)
+        train_epoch(self.gang, [self.run], self.epoch)
+        wait(self.device)
         self.epoch += 1
-        return time.perf_counter() - started  # the loop has read the losses: the work is done
+        return time.perf_counter() - started
 
     def milliseconds(self, least: float) -> float:
         """Return the median time of a step over the epochs that `least` seconds take.
@@ -165,7 +169,7 @@ class Epochs:
         found: list[float] = []
         while sum(found) < least or not found:
             found.append(self.seconds())
-        return 1000 * median(found) / self.run.steps
+        return 1000 * median(found) / self.run.shared.steps
 
 
 def measure_steps(device: torch.device, quick: bool) -> Iterator[Row]:

@@ -59,4 +59,4 @@ def opened(trial, store, images):
         Stream(images, trial.data, trial.seed, CPU),
         Teacher(trial, images, store, CPU),
     )
-    return *open_banks(network, stream, Clock(CPU), None, "test"), stream, network
+    return *open_banks(network, trial, stream, Clock(CPU), None, "test"), stream, network

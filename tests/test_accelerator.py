@@ -22,7 +22,7 @@ from pld_ray.data import stream
 from pld_ray.data.datasets import load
 from pld_ray.data.images import Images
 from pld_ray.data.sampling import batches, order
-from pld_ray.distill import loop
+from pld_ray.distill import keeping, loop
 from pld_ray.distill.device import Clock, pick_precision
 from pld_ray.distill.distiller import Distiller
 from pld_ray.distill.loop import train
@@ -211,10 +211,10 @@ def test_an_operation_without_a_deterministic_form_is_used_and_noted(
     def choose(device, strict=True):
         chosen.append(strict)
 
-    def refused(run, number):
+    def refused(gang, runs, number):
         if number == 1 and chosen[-1]:
             raise RuntimeError(said)
-        return epoch(run, number)
+        return epoch(gang, runs, number)
 
     trial = cells(experiment, "student=resnet8", "epochs=2")[0]
     expected = run(trial, Store(tmp_path / "plain"))
@@ -234,7 +234,7 @@ def test_an_operation_without_a_deterministic_form_is_used_and_noted(
 
 @pytest.mark.parametrize("error", [ValueError("deterministic"), RuntimeError("shapes differ")])
 def test_other_errors_end_the_trial(monkeypatch, tmp_path, experiment, error):
-    def refused(run, number):
+    def refused(gang, runs, number):
         raise error
 
     monkeypatch.setattr(loop, "train_epoch", refused)
@@ -256,6 +256,6 @@ def test_a_checkpoint_that_says_less_of_where_it_ran_is_resumed():
     before = {"from_epoch": 1, "device": "cpu", "precision": "float32", "tf32": False}
     before |= {"torch": "2.15", "cudnn": None}
     after = before | {"from_epoch": 3, "deterministic": True}
-    assert loop.change_notes([before, after]) == [
+    assert keeping.change_notes([before, after]) == [
         "resumed in epoch 3 with deterministic None before and True from then on"
     ]

@@ -309,7 +309,7 @@ base:
 
 
 def test_a_learnt_part_is_trained_kept_on_resume_and_not_saved(experiment, tmp_path, monkeypatch):
-    monkeypatch.setattr("pld_ray.distill.loop.CHECKPOINT_SECONDS", 0)
+    monkeypatch.setattr("pld_ray.distill.keeping.CHECKPOINT_SECONDS", 0)
     trial = plan(experiment(SMALL, "loss=vid")).cells[0].trial
     stores = [Store(tmp_path / name) for name in ("whole", "broken")]
     run(trial, stores[0])

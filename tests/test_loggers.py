@@ -73,7 +73,7 @@ def wandb(folder):
 
 def interrupted(trial, store, monkeypatch):
     """Two epochs of a trial."""
-    monkeypatch.setattr("pld_ray.distill.loop.CHECKPOINT_SECONDS", 0)
+    monkeypatch.setattr("pld_ray.distill.keeping.CHECKPOINT_SECONDS", 0)
 
     def report(metrics):
         if metrics["epoch"] == 2:

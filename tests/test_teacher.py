@@ -171,10 +171,10 @@ from pld_ray.data.datasets import load
 from pld_ray.config.trial import Trial
 from pld_ray.store.store import Store
 from pld_ray.data.stream import Stream
-from pld_ray.distill import loop
+from pld_ray.distill import keeping
 from pld_ray.distill.loop import train
 
-loop.CHECKPOINT_SECONDS = 0
+keeping.CHECKPOINT_SECONDS = 0
 trial, calls, shown = Trial.model_validate_json(sys.argv[2]), int(sys.argv[3]), Stream.batches
 
 def dying(*arguments):

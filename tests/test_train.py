@@ -38,9 +38,9 @@ from pld_ray.data.datasets import load
 from pld_ray.config.experiment import load_experiment
 from pld_ray.config.planning import plan
 from pld_ray.store.store import Store
-from pld_ray.distill import loop
+from pld_ray.distill import keeping
 from pld_ray.distill.loop import train
-loop.CHECKPOINT_SECONDS = 0
+keeping.CHECKPOINT_SECONDS = 0
 
 def die(metrics):
     if metrics["epoch"] == int(sys.argv[3]):
@@ -254,7 +254,7 @@ def test_the_moving_average_is_that_of_timm():
 
 
 def test_a_trial_that_resumes_in_another_precision_says_so(experiment, tmp_path, monkeypatch):
-    monkeypatch.setattr("pld_ray.distill.loop.CHECKPOINT_SECONDS", 0)
+    monkeypatch.setattr("pld_ray.distill.keeping.CHECKPOINT_SECONDS", 0)
     trial = plan(experiment(SMALL, "loss=ce")).cells[0].trial
     store = Store(tmp_path / "results")
 

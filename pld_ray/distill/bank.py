@@ -264,18 +264,24 @@ def _gather(chunks: dict[int, Array], chunk: Ints, row: Ints) -> Array:
 
 
 def open_banks(
-    teacher: Teacher, stream: Stream, clock: Clock, ledger: Ledger | None, holder: str
+    teacher: Teacher,
+    trial: Trial,
+    stream: Stream,
+    clock: Clock,
+    ledger: Ledger | None,
+    holder: str,
 ) -> tuple[Bank, Bank]:
     """Open the banks of the training and the validation images for one worker of a trial.
 
     Args:
         teacher: The teacher of the trial.
+        trial: The trial, or one that reads the same logits.
         stream: The images that the student sees.
         clock: Measures the time.
         ledger: Says which process computes which chunk; None if there is only this process.
         holder: The name of this process in the ledger.
     """
-    trial, images, digest = teacher.trial, teacher.images, teacher.digest()
+    images, digest = teacher.images, teacher.digest()
 
     def bank(split: Split, labels: Ints, views: int, batch: int, shown: Any) -> Bank:
         spec = bank_format.spec(
@@ -327,5 +333,5 @@ def fill(
     """
     stream = Stream(images, trial.data, trial.seed, device, memory_format(trial.channels_last))
     teacher = Teacher(trial, images, store, device)
-    for bank in open_banks(teacher, stream, Clock(device), ledger, holder):
+    for bank in open_banks(teacher, trial, stream, Clock(device), ledger, holder):
         bank.fill()

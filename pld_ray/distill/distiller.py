@@ -47,6 +47,7 @@ class FrozenTeacher(nn.Module):
         self.renormalize = renormalize
         self.precision = precision
         self.images_seen = 0
+        self.one_pass: bool | None = None  # whether the pass for the features gives the same logits
 
     def train(self, mode: bool = True) -> FrozenTeacher:
         """Stay in evaluation mode: dropout is off, batch norm uses its running statistics."""
@@ -59,6 +60,19 @@ class FrozenTeacher(nn.Module):
     def features(self, images: Tensor) -> Features:
         """Return the features that losses compare, of images [B, channels, H, W]."""
         return self._run(WithFeatures(self.network), images)[1]
+
+    def logits_and_features(self, images: Tensor) -> tuple[Tensor, Features]:
+        """Return what `forward` and `features` return, to the bit.
+
+        One pass gives both, unless the first call finds that its logits are not those of `forward`.
+        """
+        logits, features = self._run(WithFeatures(self.network), images)
+        if self.one_pass:
+            return logits.float(), features
+        expected = self(images)
+        if self.one_pass is None:
+            self.one_pass = torch.equal(expected, logits.float())
+        return expected, features
 
     @torch.no_grad()
     def _run(self, network: nn.Module, images: Tensor) -> Any:
@@ -200,6 +214,7 @@ class Distiller(nn.Module):
         labels: Tensor | MixedLabels,
         teacher_logits: Tensor | None = None,
         order: Tensor | None = None,
+        teacher_features: Features | None = None,
     ) -> Tensor:
         """Return the loss of a batch.
 
@@ -210,6 +225,9 @@ class Distiller(nn.Module):
             teacher_logits: [B, C]. If given, the teacher network is not used.
             order: The teacher's order of the classes [B, C], as `teacher_order` returns it, for
                 losses that rank. It saves them the sorting.
+            teacher_features: The teacher's features of the images, as `FrozenTeacher.features`
+                returns them, for losses that compare features. If given, the teacher network is
+                not used.
 
         Returns:
             A float32 scalar. Gradients reach the student and the parts that the loss learns.
@@ -231,8 +249,10 @@ class Distiller(nn.Module):
                     "distiller.connect(images) once, before the optimizer is made"
                 )
             assert self.teacher is not None
-            with self.clock("teacher"):
-                target = self.teacher.features(images)
+            target = teacher_features
+            if target is None:
+                with self.clock("teacher"):
+                    target = self.teacher.features(images)
         elif target is None and self.needs_teacher:
             if self.teacher is None:
                 raise ValueError(

@@ -1,33 +1,30 @@
-"""The training loop of one trial, on one worker or many.
+"""The training loop of the trials of a gang, on one worker or many.
 
     set up -> resume -> [train an epoch -> evaluate -> keep -> report] ... -> record
 
+Trials of a gang step through one stream: a batch is prepared once, a teacher that several of them
+need runs once, and then each trial does its own step. A trial alone is a gang of one.
+
 A trial is a pure function of its spec: the first weights are drawn from its seed, and the random
-numbers of an epoch from (seed, epoch, worker). A trial that was killed continues from its last
-checkpoint and ends with the same bits as one that was not. Checkpoints are at least one second
-apart, so short epochs share one.
+numbers of an epoch from (seed, epoch, worker). It ends with the same bits alone and in any gang,
+and when it was killed and continues from its last checkpoint.
 """
 
 from __future__ import annotations
 
-import os
-import platform
 import time
-from collections.abc import Callable, Iterator
-from itertools import pairwise
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pld_ray import __version__
 from pld_ray.config.trial import Trial
-from pld_ray.data.datasets import describe
 from pld_ray.data.images import Images
-from pld_ray.data.sampling import Ints, batches, order
-from pld_ray.data.stream import upload
+from pld_ray.data.sampling import batches, order
+from pld_ray.data.stream import Batch
 from pld_ray.distill.bank import Ledger
 from pld_ray.distill.device import (
     lacks_deterministic,
@@ -36,165 +33,315 @@ from pld_ray.distill.device import (
     use_deterministic,
 )
 from pld_ray.distill.evaluation import evaluate_student, evaluate_teacher
-from pld_ray.distill.optimization import load_optimizer
-from pld_ray.distill.running import Run, TrainingError, seed_epoch, set_up, sum_over_workers
+from pld_ray.distill.keeping import keep_checkpoint, keep_epoch, keep_record, resume
+from pld_ray.distill.running import Run, Shared, TrainingError, set_up, sum_over_workers
+from pld_ray.distill.targets import Targets
 from pld_ray.store.store import Store
 
-CHECKPOINT_SECONDS = 1.0  # the least time between two checkpoints
-ON_DEVICE = 2**28
-"""Bytes of the teacher's logits of a view that are copied to the device at once."""
-Report = Callable[[dict[str, Any]], None]
+Report = Callable[[list[dict[str, Any]]], None]
+Ended = Callable[[Trial, Exception | None], None]
 
 
 def train(
     trial: Trial,
     images: Images,
     store: Store,
-    report: Report,
+    report: Callable[[dict[str, Any]], None],
     ledger: Ledger | None = None,
     alive: Callable[[], None] = lambda: None,
     device: torch.device | None = None,
 ) -> None:
-    """Run a trial to its end, from its last checkpoint if there is one.
-
-    With several workers, each of them calls this with torch.distributed initialised. The first one
-    writes to the store.
+    """Run one trial to its end; see `train_gang`.
 
     Args:
         trial: The trial, fully specified.
         images: Its dataset.
         store: Receives checkpoints, the epoch log, the weights and the record.
         report: Called after every epoch with its metrics, by all workers.
-        ledger: Keeps trials from computing the same teacher logits twice.
+        ledger: Keeps processes from computing the same teacher logits twice.
         alive: Called after every piece of work: a batch, or a forward pass of the teacher.
         device: Default: the CUDA device if there is one, else the CPU.
 
     Raises:
         TrainingError: The loss, a weight or a logit of the teacher is not finite.
     """
+
+    def ended(trial: Trial, error: Exception | None) -> None:
+        if error is not None:
+            raise error
+
+    def each(epochs: list[dict[str, Any]]) -> None:
+        report(*epochs)
+
+    train_gang([trial], images, store, each, ended, ledger, alive, device)
+
+
+def train_gang(
+    trials: Sequence[Trial],
+    images: Images,
+    store: Store,
+    report: Report,
+    ended: Ended,
+    ledger: Ledger | None = None,
+    alive: Callable[[], None] = lambda: None,
+    device: torch.device | None = None,
+    stopped: Callable[[Trial], bool] = lambda trial: False,
+) -> None:
+    """Run trials to their ends, each from its last checkpoint if there is one.
+
+    With several workers, each of them calls this with torch.distributed initialised. The first one
+    writes to the store.
+
+    Args:
+        trials: The trials, fully specified, with one stream (see `config.gangs.stream_key`).
+        images: Their dataset.
+        store: Receives checkpoints, the epoch logs, the weights and the records.
+        report: Called after every epoch with the metrics of each trial, by all workers.
+        ended: Called when a trial is in the store, or with the error that ended it. The others go
+            on, unless this raises an exception.
+        ledger: Keeps processes from computing the same teacher logits twice.
+        alive: Called after every piece of work: a batch, or a forward pass of the teacher.
+        device: Default: the CUDA device if there is one, else the CPU.
+        stopped: Called after every epoch of a trial: whether it stops there. It can continue later.
+    """
     device = device or pick_device()
     use_deterministic(device)
-    try:
-        finish(set_up(trial, images, store, ledger, alive, device), report)
-        return
-    except RuntimeError as error:
-        lacking = lacks_deterministic(error)
-        if lacking is None:
-            raise
-    release_memory()  # of the first attempt
-    use_deterministic(device, strict=False)
-    run = set_up(trial, images, store, ledger, alive, device)
-    run.note = f"another run may differ in its last bits: {lacking}"
-    finish(run, report)
+    lacking: dict[str, str] = {}
+
+    def left(trial: Trial, error: Exception | None) -> None:
+        if error is not None and (lack := lacks_deterministic(error)):
+            lacking[trial.id] = lack
+        else:
+            ended(trial, error)
+
+    def go(trials: Sequence[Trial], ended: Ended, note: str = "") -> None:
+        shared = Shared(trials[0], images, store, ledger, alive, device)
+        Gang(shared, report, ended, stopped).train(trials, note)
+
+    go(trials, left)
+    for trial in trials:
+        if trial.id in lacking:
+            release_memory()  # of the first attempt
+            use_deterministic(device, strict=False)
+            note = f"another run may differ in its last bits: {lacking[trial.id]}"
+            go([trial], ended, note)
 
 
-def finish(run: Run, report: Report) -> None:
-    """Train all epochs that are left, and write the record; see `train`."""
-    trial = run.trial
-    resume(run)
-    evaluate_teacher(run)
-    for epoch in range(len(run.history), trial.epochs):
+class Gang:
+    """Trials that step together in one worker.
+
+    Args:
+        shared: What they share.
+        report: Called after every epoch with the metrics of each trial.
+        ended: Called when a trial has ended.
+        stopped: Whether a trial stops after an epoch.
+
+    Attributes:
+        runs: The trials that have not ended.
+    """
+
+    def __init__(
+        self, shared: Shared, report: Report, ended: Ended, stopped: Callable[[Trial], bool]
+    ) -> None:
+        self.shared, self.report, self.ended, self.stopped = shared, report, ended, stopped
+        self.runs: list[Run] = []
+        self.final: Exception | None = None  # what `ended` raised, which ends the gang
+
+    def train(self, trials: Sequence[Trial], note: str = "") -> None:
+        """Run trials to their ends.
+
+        Args:
+            trials: The trials.
+            note: A sentence for their records.
+        """
+        for trial in trials:
+            with self.member(trial):
+                run = set_up(trial, self.shared)
+                run.note = note
+                resume(run)
+                evaluate_teacher(run)
+                self.runs.append(run)
+        while self.runs:
+            for run in list(self.runs):
+                if len(run.history) == run.trial.epochs:
+                    with self.member(run.trial):
+                        keep_record(run)
+                        self.leave(run.trial)
+                        self.ended(run.trial, None)
+            if self.runs:
+                try:
+                    self.one_epoch()
+                except Exception as error:
+                    if error is self.final:
+                        raise
+                    for run in list(self.runs):  # it is an error in what is done once for all
+                        with self.member(run.trial):
+                            raise error
+
+    def one_epoch(self) -> None:
+        """Do an epoch of the trials that are furthest behind; the others wait for them."""
+        shared, epoch = self.shared, min(len(run.history) for run in self.runs)
+        runs = [run for run in self.runs if len(run.history) == epoch]
         started = time.perf_counter()
-        train_loss, seen = train_epoch(run, epoch)
-        train_seconds = time.perf_counter() - started
+        train_epoch(self, runs, epoch)
+        runs = self.still(runs)
+        spent = {id(run): run.clock.read() for run in runs}
+        seconds = time.perf_counter() - started
+        own = {key: sum(parts.values()) for key, parts in spent.items()}
+        # What is done once for all is counted in equal shares.
+        rest = max(0.0, seconds - sum(own.values())) / max(1, len(runs))
+        parts = {name: value / max(1, len(runs)) for name, value in shared.clock.read().items()}
+        for run in runs:
+            with self.member(run.trial):
+                training = own[id(run)] + rest
+                self.end_epoch(run, training, _added(parts, spent[id(run)]))
+        self.keep_and_report(self.still(runs))
+
+    def end_epoch(self, run: Run, seconds: float, parts: dict[str, float]) -> None:
+        """Check and evaluate a trial after an epoch, and add the epoch to its history.
+
+        Args:
+            run: The trial.
+            seconds: The time that its training took.
+            parts: The seconds of the parts of the training.
+        """
+        started = time.perf_counter()
+        train_loss, seen = mean_loss(run)
         share_buffers(run)
         scores = evaluate_student(run)
+        validation = time.perf_counter() - started
         run.history.append(
             {
-                "epoch": epoch + 1,
+                "epoch": len(run.history) + 1,
                 "train_loss": train_loss,
                 **scores,
                 **run.teacher_scores,
                 "lr": run.optimizer.param_groups[0]["lr"],
-                "images_per_second": seen / train_seconds,
-                "seconds": time.perf_counter() - started,
+                "images_per_second": seen / seconds,
+                "seconds": seconds + validation,
                 "teacher_images": run.teacher.take_images_seen() if run.teacher else 0,
-                **{f"{part}_seconds": seconds for part, seconds in run.clock.read().items()},
+                **{f"{name}_seconds": x for name, x in _added(parts, run.clock.read()).items()},
             }
         )
-        keep_and_report(run, report)
-    if run.rank == 0:
-        run.store.finish(trial, make_record(run), run.best_student.state_dict())
+
+    def keep_and_report(self, runs: list[Run]) -> None:
+        """Keep and report an epoch of some trials; those that are stopped leave."""
+        for run in runs:
+            with self.member(run.trial):
+                keep_epoch(run)
+        runs = self.still(runs)
+        if not runs:
+            return
+        try:
+            self.report(
+                [run.history[-1] | {"id": run.trial.id, "epochs": run.trial.epochs} for run in runs]
+            )
+        except SystemExit:  # Tune stops the process; the trials may continue later
+            for run in runs:
+                keep_checkpoint(run)
+            raise
+        for run, stops in zip(runs, self._stops(runs), strict=True):
+            if stops:
+                keep_checkpoint(run)
+                self.leave(run.trial)
+
+    def _stops(self, runs: list[Run]) -> list[bool]:
+        """Return whether each trial stops after this epoch; the first worker decides."""
+        found = [self.shared.rank == 0 and self.stopped(run.trial) for run in runs]
+        if self.shared.world == 1:
+            return found
+        asked = torch.tensor(found, dtype=torch.float32, device=self.shared.device)
+        return [bool(each) for each in sum_over_workers(asked).tolist()]
+
+    def still(self, runs: list[Run]) -> list[Run]:
+        """Return those of some trials that have not ended."""
+        return [run for run in runs if run in self.runs]
+
+    def leave(self, trial: Trial) -> None:
+        """Forget a trial; the others go on."""
+        self.runs = [run for run in self.runs if run.trial.id != trial.id]
+
+    @contextmanager
+    def member(self, trial: Trial) -> Iterator[None]:
+        """Let a trial leave if there is an error in the `with` block.
+
+        Workers that train together can only go on together: an error that not all of them have
+        ends all of their trials.
+        """
+        try:
+            yield
+        except Exception as error:
+            common = isinstance(error, TrainingError) or lacks_deterministic(error)
+            if self.shared.world > 1 and not common:
+                raise
+            self.leave(trial)
+            try:
+                self.ended(trial, error)
+            except Exception as final:
+                self.final = final
+                raise
 
 
-def resume(run: Run) -> None:
-    """Continue from the last checkpoint, or say in the store that the trial has begun."""
-    state = run.store.load_checkpoint(run.trial)
-    if state is None:
-        run.environments = [environment(run)]
-        if run.rank == 0:
-            run.store.start(run.trial)
-        return
-    run.history, run.environments = state["history"], state["environments"]
-    if (now := environment(run)) != run.environments[-1] | {"from_epoch": now["from_epoch"]}:
-        run.environments.append(now)
-    run.distiller.student.load_state_dict(state["student"])
-    load_optimizer(run.optimizer, state["optimizer"])
-    run.distiller.loss.load_state_dict(state["loss"])
-    if run.ema is not None:
-        run.ema.load_state_dict(state["ema"])
-
-
-def train_epoch(run: Run, epoch: int) -> tuple[float, int]:
-    """Train on every batch of an epoch (from 0).
-
-    Returns:
-        The mean loss over the samples, and the number of samples.
-    """
-    trial = run.trial
-    seed_epoch(trial.seed, epoch + 1, run.rank)
-    run.distiller.set_epoch(epoch)
-    run.distiller.train()
-    losses: list[Tensor] = []  # they stay on the device, since reading one would wait for it
+def train_epoch(gang: Gang, runs: list[Run], epoch: int) -> None:
+    """Train trials on every batch of an epoch (from 0); `runs` are at its begin."""
+    shared, trial = gang.shared, runs[0].trial
+    alone = len(runs) == 1
+    for run in runs:
+        run.begin(epoch)
     view = trial.view(epoch)
-    samples = order(trial.seed, epoch, len(run.images.train))
+    samples = order(trial.seed, epoch, len(shared.images.train))
     global_batches = list(batches(samples, trial.batch_size, trial.drop_last))
-    shares = [batch[run.rank :: run.world] for batch in global_batches]
-    prepared = run.stream.batches(shares, view)
-    targets = teacher_targets(run, shares, view)
+    shares = [batch[shared.rank :: shared.world] for batch in global_batches]
+    prepared = shared.stream.batches(shares, view)
+    targets = Targets(runs, shares, view)
     for number, (batch, share) in enumerate(zip(global_batches, shares, strict=True)):
-        run.clock.step(number, run.steps, each=run.update.graphs is not None)
-        with run.clock("data"):
+        each = any(run.update.graphs is not None for run in runs)
+        for clock in (shared.clock, *(run.clock for run in runs)):
+            clock.step(number, shared.steps, each)
+        with shared.clock("data"):
             ours = next(prepared)
-        step = epoch * run.steps + number
-        run.schedule.step_update(step)
+        targets.read()
+        if len(runs) > 1:
+            with shared.clock("data"):
+                ours = Batch((ours.images,), _as_they_are, ours.labels)
+            targets.compute(ours.images)
+        step = epoch * shared.steps + number
         # The shares of a ragged batch differ by one sample. With these weights the mean of the
         # workers' gradients is the gradient of the mean over the batch.
-        weight = len(share) * run.world / len(batch)
-        losses.append(run.update(ours, *next(targets), weight, step))
-    sizes = torch.tensor([len(batch) for batch in global_batches], dtype=torch.float64)
-    means = sum_over_workers(torch.stack(losses).double()).cpu() / run.world
-    check_finite(run, epoch, means)
-    return float((means * sizes).sum() / sizes.sum()), int(sizes.sum())
+        weight = len(share) * shared.world / len(batch)
+        for run in runs:
+            with gang.member(run.trial), nullcontext() if alone else run.own_random():
+                run.schedule.step_update(step)
+                run.losses.append(run.update(ours, targets.of(run), weight, step))
+        if len(gang.still(runs)) < len(runs):
+            runs[:] = gang.still(runs)
+        if not runs:
+            return
 
 
-def teacher_targets(
-    run: Run, shares: list[Ints], view: int
-) -> Iterator[tuple[Tensor | None, Tensor | None]]:
-    """Yield the stored logits of the teacher for each batch, and their order where it is kept.
+def _as_they_are(images: Tensor) -> Tensor:
+    """Return images that are made already."""
+    return images
 
-    On an accelerator, those of the whole view are copied at once, so that no step waits for a copy.
 
-    Args:
-        run: The run.
-        shares: The indices of samples of each batch, [B]: this worker's share of the batch.
-        view: The view of the images.
+def _added(first: dict[str, float], second: dict[str, float]) -> dict[str, float]:
+    """Add numbers by name."""
+    names = dict.fromkeys([*first, *second])
+    return {name: first.get(name, 0.0) + second.get(name, 0.0) for name in names}
 
-    Yields:
-        Logits, float32 [B, C], and the order [B, C]; None for what is not stored.
+
+def mean_loss(run: Run) -> tuple[float, int]:
+    """Return the mean loss over the samples of an epoch, and their number.
+
+    Raises:
+        TrainingError: The loss of a step, or a weight, is not finite.
     """
-    if run.bank is None:
-        yield from ((None, None) for _ in shares)
-        return
-    size = 4 * len(run.images.train) * run.images.classes
-    whole = run.device.type != "cpu" and size <= ON_DEVICE
-    for part in [shares] if whole else [[share] for share in shares]:
-        found = run.bank.read(np.concatenate(part), view, run.trial.loss.needs_order)
-        logits, ranking = (None if x is None else upload(x, run.device) for x in found)
-        lengths = [len(share) for share in part]
-        assert logits is not None
-        rankings = [None] * len(part) if ranking is None else ranking.split(lengths)
-        yield from zip(logits.split(lengths), rankings, strict=True)
+    trial, count = run.trial, len(run.shared.images.train)
+    every = batches(order(0, 0, count), trial.batch_size, trial.drop_last)
+    sizes = torch.tensor([len(batch) for batch in every], dtype=torch.float64)
+    means = sum_over_workers(torch.stack(run.losses).double()).cpu() / run.shared.world
+    check_finite(run, means)
+    return float((means * sizes).sum() / sizes.sum()), int(sizes.sum())
 
 
 def share_buffers(run: Run) -> None:
@@ -203,122 +350,24 @@ def share_buffers(run: Run) -> None:
     Each worker updates them with its own share of the batches. The first one's are kept, so that
     they must be those that are evaluated, and those with which all workers go on.
     """
-    if run.world > 1:
+    if run.shared.world > 1:
         for network in (run.distiller.student, run.distiller.loss, run.ema):
             for buffer in network.buffers() if network is not None else ():
                 dist.broadcast(buffer, 0)
 
 
-def check_finite(run: Run, epoch: int, losses: Tensor) -> None:
+def check_finite(run: Run, losses: Tensor) -> None:
     """Raise TrainingError if a loss [steps] of an epoch, or a weight after it, is not finite."""
-    wrong = losses.isfinite().logical_not().nonzero()
+    epoch, wrong = len(run.history) + 1, losses.isfinite().logical_not().nonzero()
     if len(wrong):
         step = int(wrong[0])
         raise TrainingError(
-            f"the training loss is {losses[step]:g} in step {step + 1} of epoch {epoch + 1}: a "
+            f"the training loss is {losses[step]:g} in step {step + 1} of epoch {epoch}: a "
             "lower optimizer.lr or clip_grad may help"
         )
     finite = torch.stack([p.isfinite().all() for p in run.best_student.parameters()])
     if not finite.all():
         raise TrainingError(
             f"the student's weights are not finite after step {len(losses)}, the last of epoch "
-            f"{epoch + 1}: a lower optimizer.lr or clip_grad may help"
+            f"{epoch}: a lower optimizer.lr or clip_grad may help"
         )
-
-
-def keep_and_report(run: Run, report: Report) -> None:
-    """Write the epoch log and, once a second, a checkpoint; then report the epoch."""
-    if run.rank == 0:
-        run.store.log(run.trial, run.history)
-    fresh = run.rank == 0 and time.perf_counter() - run.kept_at >= CHECKPOINT_SECONDS
-    if fresh:
-        keep_checkpoint(run)
-        run.kept_at = time.perf_counter()
-    try:
-        report({**run.history[-1], "epochs": run.trial.epochs})
-    except SystemExit:  # Tune stops a trial in this way; the trial may continue later
-        if run.rank == 0 and not fresh:
-            keep_checkpoint(run)
-        raise
-
-
-def keep_checkpoint(run: Run) -> None:
-    """Write all that is needed to continue after this epoch."""
-    state = {
-        "history": run.history,
-        "environments": run.environments,
-        "student": run.distiller.student.state_dict(),
-        "optimizer": run.optimizer.state_dict(),
-        "ema": run.ema.state_dict() if run.ema is not None else {},
-        "loss": run.distiller.loss.state_dict(),
-    }
-    run.store.checkpoint(run.trial, state)
-
-
-def environment(run: Run) -> dict[str, Any]:
-    """Return what the bits of an epoch depend on beside the trial, from the next epoch on."""
-    cuda = run.device.type == "cuda"
-    return {
-        "from_epoch": len(run.history) + 1,
-        "device": torch.cuda.get_device_name() if cuda else "cpu",
-        "precision": run.distiller.precision,
-        "tf32": cuda and torch.backends.cudnn.allow_tf32,
-        "torch": str(torch.__version__),
-        "cudnn": torch.backends.cudnn.version() if cuda else None,
-        "deterministic": not (cuda and torch.is_deterministic_algorithms_warn_only_enabled()),
-    }
-
-
-def change_notes(environments: list[dict[str, Any]]) -> list[str]:
-    """Return sentences about a trial whose epochs did not all run in the same way."""
-    notes = []
-    for before, after in pairwise(environments):
-        changed = [
-            f"{name} {before.get(name)} before and {after.get(name)} from then on"
-            for name in ("device", "precision", "tf32", "torch", "cudnn", "deterministic")
-            if before.get(name) != after.get(name)
-        ]
-        notes.append(f"resumed in epoch {after['from_epoch']} with {', '.join(changed)}")
-    return notes
-
-
-def was_compiled() -> bool:
-    """Return whether torch.compile has compiled all that it was given since it was last reset."""
-    frames = torch._dynamo.utils.counters["frames"]
-    return 0 < frames["total"] == frames["ok"]
-
-
-def make_record(run: Run) -> dict[str, Any]:
-    """What a finished trial leaves behind; the metrics are those of its last epoch."""
-    import timm
-
-    history = run.history
-    parts = dict.fromkeys(n for epoch in history for n in epoch if n.endswith("seconds"))
-    spent = {*parts, "epoch", "teacher_images"}
-    ran = {name: value for name, value in run.environments[-1].items() if name != "from_epoch"}
-    return {
-        "id": run.trial.id,
-        "metrics": {k: v for k, v in history[-1].items() if k not in spent},
-        "data": describe(run.trial.data, run.images),
-        "best_top1": max(epoch["top1"] for epoch in history),
-        "seconds": {name: sum(epoch.get(name, 0.0) for epoch in history) for name in parts},
-        "teacher_images": sum(epoch.get("teacher_images", 0) for epoch in history),
-        "parameters": sum(p.numel() for p in run.distiller.student.parameters()),
-        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "environment": {
-            "pld_ray": __version__,
-            **ran,
-            "compiled": run.trial.compile and was_compiled(),
-            "cuda_graph": run.update.replay is not None,
-            "timm": timm.__version__,
-            "python": platform.python_version(),
-            "threads": torch.get_num_threads(),
-            "host": platform.node(),
-            "cores": os.cpu_count(),
-        },
-        "notes": [
-            *run.distiller.loss.notes,
-            *change_notes(run.environments),
-            *filter(None, [run.update.note, run.note]),
-        ],
-    }

@@ -1,9 +1,10 @@
-"""What one worker holds while it trains a trial, and how it is made."""
+"""What one worker holds while it trains trials, and how it is made."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,10 +15,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pld_ray.config.trial import Trial
 from pld_ray.data.images import Images
-from pld_ray.data.sampling import Ints, batches, order, random_bits
+from pld_ray.data.sampling import batches, order, random_bits
 from pld_ray.data.stream import Stream
 from pld_ray.distill.bank import Bank, Ledger, open_banks
-from pld_ray.distill.bank_format import uses_bank
+from pld_ray.distill.bank_format import uses_bank, views
 from pld_ray.distill.device import Clock, memory_format, pick_precision
 from pld_ray.distill.distiller import Distiller
 from pld_ray.distill.optimization import MovingAverage, create_optimizer, create_schedule
@@ -32,18 +33,83 @@ class TrainingError(RuntimeError):
     """The trial cannot continue, and would fail in the same way if it were tried again."""
 
 
-@dataclass
+class Shared:
+    """What trials that step together share in one worker: images, teachers and banks.
+
+    Args:
+        trial: One of the trials. All of them have the same stream (see `config.gangs.stream_key`).
+        images: Their dataset.
+        store: The store of the trials and banks.
+        ledger: Keeps processes from computing the same teacher logits twice.
+        alive: Called after every piece of work.
+        device: The device of the worker.
+
+    Attributes:
+        rank: The number of this worker, from 0.
+        world: The number of workers.
+        clock: Measures what is done once for all trials.
+        stream: The images.
+        steps: Updates in an epoch.
+        val_index: This worker's share of the validation images.
+        validated: The teacher's logits on the validation batches of this worker, and its scores,
+            by what they were computed with.
+    """
+
+    def __init__(
+        self,
+        trial: Trial,
+        images: Images,
+        store: Store,
+        ledger: Ledger | None,
+        alive: Callable[[], None],
+        device: torch.device,
+    ) -> None:
+        self.rank, self.world = 0, 1
+        if dist.is_initialized():
+            self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        self.images, self.store, self.ledger, self.device = images, store, ledger, device
+        self.alive, self.clock = alive, Clock(device, alive)
+        layout = memory_format(trial.channels_last)
+        self.stream = Stream(images, trial.data, trial.seed, device, layout)
+        samples = order(0, 0, len(images.train))
+        self.steps = len(list(batches(samples, trial.batch_size, trial.drop_last)))
+        self.val_index = order(0, 0, len(images.val))[self.rank :: self.world]
+        self.validated: dict[Any, tuple[list[Tensor], dict[str, float]]] = {}
+        self._holder = f"{trial.id}/{self.rank}"
+        self._teachers: dict[str, Teacher] = {}
+        self._banks: dict[tuple[str, str], tuple[Bank, Bank]] = {}
+
+    def teacher(self, trial: Trial) -> Teacher | None:
+        """Return the teacher of a trial, or None if it has none."""
+        if trial.teacher is None:
+            return None
+        name = trial.teacher.model_dump_json()
+        if name not in self._teachers:
+            self._teachers[name] = Teacher(trial, self.images, self.store, self.device)
+        return self._teachers[name]
+
+    def banks(self, trial: Trial) -> tuple[Bank, Bank] | tuple[None, None]:
+        """Return the banks of training and validation images that a trial reads, if it does."""
+        teacher = self.teacher(trial)
+        if teacher is None or not uses_bank(trial):
+            return None, None
+        assert trial.teacher is not None
+        key = trial.teacher.model_dump_json(), trial.teacher_logits
+        if key not in self._banks:
+            given = teacher, trial, self.stream, self.clock, self.ledger, self._holder
+            self._banks[key] = open_banks(*given)
+        train = self._banks[key][0]
+        train.views = max(train.views, views(trial))
+        return self._banks[key]
+
+
+@dataclass(eq=False)  # a run is itself only
 class Run:
-    """What one worker holds while it trains a trial."""
+    """What one worker holds of one trial while it trains it."""
 
     trial: Trial
-    images: Images
-    store: Store
-    device: torch.device
-    rank: int
-    world: int
+    shared: Shared
     clock: Clock
-    stream: Stream
     distiller: Distiller
     update: Steps
     teacher: Teacher | None
@@ -51,66 +117,77 @@ class Run:
     val_bank: Bank | None
     optimizer: torch.optim.Optimizer
     schedule: Any
-    steps: int  # updates in an epoch
     ema: MovingAverage | None
-    val_index: Ints  # this worker's share of the validation images
-    history: list[dict[str, Any]] = field(default_factory=list)
+    history: list[dict[str, Any]] = field(default_factory=list)  # one entry for each epoch
     environments: list[dict[str, Any]] = field(default_factory=list)  # where its epochs ran
     note: str = ""  # a sentence for the record
     teacher_val: list[Tensor] | None = None  # the teacher's logits on the validation batches
     teacher_scores: dict[str, float] = field(default_factory=dict)
+    kept: int = 0  # epochs in the last checkpoint
     kept_at: float = field(default_factory=time.perf_counter)
+    losses: list[Tensor] = field(default_factory=list)  # of the epoch; they stay on the device
+    random: list[Tensor] = field(default_factory=list)  # the state of its generators
 
     @property
     def best_student(self) -> nn.Module:
         """The network that is evaluated and kept: the moving average if there is one."""
         return self.distiller.student if self.ema is None else self.ema.module
 
+    @property
+    def live_teacher(self) -> Teacher | None:
+        """The teacher if its network runs in every step, else None."""
+        return self.teacher if self.distiller.teacher is not None else None
 
-def set_up(
-    trial: Trial,
-    images: Images,
-    store: Store,
-    ledger: Ledger | None,
-    alive: Callable[[], None],
-    device: torch.device,
-) -> Run:
+    def begin(self, epoch: int) -> None:
+        """Prepare an epoch (from 0): its random numbers, the loss, and the mode of the modules."""
+        seed_epoch(self.trial.seed, epoch + 1, self.shared.rank)
+        self.random = _random_state(self.shared.device)
+        self.distiller.set_epoch(epoch)
+        self.distiller.train()
+        self.losses = []
+
+    @contextmanager
+    def own_random(self) -> Iterator[None]:
+        """Draw random numbers as if this were the only trial of the process."""
+        torch.set_rng_state(self.random[0])
+        if len(self.random) > 1:
+            torch.cuda.set_rng_state(self.random[1])
+        yield
+        self.random = _random_state(self.shared.device)
+
+
+def _random_state(device: torch.device) -> list[Tensor]:
+    """Return the state of the generators that a training step draws from."""
+    state = [torch.get_rng_state()]
+    return [*state, torch.cuda.get_rng_state()] if device.type == "cuda" else state
+
+
+def set_up(trial: Trial, shared: Shared) -> Run:
     """Make all that a trial needs; the first weights are the same on every worker."""
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    layout = memory_format(trial.channels_last)
+    device = shared.device
     seed_epoch(trial.seed, epoch=0, rank=0)
-    student = create_model(trial.student, *images.shape).to(device).to(memory_format=layout)
-    stream = Stream(images, trial.data, trial.seed, device, layout)
-    clock = Clock(device, alive)
-    teacher = Teacher(trial, images, store, device) if trial.teacher else None
-    bank = val_bank = None
-    if teacher is not None and uses_bank(trial):
-        bank, val_bank = open_banks(teacher, stream, clock, ledger, f"{trial.id}/{rank}")
-    distiller = make_distiller(trial, student, teacher if bank is None else None, images)
+    student = create_model(trial.student, *shared.images.shape).to(device)
+    student = student.to(memory_format=memory_format(trial.channels_last))
+    clock = Clock(device, shared.alive)
+    teacher = shared.teacher(trial)
+    bank, val_bank = shared.banks(trial)
+    distiller = make_distiller(trial, student, teacher if bank is None else None, shared.images)
     distiller.clock = clock
-    steps = len(list(batches(order(0, 0, len(images.train)), trial.batch_size, trial.drop_last)))
     optimizer = create_optimizer(trial.optimizer, distiller)
     ema = MovingAverage(student, decay=trial.ema) if trial.ema else None
-    module = distiller if world == 1 else share_gradients(distiller, device)
+    module = distiller if shared.world == 1 else share_gradients(distiller, device)
     return Run(
         trial=trial,
-        images=images,
-        store=store,
-        device=device,
-        rank=rank,
-        world=world,
+        shared=shared,
         clock=clock,
-        stream=stream,
         distiller=distiller,
         update=Steps(trial, distiller, module, optimizer, ema, clock),
         teacher=teacher,
         bank=bank,
         val_bank=val_bank,
         optimizer=optimizer,
-        schedule=create_schedule(trial.schedule, optimizer, trial.epochs, steps),
-        steps=steps,
+        schedule=create_schedule(trial.schedule, optimizer, trial.epochs, shared.steps),
         ema=ema,
-        val_index=order(0, 0, len(images.val))[rank::world],
     )
 
 

@@ -15,7 +15,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ from pld_ray.data.stream import Batch
 from pld_ray.distill.device import Clock
 from pld_ray.distill.distiller import Distiller
 from pld_ray.distill.optimization import MovingAverage, is_capturable, update
+from pld_ray.losses.features import Features
 
 WARM_UP = 3
 """Steps before a graph is captured. They create what later steps keep: compiled kernels, the state
@@ -38,6 +39,30 @@ pile up, and the host would give no sign of life while it waits for the device i
 
 Given = tuple[Tensor | None, ...]
 Step = Callable[..., Tensor]
+
+
+class Target(NamedTuple):
+    """What is known of the teacher's outputs for a batch before a step; None for what is not.
+
+    Attributes:
+        logits: Logits of the teacher [B, C].
+        order: The teacher's order of the classes [B, C].
+        features: Features of the teacher.
+    """
+
+    logits: Tensor | None = None
+    order: Tensor | None = None
+    features: Features | None = None
+
+    def tensors(self) -> Given:
+        """Return the tensors in one tuple, which `from_tensors` takes."""
+        known = () if self.features is None else (*self.features.stages, self.features.pooled)
+        return self.logits, self.order, *known
+
+    @staticmethod
+    def from_tensors(logits: Tensor | None, order: Tensor | None, *known: Tensor) -> Target:
+        """Return the target of which `tensors` made a tuple."""
+        return Target(logits, order, Features([*known[:-1]], known[-1]) if known else None)
 
 
 class CudaGraphs:
@@ -165,8 +190,7 @@ class Steps:
     def __call__(
         self,
         batch: Batch,
-        teacher_logits: Tensor | None,
-        order: Tensor | None,
+        target: Target,
         weight: float,
         number: int,
     ) -> Tensor:
@@ -174,8 +198,7 @@ class Steps:
 
         Args:
             batch: The batch of this worker.
-            teacher_logits: The stored logits of the teacher [B, C], if there are some.
-            order: The stored order of the classes [B, C], if there is one.
+            target: What is known of the teacher's outputs; its network computes the rest.
             weight: The factor of the loss.
             number: The number of the update, from 0.
 
@@ -183,15 +206,16 @@ class Steps:
             The loss before the update, a scalar on the device.
         """
         parts = batch.labels if isinstance(batch.labels, MixedLabels) else (batch.labels,)
-        given = *batch.given, *parts, teacher_logits, order
+        given = *batch.given, *parts, *target.tensors()
+        first, last = len(batch.given), len(batch.given) + len(parts)
 
         def step(*given: Any) -> Tensor:
-            first = len(batch.given)
-            tensors, parts, (logits, ranking) = given[:first], given[first:-2], given[-2:]
+            tensors, parts = given[:first], given[first:last]
+            logits, order, features = Target.from_tensors(*given[last:])
             labels = MixedLabels(*parts) if len(parts) > 1 else parts[0]
             with self.clock("data"):
                 images = batch.make(*tensors)
-            loss: Tensor = self.module(images, labels, teacher_logits=logits, order=ranking)
+            loss: Tensor = self.module(images, labels, logits, order, features)
             loss = loss * weight if weight != 1 else loss
             with self.clock("student"), self._rates_of_device():
                 update(loss, self.distiller, self.optimizer, number, self.clip_grad, self.ema)

@@ -1,0 +1,244 @@
+"""Trials that step together have the bits that each of them has alone."""
+
+import time
+
+import pytest
+import torch
+from small import run, weights
+
+from pld_ray.config.gangs import stream_key
+from pld_ray.config.planning import plan
+from pld_ray.config.trial import Trial
+from pld_ray.data.datasets import load
+from pld_ray.distill import keeping
+from pld_ray.distill.loop import train, train_gang
+from pld_ray.distill.running import TrainingError
+from pld_ray.store.store import Store
+
+SMALL = """
+base:
+  data: {name: digits, pad: 1, flip: true, limit: 150}
+  student: resnet8
+  teacher: {name: resnet8, train: {epochs: 1}}
+  epochs: 3
+  batch_size: 32
+grid: {loss: [ce]}
+"""
+DROPOUT = {"name": "mobilenetv3_small_050", "args": {"drop_rate": 0.3}}
+SGD = {"name": "sgd", "lr": 0.05, "momentum": 0.9}
+# students, losses, optimizers, schedules, epochs, averages: all that members may differ in
+MEMBERS = (
+    {"loss": "pld", "student": DROPOUT},
+    {"loss": "kd", "teacher_logits": "float32", "epochs": 4},
+    {"loss": "dist", "teacher_logits": "live", "ema": 0.9},
+    {"loss": "fitnet", "student": {"name": "wrn_16_2"}},
+    {"loss": "rkd", "optimizer": SGD, "clip_grad": 1},
+    {"loss": "vid", "epochs": 2, "schedule": {"name": "constant"}},
+    {"loss": "ce", "student": DROPOUT, "teacher": None},
+    {"loss": "dkd", "teacher_logits": "live", "teacher": "other"},
+    {"loss": "kd", "optimizer": SGD | {"lr": 1e30}},
+)
+
+
+def together(trials, store, report=lambda epochs: None, stopped=lambda trial: False):
+    """Train trials as a gang; return the errors of those that fail, by id."""
+    ended = {}
+
+    def note(trial, error):
+        assert trial.id not in ended
+        ended[trial.id] = error
+
+    train_gang(
+        trials,
+        load(trials[0].data),
+        store,
+        report,
+        note,
+        stopped=stopped,
+        device=torch.device("cpu"),
+    )
+    return ended
+
+
+def members(experiment, *chosen):
+    """The chosen MEMBERS, and two stores with their teachers: for alone and for together."""
+    texts = SMALL, SMALL.replace("{name: resnet8, train", "{name: wrn_16_2, train")
+    bases = [plan(experiment(text, "loss=kd")).cells[0].trial for text in texts]
+    trials = []
+    for number in chosen:
+        changes = dict(MEMBERS[number])
+        base = bases[changes.get("teacher") == "other"].model_dump(mode="json")
+        if changes.get("teacher"):
+            del changes["teacher"]
+        trials.append(Trial.model_validate(base | changes))
+    stores = [Store(experiment.folder / name) for name in ("alone", "together")]
+    for store in stores:
+        for trial in trials:
+            if isinstance(trial.teacher, Trial) and store.record(trial.teacher.id) is None:
+                run(trial.teacher, store)
+    return trials, *stores
+
+
+def same(trials, alone, gang):
+    """Compare the weights and the metrics of trials with those of a store where each was alone."""
+    for trial in trials:
+        run(trial, alone)
+        assert weights(gang, trial) == weights(alone, trial), trial.label
+        first, second = (store.epochs(trial.id) for store in (alone, gang))
+        assert len(first) == trial.epochs
+        for one, other in zip(first, second, strict=True):
+            for name in ("epoch", "train_loss", "top1", "val_loss", "lr", "teacher_top1"):
+                assert one.get(name) == other.get(name), (trial.label, name)
+
+
+def test_members_have_the_bits_of_trials_alone(experiment):
+    trials, alone, gang = members(experiment, *range(8))
+    assert len({stream_key(trial) for trial in trials}) == 1
+    ended = together(trials, gang)
+    assert ended == {trial.id: None for trial in trials}
+    same(trials, alone, gang)
+
+
+def test_what_is_the_same_is_done_once(experiment, monkeypatch):
+    trials, alone, gang = members(experiment, 2, 3, 4, 6)
+    images = load(trials[0].data)
+    together(trials, gang)
+    seen = sum(gang.record(trial.id)["teacher_images"] for trial in trials)
+    # validation once; each epoch once, logits and features in one pass; the first batch twice, to
+    # find that this gives the same logits
+    assert seen == len(images.val) + 3 * 150 + 32
+    for trial in trials:
+        run(trial, alone)
+    apart = sum(alone.record(trial.id)["teacher_images"] for trial in trials)
+    assert apart == 3 * (len(images.val) + 3 * 150)
+
+
+def test_logits_that_the_pass_for_features_does_not_give_are_computed_apart(
+    experiment, monkeypatch
+):
+    from pld_ray.models.features import WithFeatures
+
+    forward = WithFeatures.forward
+
+    def other(self, x):
+        logits, features = forward(self, x)
+        return logits + 1e-6, features
+
+    monkeypatch.setattr(WithFeatures, "forward", other)
+    trials, alone, gang = members(experiment, 2, 3, 4)
+    together(trials, gang)
+    same(trials, alone, gang)
+    seen = sum(gang.record(trial.id)["teacher_images"] for trial in trials)
+    assert seen == len(load(trials[0].data).val) + 2 * 3 * 150
+
+
+@pytest.mark.parametrize("first", [0, 2])
+def test_a_member_that_is_not_finite_leaves_and_the_others_go_on(experiment, first):
+    several = [0, 3]
+    several.insert(first, 8)
+    trials, alone, gang = members(experiment, *several)
+    ended = together(trials, gang)
+    left = trials.pop(first)
+    assert isinstance(ended.pop(left.id), TrainingError)
+    assert ended == {trial.id: None for trial in trials} and gang.record(left.id) is None
+    same(trials, alone, gang)
+
+
+def test_members_resume_at_different_epochs_with_other_companions(experiment, monkeypatch):
+    monkeypatch.setattr(keeping, "CHECKPOINT_SECONDS", 0)
+    trials, alone, gang = members(experiment, *range(6))
+
+    def until(epoch):
+        def report(epochs):
+            if epochs[0]["epoch"] == epoch:
+                raise SystemExit
+
+        return report
+
+    for some, epoch in ((trials[:3], 2), (trials[2:5], 1), (trials[5:], 1)):
+        with pytest.raises(SystemExit):
+            together(some, gang, until(epoch))
+    begun = [len(gang.epochs(trial.id)) for trial in trials]
+    assert begun == [2, 2, 2, 1, 1, 1]
+    seen = []
+    together(trials, gang, lambda epochs: seen.append([each["epoch"] for each in epochs]))
+    assert seen == [[2, 2, 2], [3, 3, 3, 3, 3], [4]]
+    same(trials, alone, gang)
+
+
+def test_a_process_that_is_stopped_keeps_the_epoch_of_every_member(experiment):
+    trials, alone, gang = members(experiment, 0, 1)
+
+    def stop(epochs):
+        raise SystemExit
+
+    with pytest.raises(SystemExit):  # a checkpoint a second is the most, and it took less
+        together(trials, gang, stop)
+    assert [len(gang.load_checkpoint(trial)["history"]) for trial in trials] == [1, 1]
+    together(trials, gang)
+    same(trials, alone, gang)
+
+
+def test_a_member_that_is_stopped_leaves_and_can_continue(experiment):
+    trials, alone, gang = members(experiment, 0, 1, 2)
+    ended = together(trials, gang, stopped=lambda trial: trial is trials[1])
+    assert ended.keys() == {trials[0].id, trials[2].id}
+    assert len(gang.load_checkpoint(trials[1])["history"]) == 1
+    assert gang.record(trials[1].id) is None
+    together(trials[1:2], gang)
+    same(trials, alone, gang)
+
+
+def test_an_error_in_what_is_shared_ends_every_member(experiment, monkeypatch):
+    trials, _, gang = members(experiment, 2, 3)
+
+    def broken(*_):
+        raise ValueError("no teacher today")
+
+    monkeypatch.setattr("pld_ray.distill.targets._outputs", broken)
+    ended = together(trials, gang)
+    assert {str(error) for error in ended.values()} == {"no teacher today"}
+    assert ended.keys() == {trial.id for trial in trials}
+
+
+def test_what_the_end_of_a_trial_raises_ends_the_gang(experiment):
+    trials, _, gang = members(experiment, 5, 0)
+
+    def ended(trial, error):
+        raise OSError("the disk is gone")
+
+    with pytest.raises(OSError, match="the disk is gone"):
+        train_gang(trials, load(trials[0].data), gang, lambda epochs: None, ended)
+
+
+def test_seconds_of_members_add_up_to_those_of_the_gang(experiment):
+    trials, _, gang = members(experiment, 0, 1, 2)
+    started = time.perf_counter()
+    together(trials, gang)
+    took = time.perf_counter() - started
+    parts = [gang.record(trial.id)["seconds"]["seconds"] for trial in trials]
+    assert 0.2 * took < sum(parts) < took
+
+
+OTHER_STREAMS = (
+    "data.pad=2", "data.flip=false", "data.limit=100", "batch_size=64", "drop_last=true",
+    "precision=bfloat16", "channels_last=false", "teacher.views=2", "compile=true",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("settings", OTHER_STREAMS)
+def test_trials_with_another_stream_are_no_gang(experiment, settings):
+    trials = [plan(experiment(SMALL, *more)).cells[0].trial for more in ((), (settings,))]
+    assert stream_key(trials[0]) != stream_key(trials[1])
+
+
+def test_seeds_are_no_gang(experiment):
+    trials = [cell.trial for cell in plan(experiment(SMALL + "seeds: [0, 1]\n")).cells]
+    assert stream_key(trials[0]) != stream_key(trials[1])
+
+
+def test_train_alone_reports_its_epochs(experiment, tmp_path):
+    trial = plan(experiment(SMALL)).cells[0].trial
+    seen = []
+    train(trial, load(trial.data), Store(tmp_path / "results"), seen.append)
+    assert [epoch["epoch"] for epoch in seen] == [1, 2, 3] and seen[0]["id"] == trial.id
