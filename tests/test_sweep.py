@@ -270,7 +270,7 @@ resources: {concurrent: 1}
 def retried_on_cpus(monkeypatch):
     """Give trials of the CPU the second attempt that those of a GPU have."""
     again = lambda search, trial: trial.id not in search.alone  # noqa: E731
-    monkeypatch.setattr(PlanSearcher, "_may_return", again)
+    monkeypatch.setattr(PlanSearcher, "_may_have_more", again)
 
 
 def with_faults(experiment, marker, **what):
@@ -320,17 +320,22 @@ def test_a_trial_without_memory_waits_for_a_gpu_of_its_own(experiment, tmp_path,
     store = Store(tmp_path / "results")
     with Claims(store.files) as claims:
         search = PlanSearcher(dict(made.trials), made.experiment.resources, store, claims)
-        first, second = search.suggest("a"), search.suggest("b")
-        assert first["needs"]["gpus"] == second["needs"]["gpus"] == 0.5
-        search.on_trial_complete("a", {"out_of_memory": "CUDA out of memory"})
+        (first,), (second,) = (search.suggest(name)["trials"] for name in ("a", "b"))
+        assert {gang.needs.gpus for gang in search.running.values()} == {0.5}
+        lacking = {"ended": first["id"], "out_of_memory": "CUDA out of memory"}
+        search.on_trial_result("a", lacking)
+        search.on_trial_complete("a", lacking)
         assert search.suggest("c") is None  # the other trial has half of the GPU
         monkeypatch.setattr(store, "record", {second["id"]: {}}.get)
-        search.on_trial_complete("b", {})
+        search.on_trial_result("b", {"ended": second["id"]})
+        search.on_trial_complete("b", {"ended": second["id"]})
         again = search.suggest("c")
-        assert (again["id"], again["needs"]["gpus"]) == (first["id"], 1.0)
-        search.on_trial_complete("c", {"out_of_memory": "CUDA out of memory"})
+        assert again["trials"][0]["id"] == first["id"] and again["needs"]["gpus"] == 1.0
+        search.on_trial_result("c", lacking)
+        search.on_trial_complete("c", lacking)
         assert search.suggest("d") == search.FINISHED
         assert search.failures == {first["id"]: "CUDA out of memory (also alone on its GPU)"}
+        assert search.ended == [second["id"], first["id"]]
 
 
 @pytest.mark.parametrize(

@@ -264,14 +264,18 @@ class Resources(Part):
             on nodes with GPUs the CPUs of a node that belong to its share of the GPUs.
         gpus_per_worker: The number of GPUs per worker; by default one if the cluster has any. With
             a fraction, several trials of one worker share a GPU.
-        concurrent: The number of trials that run at once, even if they do not fit yet, for
-            clusters that grow on request; by default as many as fit.
+        concurrent: The number of gangs that run at once, even if they do not fit yet, for clusters
+            that grow on request; by default as many as fit. A trial alone is a gang of one.
+        gang: The largest number of trials that step through one stream of images in one process,
+            which prepares each batch once and runs each teacher once for them. "auto" keeps all
+            cores and GPUs busy; 1 gives each trial a process of its own.
         patience: The seconds without a step after which a worker is considered hung.
     """
 
     cpus_per_worker: float | None = Field(None, gt=0)
     gpus_per_worker: float | None = Field(None, ge=0)
     concurrent: int | None = Field(None, ge=1)
+    gang: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
     patience: float = Field(1800, gt=0)
 
     @field_validator("gpus_per_worker")

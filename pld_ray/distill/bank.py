@@ -65,6 +65,7 @@ class Bank:
         clock: Measures the time.
         ledger: Says which process computes which chunk; None if there is only this process.
         holder: The name of this process in the ledger.
+        readers: Number of trials that read the logits in this process.
     """
 
     spec: BankSpec
@@ -78,6 +79,7 @@ class Bank:
     clock: Clock
     ledger: Ledger | None
     holder: str
+    readers: int = 1
 
     def __post_init__(self) -> None:
         self.store, self.key = self.teacher.store, self.spec.key
@@ -149,7 +151,8 @@ class Bank:
             paid = min(read, self.unread.get((self.view, number), 0))
             if paid:
                 self.unread[self.view, number] -= paid
-            self.clock.add("teacher_avoided", (read - paid) * seconds / len(rows))
+            avoided = (read * self.readers - paid) * seconds / len(rows)
+            self.clock.add("teacher_avoided", avoided)
 
     def _name(self, view: int, chunk: int, kind: str = "logits") -> str:
         return f"{self.key}/{view}/{chunk}.{kind}"

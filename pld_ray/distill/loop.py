@@ -180,7 +180,7 @@ class Gang:
 
     def one_epoch(self) -> None:
         """Do an epoch of the trials that are furthest behind; the others wait for them."""
-        shared, epoch = self.shared, min(len(run.history) for run in self.runs)
+        epoch = min(len(run.history) for run in self.runs)
         runs = [run for run in self.runs if len(run.history) == epoch]
         started = time.perf_counter()
         train_epoch(self, runs, epoch)
@@ -189,13 +189,23 @@ class Gang:
         seconds = time.perf_counter() - started
         own = {key: sum(parts.values()) for key, parts in spent.items()}
         # What is done once for all is counted in equal shares.
-        rest = max(0.0, seconds - sum(own.values())) / max(1, len(runs))
-        parts = {name: value / max(1, len(runs)) for name, value in shared.clock.read().items()}
+        count = max(1, len(runs))
+        rest = max(0.0, seconds - sum(own.values())) / count
+        parts = {name: x / count for name, x in self._common_parts(runs).items()}
         for run in runs:
             with self.member(run.trial):
                 training = own[id(run)] + rest
                 self.end_epoch(run, training, _added(parts, spent[id(run)]))
         self.keep_and_report(self.still(runs))
+
+    def _common_parts(self, runs: list[Run]) -> dict[str, float]:
+        """Return the seconds of what was done once, and of the passes of teachers it avoided."""
+        parts = self.shared.clock.read()
+        if live := parts.pop("live", 0.0):
+            users = [run.live_teacher for run in runs if run.live_teacher is not None]
+            avoided = live * (len(users) / max(1, len(set(users))) - 1)
+            parts = _added(parts, {"teacher": live, "teacher_avoided": avoided})
+        return parts
 
     def end_epoch(self, run: Run, seconds: float, parts: dict[str, float]) -> None:
         """Check and evaluate a trial after an epoch, and add the epoch to its history.

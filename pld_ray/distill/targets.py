@@ -44,7 +44,8 @@ class Targets:
         self.readers: dict[int, Iterator[Stored]] = {}
         for bank in {id(run.bank): run.bank for run in runs}.values():
             if bank is not None:
-                ordered = any(_needs_order(run) for run in runs if run.bank is bank)
+                readers = [run for run in runs if run.bank is bank]
+                bank.readers, ordered = len(readers), any(map(_needs_order, readers))
                 self.readers[id(bank)] = _stored(bank, ordered, shares, view, device)
 
     def read(self) -> None:
@@ -64,7 +65,7 @@ class Targets:
             compared = {run.distiller.compares_features for run in runs}
             teacher = runs[0].live_teacher
             assert teacher is not None
-            with runs[0].shared.clock("teacher"):
+            with runs[0].shared.clock("live"):
                 self.live[key] = _outputs(teacher, images, False in compared, True in compared)
 
     def of(self, run: Run) -> Target:

@@ -151,6 +151,10 @@ class Store:
         """Delete the failure of the last attempt, because a new attempt starts."""
         self.files.delete(f"trials/{trial.id}/failure.json")
 
+    def forget_stop(self, trial: Trial) -> None:
+        """Delete that a search has stopped a trial, because it continues."""
+        self.files.delete(f"trials/{trial.id}/stopped.json")
+
     # ---- results of trials
 
     def record(self, trial_id: str) -> dict[str, Any] | None:

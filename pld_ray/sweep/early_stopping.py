@@ -2,6 +2,9 @@
 
 A scheduler compares only the trials of its own cell, so a method that learns slowly is not stopped
 because another method learns fast. Each scheduler first receives the results of earlier runs.
+
+Tune knows gangs. The schedulers of Tune are told of the trials in them. That a trial is stopped is
+noted in the store, where its process looks after each epoch.
 """
 
 from __future__ import annotations
@@ -24,8 +27,8 @@ from pld_ray.sweep.search import SearchProgress
 
 
 @dataclass(frozen=True)
-class _Past:
-    """A stand-in for the Tune trial of an earlier run."""
+class _Member:
+    """What stands for a trial in the schedulers of Tune."""
 
     trial_id: str
 
@@ -47,6 +50,7 @@ class EarlyStopping(FIFOScheduler):
         self.schedulers: dict[str, TrialScheduler] = {}
         self.spent: dict[str, float] = {}  # key -> seconds of training
         self.group_of: dict[str, str] = {}  # trial id -> key
+        self.trials: dict[str, Trial] = {}
         self.stopped: dict[str, str] = {}  # trial id -> scheduler or time_budget
         for each in {each.group.key: each for each in progress}.values():
             key = each.group.key
@@ -57,13 +61,11 @@ class EarlyStopping(FIFOScheduler):
             for drawn in each.drawn:
                 self.add(drawn.trial, key)
                 if drawn.state in ("done", "stopped"):
-                    past = _Past(drawn.trial.id)
-                    self.schedulers[key].on_trial_add(None, past)
-                    self._tell(self.schedulers[key], past, drawn.trial.id)
+                    self._enter(drawn.trial.id)
 
     def add(self, trial: Trial, key: str) -> None:
         """Assign a trial to the search with this key."""
-        self.group_of[trial.id] = key
+        self.group_of[trial.id], self.trials[trial.id] = key, trial
 
     def out_of_budget(self, trial_id: str) -> bool:
         """Return whether the cell of a trial has spent its time budget."""
@@ -71,47 +73,44 @@ class EarlyStopping(FIFOScheduler):
         budget = None if key is None else self.groups[key].search.time_budget
         return budget is not None and self.spent[self.group_of[trial_id]] >= budget
 
-    def _tell(self, scheduler: TrialScheduler, trial: Any, trial_id: str) -> None:
-        """Report all epochs in the store to a scheduler."""
+    def _enter(self, trial_id: str) -> None:
+        """Add a trial to its scheduler, and report the epochs that it has in the store."""
+        scheduler, member = self.schedulers[self.group_of[trial_id]], _Member(trial_id)
+        scheduler.on_trial_add(None, member)
         for epoch in self.store.epochs(trial_id):
-            scheduler.on_trial_result(None, trial, epoch)
-
-    def _of(self, trial: Any) -> TrialScheduler | None:
-        """Return the scheduler of a trial's cell, or None for a trial outside the search."""
-        return self.schedulers.get(self.group_of.get(trial.config["id"], ""))
+            scheduler.on_trial_result(None, member, epoch)
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
-        """Add a trial to its scheduler, and report the epochs that it has in the store."""
-        if scheduler := self._of(trial):
-            scheduler.on_trial_add(tune_controller, trial)
-            self._tell(scheduler, trial, trial.config["id"])
+        """Add the trials of a gang to their schedulers."""
+        for settings in trial.config["trials"]:
+            if settings["id"] in self.group_of:
+                self._enter(settings["id"])
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        """Return CONTINUE or STOP after an epoch; after its last epoch a trial is not stopped."""
-        scheduler, key = self._of(trial), trial.config["id"]
-        if scheduler is None or "epoch" not in result:
-            return TrialScheduler.CONTINUE
-        self.spent[self.group_of[key]] += result["seconds"]
-        decision = scheduler.on_trial_result(tune_controller, trial, result)
-        if result["epoch"] >= result["epochs"]:
-            return TrialScheduler.CONTINUE
-        if self.out_of_budget(key):
-            self.stopped[key] = "time_budget"
-            return TrialScheduler.STOP
-        if decision == TrialScheduler.STOP:
-            self.stopped[key] = self.groups[self.group_of[key]].search.scheduler
-        return decision
+        """Note in the store which trials of a gang are stopped after an epoch."""
+        for epoch in result.get("epochs", ()):
+            if epoch["id"] in self.group_of and not result.get("done"):  # then Tune tells it again
+                self._epoch(tune_controller, epoch)
+        return TrialScheduler.CONTINUE
 
-    def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
-        """Report a completed trial to its scheduler."""
-        scheduler = self._of(trial)
-        if scheduler and "epoch" in result:
-            scheduler.on_trial_complete(tune_controller, trial, result)
+    def _epoch(self, controller: Any, epoch: dict[str, Any]) -> None:
+        """Ask the scheduler of a trial about an epoch; after its last one it is not stopped."""
+        key, member = epoch["id"], _Member(epoch["id"])
+        scheduler, group = self.schedulers[self.group_of[key]], self.groups[self.group_of[key]]
+        self.spent[self.group_of[key]] += epoch["seconds"]
+        stops = scheduler.on_trial_result(controller, member, epoch) == TrialScheduler.STOP
+        last = epoch["epoch"] >= epoch["epochs"]
+        if not last and self.out_of_budget(key):
+            self.stop(key, "time_budget")
+        elif not last and stops:
+            self.stop(key, group.search.scheduler)
+        if last or key in self.stopped:
+            scheduler.on_trial_complete(controller, member, epoch)
 
-    def on_trial_remove(self, tune_controller: Any, trial: Any) -> None:
-        """Remove a trial from its scheduler."""
-        if scheduler := self._of(trial):
-            scheduler.on_trial_remove(tune_controller, trial)
+    def stop(self, trial_id: str, by: str) -> None:
+        """Note in the store what stops a trial."""
+        self.stopped[trial_id] = by
+        self.store.stop(self.trials[trial_id], by)
 
 
 def _scheduler(search: Search, epochs: int) -> TrialScheduler:

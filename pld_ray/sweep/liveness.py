@@ -12,7 +12,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
@@ -49,12 +49,12 @@ class LivenessMonitor:
 
     def __init__(self, patience: float, store_uri: str) -> None:
         self.patience, self.store = patience, Store(store_uri)
-        self.seen: dict[Process, tuple[str, float]] = {}  # trial id, last report
+        self.seen: dict[Process, tuple[list[str], float]] = {}  # trial ids, last report
         self.task: asyncio.Task[None] | None = None
 
-    async def alive(self, trial_id: str, process: Process) -> None:
+    async def alive(self, trial_ids: list[str], process: Process) -> None:
         """Note the progress of a process; the first report starts its monitoring."""
-        self.seen[process] = trial_id, time.monotonic()
+        self.seen[process] = trial_ids, time.monotonic()
         if self.task is None:
             self.task = asyncio.create_task(self._look())
 
@@ -66,11 +66,12 @@ class LivenessMonitor:
         """Loop forever and kill processes that are silent for too long."""
         while True:
             await asyncio.sleep(min(1.0, self.patience / 4))
-            for process, (trial_id, when) in list(self.seen.items()):
+            for process, (trial_ids, when) in list(self.seen.items()):
                 if time.monotonic() - when > self.patience:
                     del self.seen[process]
                     with suppress(OSError):
-                        self.store.fail(trial_id, f"its process hung for {self.patience:g} s")
+                        for trial_id in trial_ids:
+                            self.store.fail(trial_id, f"its process hung for {self.patience:g} s")
                     there = NodeAffinitySchedulingStrategy(process.node, soft=False)
                     ray.remote(_kill).options(num_cpus=0, scheduling_strategy=there).remote(process)
 
@@ -102,12 +103,12 @@ def start_monitor(patience: float, store: Store) -> Any:
 
 
 @contextmanager
-def monitored(watch: Any, trial_id: str) -> Iterator[Callable[[], None]]:
+def monitored(watch: Any, trial_ids: Collection[str]) -> Iterator[Callable[[], None]]:
     """Monitor this process during the `with` block.
 
     Args:
         watch: Handle of the LivenessMonitor. None turns monitoring off.
-        trial_id: Id of the trial that this process trains.
+        trial_ids: Ids of the trials that this process trains; they may change.
 
     Yields:
         A function to call after every training step.
@@ -126,7 +127,7 @@ def monitored(watch: Any, trial_id: str) -> Iterator[Callable[[], None]]:
         while not over.is_set():
             if steps[0] != told:
                 told = steps[0]
-                watch.alive.remote(trial_id, process)
+                watch.alive.remote(sorted(trial_ids), process)
             over.wait(EVERY)
 
     thread = threading.Thread(target=tell, daemon=True)

@@ -1,4 +1,4 @@
-"""TensorBoard, MLflow and Weights & Biases as callbacks of Ray Tune (`pld-ray run --log`).
+"""TensorBoard, MLflow and Weights & Biases, by the loggers of Ray Tune (`pld-ray run --log`).
 
 Loggers are only for watching a run: all tables are made from the store. A logger that fails does
 not affect trials. It is not called again, and the run reports the failure at its end.
@@ -15,12 +15,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from ray.tune.callback import Callback
 from ray.tune.logger import LoggerCallback, TBXLoggerCallback
-from ray.tune.result import AUTO_RESULT_KEYS
 
 from pld_ray.errors import InputError
 from pld_ray.store.store import Store
+from pld_ray.sweep.gangs import Member
 
 
 def create(names: Iterable[str], experiment: str, store: Store) -> list[Logger]:
@@ -56,8 +55,8 @@ def _said(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
-class Logger(Callback):
-    """Tune callback that passes complete trials to one of Ray's loggers.
+class Logger:
+    """Passes trials to one of Ray's loggers.
 
     For a resumed trial, the logger first receives the epochs that are already in the store. After
     its first error, a logger is not called again.
@@ -73,50 +72,38 @@ class Logger(Callback):
 
     def __init__(self, name: str, inner: LoggerCallback, store: Store) -> None:
         self.name, self.inner, self.store = name, inner, store
-        self.begun: set[str] = set()
+        self.begun: set[Member] = set()
         self.problem: str | None = None
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {}  # Tune pickles callbacks to restore an experiment, which is never done here
+    def start(self, member: Member) -> None:
+        """Start a trial, and the first time report the epochs that are in the store."""
 
-    def on_trial_start(self, iteration: int, trials: Any, trial: Any, **_: Any) -> None:
-        """Start a trial, and once report the epochs that are in the store."""
-        self._tell(lambda: self._start(iteration, trial))
+        def start() -> None:
+            self.inner.log_trial_start(member)
+            if member not in self.begun:
+                self.begun.add(member)
+                for epoch in self.store.epochs(member.config["id"]):
+                    self._epoch(member, epoch)
 
-    def on_trial_result(
-        self, iteration: int, trials: Any, trial: Any, result: dict[str, Any], **_: Any
-    ) -> None:
-        """Report a finished epoch; the final result of a failed trial is not an epoch."""
-        if "epoch" in result:
-            self._tell(lambda: self._epoch(iteration, trial, result))
+        self._tell(start)
 
-    def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **_: Any) -> None:
-        """End a trial that finished, was stopped, or failed in its own code."""
-        self._tell(lambda: self._end(trial, self.store.failure(trial.config["id"]) is not None))
+    def epoch(self, member: Member, metrics: dict[str, Any]) -> None:
+        """Report a finished epoch."""
+        self._tell(lambda: self._epoch(member, metrics))
 
-    def on_trial_error(self, iteration: int, trials: Any, trial: Any, **_: Any) -> None:
-        """End a trial whose process died in every attempt."""
-        self._tell(lambda: self._end(trial, True))
+    def end(self, member: Member) -> None:
+        """End a trial that finished, was stopped, or failed."""
+        failed = self.store.failure(member.config["id"]) is not None
+        self._tell(lambda: self.inner.log_trial_end(member, failed=failed))
 
-    def on_experiment_end(self, trials: Any, **info: Any) -> None:
+    def close(self, trials: Any) -> None:
         """Wait until the logger has written everything."""
-        self._tell(lambda: self.inner.on_experiment_end(trials, **info))
+        self._tell(lambda: self.inner.on_experiment_end(trials))
 
-    def _start(self, iteration: int, trial: Any) -> None:
-        """Start a trial in the inner logger; the first time, report its stored epochs."""
-        self.inner.log_trial_start(trial)
-        if trial.trial_id not in self.begun:
-            self.begun.add(trial.trial_id)
-            for epoch in self.store.epochs(trial.config["id"]):
-                self._epoch(iteration, trial, epoch)
-
-    def _epoch(self, iteration: int, trial: Any, result: dict[str, Any]) -> None:
-        """Report the metrics of an epoch, without the entries that Tune adds."""
-        ours = {name: value for name, value in result.items() if name not in AUTO_RESULT_KEYS}
-        self.inner.log_trial_result(iteration, trial, ours | {"training_iteration": ours["epoch"]})
-
-    def _end(self, trial: Any, failed: bool) -> None:
-        self.inner.log_trial_end(trial, failed=failed)
+    def _epoch(self, member: Member, metrics: dict[str, Any]) -> None:
+        ours = metrics | {"training_iteration": metrics["epoch"]}
+        ours.pop("id", None)
+        self.inner.log_trial_result(0, member, ours)
 
     def _tell(self, what: Callable[[], None]) -> None:
         """Call the inner logger, unless it has failed before, and keep its first error."""

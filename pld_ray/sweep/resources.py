@@ -40,6 +40,10 @@ class ResourceRequest:
         """Return whether the nodes have room for all workers when nothing else runs on them."""
         return sum(self.workers_on(node) for node in nodes) >= self.workers
 
+    def groups_on(self, nodes: list[dict[str, float]]) -> int:
+        """Return how many such requests fit on the nodes when nothing else runs there, about."""
+        return sum(self.workers_on(node) for node in nodes) // self.workers
+
     def workers_on(self, node: dict[str, float]) -> int:
         """Return how many workers fit on a node when nothing else runs on it."""
         rooms = [node.get("CPU", 0.0) / self.cpus] if self.cpus else []

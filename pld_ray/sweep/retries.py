@@ -1,4 +1,8 @@
-"""When a trial whose process died is tried again: twice per epoch; progress resets the count."""
+"""When a gang whose process died is tried again.
+
+A trial alone is tried again twice per epoch, a gang once; progress resets the count. A gang that
+died twice goes on in two halves (see `scheduling.py`).
+"""
 
 from __future__ import annotations
 
@@ -6,11 +10,11 @@ from typing import Any
 
 from ray.tune.callback import Callback
 
-RETRIES = 2  # per epoch
+RETRIES = 2  # per epoch of a trial alone
 
 
 class RetryOnProgress(Callback):
-    """Tune callback that allows RETRIES more failures whenever a trial gets further than before."""
+    """Tune callback that allows further failures whenever a trial gets further than before."""
 
     def __init__(self) -> None:
         self.furthest: dict[str, int] = {}  # trial id -> its last epoch in any attempt
@@ -18,14 +22,23 @@ class RetryOnProgress(Callback):
     def __getstate__(self) -> dict[str, Any]:
         return {}  # Tune pickles callbacks to restore an experiment, which is never done here
 
+    def on_trial_start(self, iteration: int, trials: Any, trial: Any, **_: Any) -> None:
+        """Allow the failures of a new gang."""
+        if not trial.run_metadata.num_failures:
+            self._allow(trial)
+
     def on_trial_result(
         self, iteration: int, trials: Any, trial: Any, result: dict[str, Any], **_: Any
     ) -> None:
-        """Count the failures of a trial anew when it has finished another epoch."""
-        key, epoch = trial.config["id"], result.get("epoch", 0)
-        if epoch > self.furthest.get(key, 0):
-            self.furthest[key] = epoch
-            trial.max_failures = trial.run_metadata.num_failures + RETRIES
+        """Count the failures of a gang anew when one of its trials has finished another epoch."""
+        for epoch in result.get("epochs", ()):
+            if epoch["epoch"] > self.furthest.get(epoch["id"], 0):
+                self.furthest[epoch["id"]] = epoch["epoch"]
+                self._allow(trial)
+
+    def _allow(self, trial: Any) -> None:
+        retries = RETRIES if len(trial.config["trials"]) == 1 else 1
+        trial.max_failures = trial.run_metadata.num_failures + retries
 
 
 def give_up_reason(reason: str, epoch: int) -> str:

@@ -1,11 +1,11 @@
 """Run those trials of a plan that have no record yet, on Ray.
 
-    Plan -> PlanSearcher (a trial starts when its teacher exists and the cluster has room)
-         -> Ray Tune: one actor per trial, reused          -> train(), one worker
-                      or, for workers > 1, TorchTrainer    -> train(), in every worker
+    Plan -> PlanSearcher (a gang starts when its teachers exist and the cluster has room)
+         -> Ray Tune: one actor per gang, reused           -> train_gang(), one worker
+                      or, for workers > 1, TorchTrainer    -> train_gang(), in every worker
          -> store; the Ledger keeps two processes from computing the same teacher logits
 
-Tune restarts a trial whose process died. The LivenessMonitor kills processes that hang. A restarted
+Tune restarts a gang whose process died. The LivenessMonitor kills processes that hang. A restarted
 trial resumes from its last checkpoint.
 """
 
@@ -25,7 +25,6 @@ from ray.tune.callback import Callback
 
 from pld_ray.config.parts import Resources
 from pld_ray.config.planning import Plan
-from pld_ray.config.trial import Trial
 from pld_ray.data.datasets import sharing_key
 from pld_ray.data.images import Images
 from pld_ray.distill import bank_format, bank_plan
@@ -34,15 +33,17 @@ from pld_ray.store.claims import Claims
 from pld_ray.store.store import Store
 from pld_ray.sweep.cluster import connected
 from pld_ray.sweep.early_stopping import EarlyStopping
+from pld_ray.sweep.gangs import Member
 from pld_ray.sweep.ledger import open_ledger
 from pld_ray.sweep.liveness import start_monitor
+from pld_ray.sweep.loggers import Logger
 from pld_ray.sweep.progress import ProgressView
 from pld_ray.sweep.resources import ResourceRequest, need, nodes, resolved
 from pld_ray.sweep.retries import RETRIES, RetryOnProgress
 from pld_ray.sweep.scheduling import PlanSearcher
 from pld_ray.sweep.search import SearchProgress
 from pld_ray.sweep.signals import signals_deferred
-from pld_ray.sweep.worker import fill_bank, run_trial
+from pld_ray.sweep.worker import fill_bank, run_gang
 
 HEAD = "node:__internal_head__"  # a resource that every head node has
 
@@ -54,7 +55,7 @@ def run(
     view: ProgressView,
     address: str | None = None,
     progress: Sequence[SearchProgress] = (),
-    loggers: Sequence[Callback] = (),
+    loggers: Sequence[Logger] = (),
 ) -> dict[str, str]:
     """Run the pending trials of a plan.
 
@@ -66,7 +67,7 @@ def run(
         address: Address of the cluster to join. By default, join the cluster that runs on this
             machine, or start a local one.
         progress: State of the search that the trials belong to; empty without a search.
-        loggers: Callbacks that receive every epoch.
+        loggers: Loggers that receive every epoch.
 
     Returns:
         The reason of failure of each failed trial, by trial id.
@@ -85,7 +86,7 @@ def run(
         monitor = start_monitor(resources.patience, store)
         scratch = tempfile.mkdtemp(prefix="pld-ray-")
         trainable = tune.with_parameters(
-            run_trial,
+            run_gang,
             images=_shared(images),
             store_uri=store.uri,
             scratch=scratch,
@@ -97,7 +98,7 @@ def run(
             tune_config=tune.TuneConfig(
                 search_alg=search,
                 trial_dirname_creator=lambda trial: trial.trial_id,  # the default holds the config
-                trial_name_creator=_name,
+                trial_name_creator=lambda trial: trial.trial_id,
                 scheduler=stopping,
                 num_samples=-1,
                 # a reused actor keeps its CPUs, and a group of workers may be waiting for them
@@ -107,7 +108,7 @@ def run(
                 name=plan.experiment.name,
                 storage_path=scratch,
                 verbose=0,
-                callbacks=[_Follow(view, search), RetryOnProgress(), *loggers],
+                callbacks=[_Follow(view, search, loggers), RetryOnProgress()],
                 failure_config=tune.FailureConfig(max_failures=RETRIES),
             ),
         )
@@ -185,13 +186,8 @@ def _shared(images: dict[str, Images]) -> dict[str, Any]:
         ) from error
 
 
-def _name(trial: Any) -> str:
-    """Return the name of a trial in loggers."""
-    return f"{Trial.model_validate(trial.config['trial']).label} {trial.config['id']}"
-
-
 def _placement(config: dict[str, Any]) -> tune.PlacementGroupFactory:
-    """Return the resources that Tune reserves for the actor of a trial."""
+    """Return the resources that Tune reserves for the actor of a gang."""
     need = ResourceRequest(**config["needs"])
     if need.workers > 1:  # this actor only waits for its workers, which reserve their own
         return tune.PlacementGroupFactory([{HEAD: 0.001}])
@@ -199,11 +195,13 @@ def _placement(config: dict[str, Any]) -> tune.PlacementGroupFactory:
 
 
 class _Follow(Callback):
-    """Passes the events of Tune to the view."""
+    """Passes the events of Tune to the view and to loggers, for each trial of a gang."""
 
-    def __init__(self, view: ProgressView, search: PlanSearcher) -> None:
-        self.view, self.search = view, search
-        self.told: set[str] = set()
+    def __init__(
+        self, view: ProgressView, search: PlanSearcher, loggers: Sequence[Logger] = ()
+    ) -> None:
+        self.view, self.search, self.loggers = view, search, loggers
+        self.members: dict[str, Member] = {}  # the trials that run, by id
 
     def on_step_begin(self, iteration: int, trials: Any, **_: Any) -> None:
         self.search.look()
@@ -215,34 +213,57 @@ class _Follow(Callback):
         while self.search.drawn:
             drawn = self.search.drawn.pop()
             self.view.add(drawn.trial, drawn.label)
-        self.view.start(trial.config["id"])
+        for number, settings in enumerate(trial.config["trials"]):
+            key = settings["id"]
+            self.view.start(key)
+            if key not in self.members:
+                name = f"{self.view.pending[key].label} {key}"
+                self.members[key] = Member(f"{trial.trial_id}-{number}", settings, name)
+            for logger in self.loggers:
+                logger.start(self.members[key])
 
     def on_trial_result(
         self, iteration: int, trials: Any, trial: Any, result: dict[str, Any], **_: Any
     ) -> None:
-        if "epoch" in result:
-            self.view.result(trial.config["id"], result)
+        for epoch in result.get("epochs", ()):
+            self.view.result(epoch["id"], epoch)
+            for logger in self.loggers:
+                logger.epoch(self.members[epoch["id"]], epoch)
+        if "ended" in result:  # if the process dies, the trial is no part of the next attempt
+            left = [each for each in trial.config["trials"] if each["id"] != result["ended"]]
+            trial.config["trials"] = left
+            self._leave([result["ended"]])
+            self._end()
 
     def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **_: Any) -> None:
+        self._leave([settings["id"] for settings in trial.config["trials"]])
         self._end()
-        key = trial.config["id"]
-        if key not in self.told and key not in self.search.waiting:
-            self.told.add(key)
-            self.view.end(key, self.search.failures.get(key), self.search.notes.get(key))
 
     def on_trial_error(self, iteration: int, trials: Any, trial: Any, **_: Any) -> None:
         said = ""
         with suppress(OSError, TypeError):
             said = Path(trial.error_file).read_text(errors="replace")
         if "low on memory" in said:
-            self.search.failed(trial.config["id"], "killed because its machine was low on memory")
+            for settings in trial.config["trials"]:
+                if settings["id"] in self.search.failures:
+                    why = "killed because its machine was low on memory"
+                    self.search.failed(settings["id"], why)
         self.on_trial_complete(iteration, trials, trial)
 
+    def _leave(self, keys: list[str]) -> None:
+        """Tell the loggers that these trials do not run any more."""
+        for key in keys:
+            if (member := self.members.pop(key, None)) is not None:
+                for logger in self.loggers:
+                    logger.end(member)
+
     def _end(self) -> None:
-        """Report those ended trials that the view does not know yet."""
-        for key in (self.search.notes | self.search.failures).keys() - self.told:
-            self.told.add(key)
+        """Tell the view which trials ended."""
+        while self.search.ended:
+            key = self.search.ended.pop(0)
             self.view.end(key, self.search.failures.get(key), self.search.notes.get(key))
 
     def on_experiment_end(self, trials: Any, **_: Any) -> None:
         self._end()
+        for logger in self.loggers:
+            logger.close(trials)

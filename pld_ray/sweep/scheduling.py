@@ -1,4 +1,4 @@
-"""Choose the next trial whose teacher exists, that fits on the cluster and that is unclaimed.
+"""Choose the next gang: trials whose teacher exists, that fit on the cluster and are unclaimed.
 
 Free resources are counted here, because Tune does not see those of a nested TorchTrainer.
 """
@@ -18,6 +18,7 @@ from pld_ray.config.trial import Trial
 from pld_ray.store.claims import Claims
 from pld_ray.store.store import Store
 from pld_ray.sweep.early_stopping import EarlyStopping
+from pld_ray.sweep.gangs import Gang, companions
 from pld_ray.sweep.resources import ResourceRequest, need, nodes, resolved
 from pld_ray.sweep.retries import give_up_reason
 from pld_ray.sweep.search import DrawnTrial
@@ -27,7 +28,7 @@ NODES_BACK = 600.0  # seconds to wait for lost nodes to come back
 
 
 class PlanSearcher(Searcher):
-    """Tune searcher that suggests the trials of a plan, one at a time.
+    """Tune searcher that suggests the trials of a plan, a gang at a time.
 
     Args:
         pending: Trials to run, by trial id.
@@ -40,6 +41,7 @@ class PlanSearcher(Searcher):
         drawn: Trials that a search has drawn and that the view does not know yet.
         failures: Reason of failure by trial id.
         notes: How trials ended that neither failed nor finished here, by trial id.
+        ended: Ids of trials that ended, of which the view does not know yet.
         look: Function that handles signals; see signals.py.
     """
 
@@ -58,10 +60,12 @@ class PlanSearcher(Searcher):
         self.waiting = dict(pending)
         self.resources, self.store, self.claims = resolved(resources), store, claims
         self.needs = {key: need(trial, self.resources) for key, trial in pending.items()}
-        self.running: dict[str, Trial] = {}  # by Tune's trial id
+        self.running: dict[str, Gang] = {}  # by Tune's trial id
         self.alone: set[str] = set()  # trials that ran out of memory and get a GPU of their own
+        self.largest: dict[str, int] = {}  # trial id -> the largest gang that it may be in
         self.failures: dict[str, str] = {}
         self.notes: dict[str, str] = {}
+        self.ended: list[str] = []
         self.asked: dict[str, float] = {}  # trial id -> when another driver was seen to run it
         self.look: Callable[[], None] = lambda: None
         self.nodes = nodes()
@@ -72,28 +76,27 @@ class PlanSearcher(Searcher):
         return {}  # Tune pickles searchers to restore an experiment, which is never done here
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
-        """Return the next trial as a Tune config, None to wait, or FINISHED."""
+        """Return the next gang as a Tune config, None to wait, or FINISHED."""
         self.look()
         now = time.monotonic()
         if now - self.looked >= LOOK:
             self.nodes, self.looked = nodes(), now
         fits = cache(self._fits_beside)  # thousands of trials may share a few distinct needs
-        taught = {trial.id for trial in self.running.values()} | self.waiting.keys()
+        taught = self._to_be_trained()
         for key, trial in list(self.waiting.items()):
-            teacher = trial.teacher.id if isinstance(trial.teacher, Trial) else None
+            teacher = _teacher(trial)
             if teacher in self.failures:
                 self._fail(key, f"its teacher, trial {teacher}, failed")
             elif self.stopping and self.stopping.out_of_budget(key):
                 del self.waiting[key]
-                if key in self.alone:
-                    self._stop(trial, "time_budget")
+                if key in self.claims.held:  # it has run before
+                    self.stopping.stop(key, "time_budget")
+                    self.notes[key] = "stopped by time budget"
+                    self.ended.append(key)
                     self.claims.release(key)
             elif teacher not in taught and fits(self.needs[key]) and self._take(key, now):
-                self.running[trial_id] = self.waiting.pop(key)
-                needs = asdict(self.needs[key])
-                spec = trial.model_dump(mode="json")  # loggers show this form
-                return {"id": key, "trial": spec, "needs": needs}
-        if self._draw():
+                return self._start(trial_id, self.waiting.pop(key), taught, now)
+        if any([self._draw() for _ in range(self._draws)]):
             return self.suggest(trial_id)
         if self.running or self.asked:
             self.moved = now
@@ -103,6 +106,59 @@ class PlanSearcher(Searcher):
         more = self.waiting or self.to_draw or any(map(self._may_return, self.running.values()))
         return None if more else self.FINISHED
 
+    def _start(self, trial_id: str, first: Trial, taught: set[str], now: float) -> dict[str, Any]:
+        """Start a gang of a trial and others, and return it as a Tune config.
+
+        Args:
+            trial_id: Tune's id.
+            first: A trial that this driver has claimed.
+            taught: Ids of the trials that are not trained yet.
+            now: The time.
+        """
+        needs = self.needs[first.id]
+        taught_by = {_teacher(trial) for trial in self.waiting.values()}
+
+        def joins(trial: Trial) -> bool:
+            # A teacher for which others wait is not slowed down by trials for which none does.
+            return (
+                _teacher(trial) not in taught
+                and self.needs[trial.id] == needs
+                and (trial.id in taught_by) == (first.id in taught_by)
+            )
+
+        def share() -> float:
+            ready = (t for t in self.waiting.values() if _teacher(t) not in taught)
+            left = first.epochs + sum(trial.epochs for trial in ready)
+            left += sum(gang.epochs_left for gang in self.running.values())
+            return left / max(1, self.resources.concurrent or needs.groups_on(self.nodes))
+
+        ready = list(filter(joins, self.waiting.values()))
+        trials = {first.id: first}
+        for trial in companions(first, ready, self.resources, share, self._most):
+            if self._take(trial.id, now):
+                trials[trial.id] = self.waiting.pop(trial.id)
+        self.running[trial_id] = Gang(trials, needs, len(trials))
+        return {
+            "trials": [
+                {"id": key, "trial": trial.model_dump(mode="json")} for key, trial in trials.items()
+            ],
+            "needs": asdict(needs),
+            "search": self.stopping is not None,
+        }
+
+    def _most(self, key: str) -> int:
+        """Return the largest gang that a trial may be in."""
+        return 1 if key in self.alone else self.largest.get(key, len(self.needs))
+
+    @property
+    def _draws(self) -> int:
+        """The number of trials that a search draws at once: a later draw knows more results."""
+        return self.resources.gang if isinstance(self.resources.gang, int) else 1
+
+    def _to_be_trained(self) -> set[str]:
+        """Return the ids of the trials that run or wait."""
+        return {key for gang in self.running.values() for key in gang.trials} | self.waiting.keys()
+
     def too_large(self, key: str) -> str | None:
         """Explain why a trial does not fit on the idle cluster; return None if it fits."""
         if self.resources.concurrent:
@@ -110,16 +166,43 @@ class PlanSearcher(Searcher):
         what = f"trial {key} ({self.waiting[key].label})"
         return self.needs[key].too_large(what, self.nodes)
 
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        """Note the epochs of the trials of a gang, and how they end."""
+        gang = self.running[trial_id]
+        gang.done |= {epoch["id"]: epoch["epoch"] for epoch in result.get("epochs", ())}
+        if result.get("ended") in gang.trials:
+            self._end(gang.trials.pop(result["ended"]), result)
+
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
     ) -> None:
-        """Release the resources and the claim of a trial; if it has no record, note why.
+        """Release the resources of a gang.
+
+        If its process died too often, it is tried again in two halves, and so on. A trial alone
+        has then failed.
+        """
+        gang = self.running.pop(trial_id)
+        left = gang.trials
+        if error and gang.size > 1:
+            for key in left:
+                self.largest[key] = (len(left) + 1) // 2
+            self.waiting = left | self.waiting
+            return
+        for trial in left.values():
+            self._end(trial, {}, error)
+
+    def _end(self, trial: Trial, facts: dict[str, Any], error: bool = False) -> None:
+        """Release the claim of a trial that ended; if it has no record, note why.
 
         A trial that ran out of GPU memory waits once more, for a GPU of its own.
+
+        Args:
+            trial: The trial.
+            facts: What its process reported.
+            error: Whether its process died too often.
         """
-        trial = self.running.pop(trial_id)
-        lacking = (result or {}).get("out_of_memory")
-        if lacking and self._may_return(trial):
+        lacking = facts.get("out_of_memory")
+        if lacking and self._may_have_more(trial):
             self.alone.add(trial.id)
             self.needs[trial.id] = self.needs[trial.id].with_whole_gpus
             self.waiting[trial.id] = trial
@@ -131,25 +214,25 @@ class PlanSearcher(Searcher):
                 if error:
                     self.failed(trial.id, failure.get("reason", "its process died"))
                 elif by is not None:
-                    self._stop(trial, by)
+                    self.notes[trial.id] = f"stopped by {by.replace('_', ' ')}"
                 elif lacking:
                     self.failures[trial.id] = f"{lacking} (also alone on its GPU)"
                     self.store.fail(trial.id, self.failures[trial.id])
                 else:
-                    reason = failure.get("reason") or (result or {}).get("failed")
+                    reason = failure.get("reason") or facts.get("failed")
                     self.failures[trial.id] = reason or "it ended without a record"
             self.claims.release(trial.id)
         except OSError as problem:
             self.failures.setdefault(trial.id, f"the storage failed: {problem}")
+        self.ended.append(trial.id)
 
-    def _may_return(self, trial: Trial) -> bool:
+    def _may_have_more(self, trial: Trial) -> bool:
         """Return whether a trial that runs out of GPU memory is tried again, alone on its GPU."""
         return trial.id not in self.alone and self.needs[trial.id].gpus > 0
 
-    def _stop(self, trial: Trial, by: str) -> None:
-        """Note that the search has stopped a trial."""
-        self.store.stop(trial, by)
-        self.notes[trial.id] = f"stopped by {by.replace('_', ' ')}"
+    def _may_return(self, gang: Gang) -> bool:
+        """Return whether trials of a gang may have to be tried again."""
+        return gang.size > 1 or any(map(self._may_have_more, gang.trials.values()))
 
     def failed(self, key: str, reason: str) -> None:
         """Note that all attempts of a trial have failed for this reason."""
@@ -179,19 +262,19 @@ class PlanSearcher(Searcher):
         return False
 
     def _fits_beside(self, more: ResourceRequest) -> bool:
-        """Return whether the request fits on the cluster beside the running trials."""
+        """Return whether the request fits on the cluster beside the running gangs."""
         if self.resources.concurrent:  # a cluster that grows on demand reports too little
             return len(self.running) < self.resources.concurrent
         for kind, amount in more.worker.items():
-            taken = sum(need.worker[kind] * need.workers for need in self._taken())
+            taken = sum(n.worker[kind] * n.workers for n in self._taken())
             left = sum(node.get(kind, 0.0) for node in self.nodes) - taken
             if amount * more.workers > left + 1e-6:
                 return False
         return more.fits(self.nodes)
 
     def _taken(self) -> list[ResourceRequest]:
-        """Return the resource requests of the running trials."""
-        return [self.needs[trial.id] for trial in self.running.values()]
+        """Return the resource requests of the running gangs."""
+        return [gang.needs for gang in self.running.values()]
 
     def _take(self, key: str, now: float) -> bool:
         """Claim a trial; return False if another driver runs it or has finished it."""
@@ -203,6 +286,8 @@ class PlanSearcher(Searcher):
                 return False
             self.asked.pop(key, None)
             if self.store.record(key) is None:
+                if self.stopping:
+                    self.store.forget_stop(self.waiting[key])
                 return True
             self.claims.release(key)
         except OSError as problem:
@@ -210,6 +295,7 @@ class PlanSearcher(Searcher):
             return False
         del self.waiting[key]
         self.notes[key] = "done by another run"
+        self.ended.append(key)
         return False
 
     def _fail(self, key: str, reason: str) -> None:
@@ -217,7 +303,8 @@ class PlanSearcher(Searcher):
         del self.waiting[key]
         self.asked.pop(key, None)
         self.failures[key] = reason
-        if key in self.alone:  # it has run before
+        self.ended.append(key)
+        if key in self.claims.held:  # it has run before
             self.claims.release(key)
 
     def save(self, checkpoint_path: str) -> None:
@@ -225,3 +312,8 @@ class PlanSearcher(Searcher):
 
     def restore(self, checkpoint_path: str) -> None:
         """Do nothing, because `save` keeps no state."""
+
+
+def _teacher(trial: Trial) -> str | None:
+    """Return the id of the trial that is the teacher of a trial."""
+    return trial.teacher.id if isinstance(trial.teacher, Trial) else None

@@ -1,4 +1,4 @@
-"""What runs on the workers: one trial in a Tune actor, or in a Ray Train group of workers."""
+"""What runs on the workers: a gang in a Tune actor, or in a Ray Train group of workers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from pld_ray.sweep.resources import ResourceRequest
 CONTEXT = 2**29  # bytes of a GPU that CUDA and its libraries take in each process, about
 
 
-def run_trial(
+def run_gang(
     config: dict[str, Any],
     images: dict[str, Any],
     store_uri: str,
@@ -33,27 +33,29 @@ def run_trial(
     ledger: LedgerClient | None,
     monitor: Any,
 ) -> None:
-    """Run one trial in its Tune actor. An exception makes Tune try the trial again."""
-    store = Store(store_uri)
-    try:
-        trial = _trial(config["trial"], store)
-    except InputError as error:  # of a plug-in
-        store.fail(config["id"], str(error), traceback.format_exc())
-        tune.report({"failed": str(error)})
+    """Run a gang in its Tune actor; see `gangs.py`. An exception makes Tune try it again.
+
+    It reports {"epochs": metrics of each trial} and {"ended": id of a trial, further facts}.
+    """
+    store, trials = Store(store_uri), []
+    for settings in config["trials"]:
+        try:
+            trial = _trial(settings["trial"], store)
+        except InputError as error:  # of a plug-in
+            store.fail(settings["id"], str(error), traceback.format_exc())
+            tune.report({"ended": settings["id"], "failed": str(error)})
+            continue
+        store.forget_failure(trial)
+        trials.append(trial)
+    if not trials:
         return
-    reference = images[sharing_key(trial.data)]
-    store.forget_failure(trial)
+    reference = images[sharing_key(trials[0].data)]
     try:
-        if trial.workers == 1:
-            _attempt(trial, reference, store, tune.report, ledger, monitor, OSError)
+        if trials[0].workers == 1:
+            _attempt(trials, reference, store, tune.report, ledger, monitor, config["search"])
         else:
-            need = ResourceRequest(**config["needs"])
-            _train_on_workers(trial, reference, store, scratch, need, ledger, monitor)
-    except NotedError as error:
-        tune.report({"failed": str(error)})
-    except OutOfMemory as error:
-        tune.report({"out_of_memory": str(error)})
-    finally:  # not before: until here, the error holds the variables of the training
+            _train_on_workers(trials, reference, store, scratch, config, ledger, monitor)
+    finally:  # not before: until here, an error holds the variables of the training
         from pld_ray.distill.device import release_memory
 
         release_memory()
@@ -89,62 +91,78 @@ def fill_bank(
         raise
 
 
-class NotedError(RuntimeError):
-    """The trial failed and would fail again. The store holds the reason."""
-
-
-class OutOfMemory(RuntimeError):
-    """The GPU had no memory left, perhaps because of its other trials."""
-
-
 def _attempt(
-    trial: Trial,
+    trials: list[Trial],
     images: Any,
     store: Store,
     report: Callable[[dict[str, Any]], None],
     ledger: LedgerClient | None,
     monitor: Any,
-    again: type[Exception],
+    search: bool,
 ) -> None:
-    """Train, and note in the store why it failed.
+    """Train a gang; report how each trial ends, and note in the store why it failed.
 
     Args:
-        trial: The trial.
-        images: Reference of its dataset.
-        store: The store of the trial.
-        report: Receives the metrics of each epoch.
-        ledger: Keeps trials from computing the same teacher logits twice.
+        trials: The trials.
+        images: Reference of their dataset.
+        store: The store of the trials.
+        report: Receives what `run_gang` reports.
+        ledger: Keeps processes from computing the same teacher logits twice.
         monitor: Handle of the LivenessMonitor.
-        again: The type of errors after which Tune may try again.
+        search: Whether a search may stop trials: it notes that in the store.
 
     Raises:
-        NotedError: The trial failed; another attempt would fail too.
-        OutOfMemory: The GPU had no memory left.
+        Exception: An error after which Tune tries the trials again.
     """
     # Importing torch takes seconds, in which the process gives no sign of life.
     with without_collection():
-        from pld_ray.distill.loop import train
+        from pld_ray.distill.loop import train_gang
         from pld_ray.distill.running import TrainingError
 
-    with monitored(monitor, trial.id) as step:
+    grouped = trials[0].workers > 1
+    # When one worker of several dies, the others see only a broken connection: always try again.
+    again = Exception if grouped else OSError
+    left = {trial.id for trial in trials}
+
+    def tell(trial: Trial, **facts: str) -> None:
+        left.discard(trial.id)
+        report({"ended": trial.id, **facts})
+
+    def ended(trial: Trial, error: Exception | None) -> None:
+        if error is None:
+            tell(trial)
+            return
+        final, fault, reason = isinstance(error, TrainingError), _fault(error), _reason(error)
+        if final or not (fault or isinstance(error, again)):
+            store.fail(trial.id, reason, _traceback(error), final)
+            tell(trial, failed=reason)
+            return
+        with suppress(OSError):
+            if fault == "memory" or not _explained(trial, store):
+                store.fail(trial.id, reason, _traceback(error))
+        if fault == "memory" and not grouped:
+            tell(trial, out_of_memory=reason)
+            return
+        if fault == "device" and not grouped:  # Train ends the processes of its workers
+            _end_process()
+        raise error
+
+    def stopped(trial: Trial) -> bool:
+        return search and store.stopped(trial.id) is not None
+
+    with monitored(monitor, left) as step:
         try:
             found: Images = ray.get(images)
             found.check_visible()
-            train(trial, found, store, report, ledger, step, _device(trial))
+            given = trials, found, store, lambda epochs: report({"epochs": epochs})
+            train_gang(*given, ended, ledger, step, _device(trials[0]), stopped)
         except Exception as error:
-            final, fault = isinstance(error, TrainingError), _fault(error)
-            reason = _reason(error)
-            if final or not (fault or isinstance(error, again)):
-                store.fail(trial.id, reason, traceback.format_exc(), final)
-                raise NotedError(reason) from error
-            with suppress(OSError):
-                if fault == "memory" or not _explained(trial, store):
-                    store.fail(trial.id, reason, traceback.format_exc())
-            if fault == "memory":
-                raise OutOfMemory(reason) from error
-            if fault == "device" and trial.workers == 1:  # Train ends the processes of its workers
-                _end_process()
-            raise
+            for trial in [trial for trial in trials if trial.id in left]:
+                ended(trial, error)
+
+
+def _traceback(error: Exception) -> str:
+    return "".join(traceback.format_exception(error))
 
 
 def _explained(trial: Trial, store: Store) -> bool:
@@ -215,34 +233,36 @@ def _assigned_device() -> Any:
 
 
 def _train_on_workers(
-    trial: Trial,
+    trials: list[Trial],
     images: Any,
     store: Store,
     scratch: str,
-    need: ResourceRequest,
+    config: dict[str, Any],
     ledger: LedgerClient | None,
     monitor: Any,
 ) -> None:
-    """Run one trial as a Ray Train worker group: DDP over gloo or NCCL."""
+    """Run a gang as a Ray Train worker group: DDP over gloo or NCCL."""
     from ray.train import RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
     from ray.train.v2.api.exceptions import TrainingFailedError
     from ray.tune.integration.ray_train import TuneReportCallback
 
+    need = ResourceRequest(**config["needs"])
     trainer = TorchTrainer(
         _worker,
         train_loop_config={
-            "trial": trial.model_dump(mode="json"),
+            "trials": [trial.model_dump(mode="json") for trial in trials],
             "store": store.uri,
             "images": [images],
             "ledger": ledger,
             "monitor": monitor,
+            "search": config["search"],
         },
         scaling_config=ScalingConfig(
-            num_workers=trial.workers, use_gpu=need.gpus > 0, resources_per_worker=need.worker
+            num_workers=need.workers, use_gpu=need.gpus > 0, resources_per_worker=need.worker
         ),
         run_config=RunConfig(
-            name=f"{trial.id}-workers", storage_path=scratch, callbacks=[TuneReportCallback()]
+            name=f"{trials[0].id}-workers", storage_path=scratch, callbacks=[TuneReportCallback()]
         ),
     )
     from pld_ray.distill.device import MEMORY_FAULTS
@@ -250,18 +270,17 @@ def _train_on_workers(
     try:
         trainer.fit()
     except TrainingFailedError:
-        failure = store.failure(trial.id)
-        if failure is not None and any(text in failure["reason"] for text in MEMORY_FAULTS):
-            raise OutOfMemory(failure["reason"]) from None
-        if failure is None or not failure["final"]:
+        left = [trial for trial in trials if store.record(trial.id) is None]
+        reasons = {trial.id: (store.failure(trial.id) or {}).get("reason", "") for trial in left}
+        if not any(text in reason for reason in reasons.values() for text in MEMORY_FAULTS):
             raise  # a worker died: Tune tries again
-        raise NotedError(failure["reason"]) from None
+        for key, reason in reasons.items():
+            tune.report({"ended": key, "out_of_memory": reason or "it ran out of GPU memory"})
 
 
 def _worker(config: dict[str, Any]) -> None:
     """Train in one worker of a Ray Train group."""
     store, report = Store(config["store"]), ray.train.report
-    trial = _trial(config["trial"], store)
+    trials = [_trial(settings, store) for settings in config["trials"]]
     shared = config["images"][0], store, report, config["ledger"], config["monitor"]
-    # When one worker dies, the others see only a broken connection: try again after any error.
-    _attempt(trial, *shared, Exception)
+    _attempt(trials, *shared, config["search"])
