@@ -80,10 +80,10 @@ def companions(
     found = [trial for trial in ready if most(trial.id) > 1 and stream_key(trial) == key]
     found.sort(key=lambda trial: trial.teacher != first.teacher)
     if limit is None:
-        room, epochs = share(), first.epochs
+        room = share() - first.epochs
         for number, trial in enumerate(found):
-            epochs += trial.epochs
-            if epochs > room + 1e-6:
+            if trial.epochs / 2 > room:  # nearer to the share without it
                 found = found[:number]
                 break
+            room -= trial.epochs
     return found[: largest - 1]

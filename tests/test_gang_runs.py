@@ -1,0 +1,272 @@
+"""Gangs on Ray: what goes together, the same bits as alone, and members that fall out."""
+
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from small import run as alone
+
+from pld_ray.api.session import keep_plugins
+from pld_ray.config.planning import plan
+from pld_ray.store.claims import Claims
+from pld_ray.store.store import Store
+from pld_ray.sweep import checks, runner
+from pld_ray.sweep.gangs import Gang
+from pld_ray.sweep.progress import ProgressView
+from pld_ray.sweep.scheduling import PlanSearcher
+
+TEXT = """
+base:
+  data: {name: digits, pad: 1, limit: 101}
+  student: resnet8
+  teacher: {name: wrn_16_2, train: {epochs: 1}}
+  epochs: 2
+  batch_size: 32
+grid: {loss: [ce, kd, pld, at, fitnet, rkd]}
+"""
+TWO = [{"CPU": 2.0}]
+
+
+def run(made, store, monkeypatch=None):
+    """Run a plan; return the failures, and the ids of the trials of each gang that started."""
+    pending = {k: t for k, t in made.trials.items() if k not in store.finished(made.trials)}
+    images, gangs = checks.check_trials(pending).images, []
+
+    class Noting(runner._Follow):
+        def on_trial_start(self, iteration, trials, trial, **info):
+            gangs.append([settings["id"] for settings in trial.config["trials"]])
+            super().on_trial_start(iteration, trials, trial, **info)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runner, "_Follow", Noting)
+        with ProgressView(made, pending, Console(quiet=True)) as view:
+            return runner.run(made, images, store, view), gangs
+
+
+def digest(store, trial):
+    return store.record(trial.id)["weights_sha256"]
+
+
+@pytest.mark.slow
+def test_a_grid_runs_as_gangs_with_the_bits_of_trials_alone(local_ray, experiment, tmp_path):
+    made = plan(experiment(TEXT, "resources.concurrent=1"))
+    store, other = Store(tmp_path / "results"), Store(tmp_path / "alone")
+    failures, gangs = run(made, store)
+    assert failures == {}
+    # the teacher is not slowed down by others; then all trials step together
+    ids = list(made.trials)
+    assert gangs == [[ids[0]], [key for key in gangs[1]]] and sorted(gangs[1]) == sorted(ids[1:])
+    for trial in made.trials.values():
+        alone(trial, other)
+        assert digest(store, trial) == digest(other, trial), trial.label
+
+
+SUICIDAL = '''
+"""A loss that kills its process, in each attempt or in some."""
+
+import os
+import signal
+from pathlib import Path
+
+from torch.nn import functional as F
+
+from pld_ray import DistillationLoss, register_loss
+
+
+@register_loss("suicidal", label="Suicidal", takes="nothing")
+class Suicidal(DistillationLoss):
+    """Cross-entropy that kills."""
+
+    def __init__(self, kills: int = 0, **options):
+        super().__init__(**options)
+        self.kills = kills
+
+    def losses(self, student, teacher, labels, kept):
+        marker = Path({marker!r})
+        if len(labels) > 8 and (self.kills > marker.stat().st_size):
+            with marker.open("a") as file:
+                file.write("x")
+            os.kill(os.getpid(), signal.SIGKILL)
+        return F.cross_entropy(student, labels, reduction="none")
+'''
+SUICIDAL_GRID = """
+plugins: [./suicidal.py]
+base: {data: {name: digits, limit: 101}, student: resnet8, epochs: 2, batch_size: 32}
+grid:
+  loss: [{name: suicidal, kills: KILLS}, ce, {name: ls}, {name: ce, weight: 1}]
+resources: {concurrent: 1}
+"""
+
+
+def deadly(experiment, tmp_path, kills):
+    """An experiment with a loss that kills its process so often, its store, and its marker."""
+    marker = tmp_path / "marker"
+    marker.write_text("")
+    (experiment.folder / "suicidal.py").write_text(
+        SUICIDAL.replace("{marker!r}", repr(str(marker)))
+    )
+    text = SUICIDAL_GRID.replace("KILLS", str(kills)).replace(", {name: ce, weight: 1}", "")
+    made, store = plan(experiment(text)), Store(tmp_path / "results")
+    keep_plugins(made.trials.values(), store)
+    return made, store, marker
+
+
+@pytest.mark.slow
+def test_a_gang_whose_process_dies_is_tried_again(local_ray, experiment, tmp_path):
+    made, store, marker = deadly(experiment, tmp_path, 1)
+    failures, gangs = run(made, store)
+    assert failures == {} and marker.read_text() == "x"
+    assert gangs == [list(made.trials)] * 2
+
+
+@pytest.mark.slow
+def test_a_member_that_always_kills_fails_alone_and_the_others_finish(
+    local_ray, experiment, tmp_path
+):
+    made, store, marker = deadly(experiment, tmp_path, 1000)
+    failures, gangs = run(made, store)
+    bad, *others = made.trials
+    assert failures == {bad: "its process died (3 times in epoch 1)"}
+    assert store.finished(made.trials) == set(others)
+    assert [len(gang) for gang in gangs if bad in gang] == [3, 3, 2, 2, 1, 1, 1]
+    assert len(marker.read_text()) == 7
+    other = Store(tmp_path / "alone")
+    for key in others:
+        alone(made.trials[key], other)
+        assert digest(store, made.trials[key]) == digest(other, made.trials[key])
+
+
+ASHA = """
+base:
+  data: {name: digits, pad: 1, limit: 101}
+  student: resnet8
+  loss: ce
+  epochs: 4
+  batch_size: 32
+search:
+  algorithm: random
+  num_trials: 6
+  scheduler: asha
+  space: {optimizer.lr: {loguniform: [1.0e-5, 0.1]}}
+seeds: []
+resources: {concurrent: 1}
+"""
+
+
+@pytest.mark.slow
+def test_a_search_stops_members_and_the_others_go_on(local_ray, tmp_path, cli):
+    (tmp_path / "search.yaml").write_text(ASHA)
+    done = cli("run", tmp_path / "search.yaml", "--storage", tmp_path / "results", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    store = Store(tmp_path / "results")
+    lengths = {key: len(store.epochs(key)) for key in store.trials()}
+    stopped = {key for key in lengths if store.stopped(key) is not None}
+    assert len(lengths) == 6 and 0 < len(stopped) < 6
+    assert store.finished(lengths) == lengths.keys() - stopped
+    for key, trial in store.trials().items():
+        assert (lengths[key] < 4) == (key in stopped)
+        if key in stopped:
+            assert store.stopped(key)["epoch"] == lengths[key]
+            assert len(store.load_checkpoint(trial)["history"]) == lengths[key]
+
+
+def searcher(experiment, store, claims, monkeypatch, nodes, *overrides, text=TEXT):
+    for room in ("scheduling", "resources"):
+        monkeypatch.setattr(f"pld_ray.sweep.{room}.nodes", lambda: nodes)
+    made = plan(experiment(text, *overrides))
+    monkeypatch.setattr(store, "record", lambda key: None)
+    return made, PlanSearcher(dict(made.trials), made.experiment.resources, store, claims)
+
+
+def sizes(search, count):
+    """The number of trials in each of the next gangs."""
+    found = []
+    for name in range(count):
+        config = search.suggest(str(name))
+        found.append(None if config is None else len(config["trials"]))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("nodes", "more", "expected"),
+    [
+        # 21 epochs for each of two cores: 1 + 2 + 3 + 4 + 5 + 6 = 21
+        ([{"CPU": 2.0}], [], [6, 6, None]),
+        ([{"CPU": 64.0}], [], [1] * 12),
+        ([{"CPU": 2.0}], ["resources.gang=5"], [5, 5, None]),
+        ([{"CPU": 2.0}], ["resources.gang=1"], [1, 1, None]),
+        ([{"CPU": 1.0}], [], [12, None]),
+        # 14 for each of three: 1 + ... + 5, 6 + 1 + ... + 4, 5 + 6
+        ([{"CPU": 1.0}], ["resources.concurrent=3"], [5, 5, 2, None]),
+    ],
+)
+def test_gangs_leave_work_for_all(experiment, tmp_path, monkeypatch, nodes, more, expected):
+    text = TEXT.replace("[ce, kd, pld, at, fitnet, rkd]", "[ce, ls], epochs: [1, 2, 3, 4, 5, 6]")
+    store = Store(tmp_path / "results")
+    with Claims(store.files) as claims:
+        _, search = searcher(experiment, store, claims, monkeypatch, nodes, *more, text=text)
+        assert sizes(search, len(expected)) == expected
+
+
+def test_companions_have_the_same_teacher_first(experiment, tmp_path, monkeypatch):
+    text = TEXT.replace("[ce, kd, pld, at, fitnet, rkd]", "[at, rkd]").replace(
+        "grid: {", "grid: {teacher: [wrn_16_2, resnet8], "
+    )
+    store = Store(tmp_path / "results")
+    with Claims(store.files) as claims:
+        made, search = searcher(experiment, store, claims, monkeypatch, [{"CPU": 1.0}], text=text)
+        teachers = search.suggest("teachers")["trials"]
+        assert {each["id"] for each in teachers} == made.teacher_ids
+        for each in teachers:
+            monkeypatch.setattr(
+                store, "record", lambda key: {} if key in made.teacher_ids else None
+            )
+            search.on_trial_result("teachers", {"ended": each["id"]})
+        search.on_trial_complete("teachers", {})
+        search.resources = search.resources.model_copy(update={"gang": 2})
+        for name in ("a", "b"):
+            config = search.suggest(name)
+            trials = [made.trials[each["id"]] for each in config["trials"]]
+            assert len({trial.teacher.id for trial in trials}) == 1 and len(trials) == 2
+            search.on_trial_complete(name, {})
+
+
+def test_students_start_when_their_teacher_ends_and_its_gang_goes_on(
+    experiment, tmp_path, monkeypatch
+):
+    store = Store(tmp_path / "results")
+    with Claims(store.files) as claims:
+        made, search = searcher(experiment, store, claims, monkeypatch, TWO, "grid.loss=[kd]")
+        teacher = search.suggest("a")["trials"][0]["id"]
+        assert search.suggest("b") is None
+        search.running["a"] = Gang(
+            {teacher: made.trials[teacher], "x": made.trials[teacher]}, search.needs[teacher], 2
+        )
+        monkeypatch.setattr(store, "record", lambda key: {} if key == teacher else None)
+        search.on_trial_result("a", {"ended": teacher})
+        assert search.suggest("b")["trials"][0]["id"] == made.cells[0].trial.id
+
+
+def test_a_gang_that_dies_goes_on_in_halves(experiment, tmp_path, monkeypatch):
+    store = Store(tmp_path / "results")
+    with Claims(store.files) as claims:
+        _, search = searcher(
+            experiment,
+            store,
+            claims,
+            monkeypatch,
+            [{"CPU": 1.0}],
+            "grid.loss=[ce, ls]",
+            "grid.epochs=[1,2]",
+        )
+        assert sizes(search, 1) == [4]
+        search.on_trial_complete("0", None, error=True)
+        assert search.failures == {} and len(search.waiting) == 4
+        for name, size in (("b", 2), ("c", 1), ("d", 1)):
+            assert len(search.suggest(name)["trials"]) == size
+            search.on_trial_complete(name, None, error=True)
+        assert len(search.failures) == 2 and "(3 times in epoch 1)" in str(search.failures)
+        assert len(search.suggest("e")["trials"]) == 2
+        search.on_trial_complete("e", {"done": True})
+        assert search.suggest("f") == search.FINISHED
+        assert not list(Path(store.uri).glob("trials/*/claim-*"))
