@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from pld_ray.config import gangs
 from pld_ray.config.planning import Plan
 from pld_ray.config.trial import Trial
 from pld_ray.distill.bank_plan import PlannedBank
@@ -75,7 +76,45 @@ def for_programs(plan: Plan, store: Store, done: set[str]) -> dict[str, Any]:
         }
         for key, trial in plan.trials.items()
     ]
-    return {"experiment": plan.experiment.name, "cells": len(plan.cells), "trials": rows}
+    together = [
+        {
+            "trials": [trial.id for trial in gang.trials],
+            "epochs": {"apart": gang.apart, "together": gang.together},
+            "teacher_epochs": {"apart": gang.taught_apart, "together": gang.taught_together},
+        }
+        for gang in _gangs(plan, done)
+    ]
+    return {
+        "experiment": plan.experiment.name,
+        "cells": len(plan.cells),
+        "trials": rows,
+        "gangs": together,
+    }
+
+
+def _gangs(plan: Plan, done: set[str]) -> list[gangs.PlannedGang]:
+    """Return the gangs that the trials of a plan can form."""
+    left = [trial for key, trial in plan.trials.items() if key not in done]
+    largest = plan.experiment.resources.gang
+    return gangs.planned(left, None if largest == "auto" else largest)
+
+
+def _gang_line(plan: Plan, done: set[str]) -> str:
+    """Return a line that says what gangs spare, or an empty string."""
+    found = _gangs(plan, done)
+    if not found:
+        return ""
+    apart, together = sum(gang.apart for gang in found), sum(gang.together for gang in found)
+    line = (
+        f"gangs: {sum(len(gang.trials) for gang in found)} trials can step together in {len(found)}"
+        f", up to {max(len(gang.trials) for gang in found)} in one process: images are prepared "
+        f"for {together:,} instead of {apart:,} epochs"
+    )
+    taught = sum(gang.taught_apart for gang in found)
+    if taught:
+        once = sum(gang.taught_together for gang in found)
+        line += f", and teachers run for {once:,} instead of {taught:,}"
+    return line
 
 
 def show_shared(plans: list[Plan], done: set[str]) -> None:
@@ -129,6 +168,8 @@ def show(plan: Plan, store: Store, done: set[str]) -> None:
         f"{len(plan.teacher_ids)}): {len(plan.trials) - len(left)} done, {len(left)} to run"
         + (f" ({epochs:,} epochs)" if left else "")
     )
+    if line := _gang_line(plan, done):
+        print(line)
     known = [estimate[key] for key in left if key in estimate]
     if known:
         rest = (

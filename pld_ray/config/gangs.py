@@ -7,6 +7,9 @@ same results as alone, so gangs are no part of a trial's settings.
 from __future__ import annotations
 
 import json
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
 
 from pld_ray.config.trial import Trial
 
@@ -25,3 +28,61 @@ def stream_key(trial: Trial) -> str:
         return trial.id
     settings = trial.settings | {"seed": trial.seed}
     return json.dumps([settings[field] for field in SAME])
+
+
+@dataclass(frozen=True)
+class PlannedGang:
+    """Trials that can be one gang, and what that spares.
+
+    Attributes:
+        trials: The trials.
+        apart: Epochs for which images are prepared if each trial is alone.
+        together: Epochs for which they are prepared in the gang.
+        taught_apart: Epochs for which networks of teachers run in the steps of trials alone.
+        taught_together: The same in the gang.
+    """
+
+    trials: tuple[Trial, ...]
+    apart: int
+    together: int
+    taught_apart: int
+    taught_together: int
+
+
+def planned(trials: Iterable[Trial], largest: int | None = None) -> list[PlannedGang]:
+    """Return the gangs that trials can form; trials that are alone are left out.
+
+    On a cluster, a gang may be cut into several, so that all cores and GPUs have work.
+
+    Args:
+        trials: The trials that are to run.
+        largest: The largest number of trials in a gang; None for no limit.
+    """
+    trials = list(trials)
+    teachers = {t.teacher.id for t in trials if isinstance(t.teacher, Trial)}
+    alike: dict[tuple[str, bool], list[Trial]] = defaultdict(list)
+    for trial in trials:
+        alike[stream_key(trial), trial.id in teachers].append(trial)
+    found = []
+    for group in alike.values():
+        size = largest or len(group)
+        for first in range(0, len(group), size):
+            gang = group[first : first + size]
+            if len(gang) > 1:
+                found.append(_planned(gang))
+    return found
+
+
+def _planned(gang: list[Trial]) -> PlannedGang:
+    """Return what it spares that some trials step together."""
+    taught: dict[str, list[int]] = defaultdict(list)  # by the teacher whose network runs
+    for trial in gang:
+        if trial.teacher is not None and trial.runs_teacher:
+            taught[trial.teacher.model_dump_json()].append(trial.epochs)
+    return PlannedGang(
+        trials=tuple(gang),
+        apart=sum(trial.epochs for trial in gang),
+        together=max(trial.epochs for trial in gang),
+        taught_apart=sum(map(sum, taught.values())),
+        taught_together=sum(map(max, taught.values())),
+    )

@@ -187,6 +187,13 @@ class Trial(Part):
         teacher = self.teacher.student if isinstance(self.teacher, Trial) else self.teacher
         return teacher.name if teacher else None
 
+    @property
+    def runs_teacher(self) -> bool:
+        """Whether the teacher's network runs in every step, because no stored logits are read."""
+        return self.teacher is not None and (
+            self.teacher_logits == "live" or self.loss.needs_features
+        )
+
     def model_copy(self, **kwargs: Any) -> Trial:
         """Copy the trial as pydantic does, and let the copy compute its own id."""
         copied = super().model_copy(**kwargs)

@@ -185,8 +185,7 @@ def views(trial: Trial) -> int:
 
 def uses_bank(trial: Trial) -> bool:
     """Return whether a trial reads a bank."""
-    kept = trial.teacher_logits != "live" and not trial.loss.needs_features
-    return trial.teacher is not None and kept
+    return trial.teacher is not None and not trial.runs_teacher
 
 
 def row_type(classes: int, logits: str) -> np.dtype[Any]:

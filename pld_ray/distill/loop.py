@@ -38,6 +38,9 @@ from pld_ray.distill.running import Run, Shared, TrainingError, set_up, sum_over
 from pld_ray.distill.targets import Targets
 from pld_ray.store.store import Store
 
+OF_TEACHER = ("teacher", "teacher_avoided", "bank", "waiting")
+"""Parts of an epoch that only trials with a teacher need."""
+
 Report = Callable[[list[dict[str, Any]]], None]
 Ended = Callable[[Trial, Exception | None], None]
 
@@ -185,17 +188,22 @@ class Gang:
         started = time.perf_counter()
         train_epoch(self, runs, epoch)
         runs = self.still(runs)
-        spent = {id(run): run.clock.read() for run in runs}
+        own = {id(run): run.clock.read() for run in runs}
         seconds = time.perf_counter() - started
-        own = {key: sum(parts.values()) for key, parts in spent.items()}
-        # What is done once for all is counted in equal shares.
-        count = max(1, len(runs))
-        rest = max(0.0, seconds - sum(own.values())) / count
-        parts = {name: x / count for name, x in self._common_parts(runs).items()}
+        common = self._common_parts(runs)
+        spent = _seconds(common) + sum(map(_seconds, own.values()))
+        rest = max(0.0, seconds - spent) / max(1, len(runs))
+        taught = [run for run in runs if run.teacher is not None]
         for run in runs:
+            # What is done once counts in equal shares for those that need it.
+            shares = {
+                name: x / len(taught if name in OF_TEACHER else runs)
+                for name, x in common.items()
+                if run.teacher is not None or name not in OF_TEACHER
+            }
+            parts = _added(shares, own[id(run)])
             with self.member(run.trial):
-                training = own[id(run)] + rest
-                self.end_epoch(run, training, _added(parts, spent[id(run)]))
+                self.end_epoch(run, _seconds(parts) + rest, parts)
         self.keep_and_report(self.still(runs))
 
     def _common_parts(self, runs: list[Run]) -> dict[str, float]:
@@ -332,6 +340,11 @@ def train_epoch(gang: Gang, runs: list[Run], epoch: int) -> None:
 def _as_they_are(images: Tensor) -> Tensor:
     """Return images that are made already."""
     return images
+
+
+def _seconds(parts: dict[str, float]) -> float:
+    """Return the seconds of parts that were really spent."""
+    return sum(seconds for name, seconds in parts.items() if name != "teacher_avoided")
 
 
 def _added(first: dict[str, float], second: dict[str, float]) -> dict[str, float]:

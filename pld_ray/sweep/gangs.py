@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from pld_ray.config.gangs import stream_key
 from pld_ray.config.parts import Resources
 from pld_ray.config.trial import Trial
 from pld_ray.sweep.resources import ResourceRequest
@@ -57,6 +56,7 @@ def companions(
     first: Trial,
     ready: Iterable[Trial],
     resources: Resources,
+    stream: Callable[[Trial], str],
     share: Callable[[], float],
     most: Callable[[str], int],
 ) -> list[Trial]:
@@ -66,6 +66,7 @@ def companions(
         first: The trial that starts.
         ready: Trials that could start now, without `first`.
         resources: The resources of the trials.
+        stream: Returns what trials have in common that can step through one stream.
         share: Returns the epochs that a gang may have, so that the cluster has work everywhere.
         most: Returns the largest gang that a trial with this id may be in.
 
@@ -76,8 +77,8 @@ def companions(
     largest = min(most(first.id), limit or most(first.id))
     if largest == 1:
         return []
-    key = stream_key(first)
-    found = [trial for trial in ready if most(trial.id) > 1 and stream_key(trial) == key]
+    key = stream(first)
+    found = [trial for trial in ready if most(trial.id) > 1 and stream(trial) == key]
     found.sort(key=lambda trial: trial.teacher != first.teacher)
     if limit is None:
         room = share() - first.epochs

@@ -13,6 +13,7 @@ from typing import Any
 
 from ray.tune.search import Searcher
 
+from pld_ray.config.gangs import stream_key
 from pld_ray.config.parts import Resources
 from pld_ray.config.trial import Trial
 from pld_ray.store.claims import Claims
@@ -62,6 +63,7 @@ class PlanSearcher(Searcher):
         self.needs = {key: need(trial, self.resources) for key, trial in pending.items()}
         self.running: dict[str, Gang] = {}  # by Tune's trial id
         self.alone: set[str] = set()  # trials that ran out of memory and get a GPU of their own
+        self.streams: dict[str, str] = {}
         self.largest: dict[str, int] = {}  # trial id -> the largest gang that it may be in
         self.failures: dict[str, str] = {}
         self.notes: dict[str, str] = {}
@@ -134,7 +136,7 @@ class PlanSearcher(Searcher):
 
         ready = list(filter(joins, self.waiting.values()))
         trials = {first.id: first}
-        for trial in companions(first, ready, self.resources, share, self._most):
+        for trial in companions(first, ready, self.resources, self._stream, share, self._most):
             if self._take(trial.id, now):
                 trials[trial.id] = self.waiting.pop(trial.id)
         self.running[trial_id] = Gang(trials, needs, len(trials))
@@ -145,6 +147,12 @@ class PlanSearcher(Searcher):
             "needs": asdict(needs),
             "search": self.stopping is not None,
         }
+
+    def _stream(self, trial: Trial) -> str:
+        """Return the `stream_key` of a trial, which is computed once."""
+        if trial.id not in self.streams:
+            self.streams[trial.id] = stream_key(trial)
+        return self.streams[trial.id]
 
     def _most(self, key: str) -> int:
         """Return the largest gang that a trial may be in."""
