@@ -29,7 +29,7 @@ def test_float16_is_exact_near_the_best_class(experiment, tmp_path):
     )
     logits += rng.choice([0, 1000], (200, 1))
     logits[0, 3], logits[1, :25] = -np.inf, -np.inf
-    kept = bank_format.unpack(bank_format.pack(logits, bank_format.row_type(50, "float16")))
+    kept = bank_format.unpack(bank_format.pack(logits, bank_format.row_type(50, "float16")), 50)
     finite = np.isfinite(logits)
     assert (np.isfinite(kept) == finite).all() and (kept[~finite] == -np.inf).all()
     with np.errstate(invalid="ignore"):
@@ -38,7 +38,7 @@ def test_float16_is_exact_near_the_best_class(experiment, tmp_path):
     rounding = 2.0**-23 * np.abs(logits.max(1, keepdims=True))  # of the float32 sums
     assert (off <= 2.0**-11 * gap + rounding + 3e-8)[finite].all()
     assert (kept.argmax(1) == logits.argmax(1)).all()
-    exact = bank_format.unpack(bank_format.pack(logits, bank_format.row_type(50, "float32")))
+    exact = bank_format.unpack(bank_format.pack(logits, bank_format.row_type(50, "float32")), 50)
     assert (exact == logits).all()
 
 

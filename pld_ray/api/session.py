@@ -104,13 +104,14 @@ def planned_banks(trials: dict[str, Trial], store: Store) -> dict[str, PlannedBa
         The banks by their planned key.
 
     Raises:
-        InputError: If the banks do not fit on the disk.
+        InputError: If the banks do not fit on the disk, or top64 spares nothing.
     """
     from pld_ray.api import plan_table
     from pld_ray.data import datasets
     from pld_ray.distill import bank_plan
 
     banks = bank_plan.planned(trials.values(), datasets.size, store)
+    bank_plan.check_top64(banks.values())
     bank_plan.check_disk_space(banks.values(), store)
     if banks:
         print(plan_table.bank_line(banks.values()))

@@ -41,6 +41,7 @@ def plan(
         unknown = ""
     except InputError as error:  # planning also works on a machine without the dataset
         banks, unknown = {}, f"teacher bank: size unknown: {error}"
+    bank_plan.check_top64(banks.values())
     if as_json:
         found = [plan_table.for_programs(planned, store, done) for planned in plans]
         sizes = [plan_table.bank_row(bank) for bank in banks.values()]

@@ -39,7 +39,7 @@ class Smoke(Part):
     """Settings that shrink an experiment to a miniature with the same cells (`--smoke`).
 
     Teachers are always trained in a miniature, because existing weights do not fit the small
-    networks.
+    networks. Logits stored as top64 are stored in float16, because miniatures have few classes.
 
     Attributes:
         base: Settings that are merged over the experiment's `base`.
@@ -373,6 +373,8 @@ def _smaller(field: str, value: Any, models: dict[str, Model]) -> Any:
     kept = {key: part for key, part in entry.items() if key != "weights"} | {"name": name}
     if name in models:
         kept |= {"name": models[name].name, "args": models[name].args}
+    if kept.get("logits") == "top64":
+        kept["logits"] = "float16"
     return kept
 
 

@@ -37,8 +37,9 @@ class TeacherEntry(Part):
             trained. The default is that of a config.json beside the file, else that of the data.
         std: The standard deviation that belongs to it.
         train: Settings of the teacher's own training, merged over the experiment's `base`.
-        logits: The type in which the bank stores the teacher's logits, or "live" to compute them
-            in every step.
+        logits: The type in which the bank stores the teacher's logits: "float16", "float32", or
+            "top64" (in float16, the 64 best ones of each image, which losses take for all logits);
+            or "live" to compute them in every step.
         views: The number of different augmentations of an image that the students see; by
             default one per epoch.
     """
@@ -49,7 +50,7 @@ class TeacherEntry(Part):
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     train: dict[str, Any] = {}
-    logits: Literal["float16", "float32", "live"] = "float16"
+    logits: Literal["float16", "float32", "top64", "live"] = "float16"
     views: int | None = Field(None, ge=1)
 
 

@@ -59,7 +59,8 @@ class Trial(Part):
         data: The dataset and its augmentation.
         student: The network to train.
         teacher: The teacher: a trial if it has to be trained, or existing weights.
-        teacher_logits: The type in which the bank stores the teacher's logits. With "live", the
+        teacher_logits: The type in which the bank stores the teacher's logits: "float16",
+            "float32", or "top64" (in float16, the 64 best ones of each image). With "live", the
             teacher's forward pass runs in every step instead.
         views: The number of different augmentations of an image: epoch e uses the same images and
             teacher logits as epoch e mod `views`. By default every epoch has its own.
@@ -86,7 +87,7 @@ class Trial(Part):
     data: Data
     student: Model
     teacher: Trial | Weights | None = None
-    teacher_logits: Literal["float16", "float32", "live"] = "float16"
+    teacher_logits: Literal["float16", "float32", "top64", "live"] = "float16"
     views: int | None = Field(None, ge=1)
     loss: Loss
     optimizer: Optimizer = Optimizer()

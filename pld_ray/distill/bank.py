@@ -107,9 +107,9 @@ class Bank:
 
         Returns:
             Logits, float32 [B, C], and the order [B, C] with the label first. The order is None
-            if it was not asked for, or if there are too few classes to store it.
+            if it was not asked for, or if it is not stored.
         """
-        with_order = with_order and self.classes >= bank_format.ORDER_FROM
+        with_order = with_order and bank_format.keeps_order(self.classes, self.spec.logits)
         if view != self.view:
             self._open(view)
         chunk, row = np.divmod(self.place[samples], self.spec.rows)
@@ -123,7 +123,7 @@ class Bank:
             self._read_ahead(view, needed[-1] + 1, with_order)
         with self.clock.host("bank"):
             rows = _gather({n: self.logits[n][0] for n in needed}, chunk, row)
-            logits = torch.from_numpy(bank_format.unpack(rows))
+            logits = torch.from_numpy(bank_format.unpack(rows, self.classes))
             order = None
             if with_order:
                 orders = _gather({n: self.orders[n] for n in needed}, chunk, row)
@@ -247,7 +247,7 @@ class Bank:
         if found is None:
             labels = torch.from_numpy(self.labels[self._samples(view, number)])
             order = np.empty(len(rows), self.order_row)
-            logits = torch.from_numpy(bank_format.unpack(np.array(rows)))
+            logits = torch.from_numpy(bank_format.unpack(np.array(rows), self.classes))
             order["order"] = teacher_order(logits, labels).numpy()
             self.store.write_chunk(name, bank_format.encode(order, 0.0))
             return order

@@ -29,11 +29,13 @@ from pld_ray.config.parts import ON_THE_FLY
 from pld_ray.config.trial import Trial
 from pld_ray.config.validation import Part
 from pld_ray.data.sampling import Ints, order
+from pld_ray.losses.sorting import CLASS, sort_keys
 
 ROWS = 2048  # samples per chunk, rounded up to whole batches
 VAL_BATCH = 512  # validation images per forward pass, for the teacher and for the student
 # With this many classes or more, the teacher's order is stored too. Sorting 1000 takes only 3 us.
 ORDER_FROM = 4096
+BEST = 64  # logits of a sample that "top64" keeps
 
 Array = npt.NDArray[Any]
 Split = Literal["train", "val"]
@@ -53,7 +55,7 @@ class BankSpec(Part):
         seed: Seed of the augmentation. It is 0 if there is no augmentation, because all seeds then
             see the same images.
         bfloat16: Whether the teacher's forward pass runs in bfloat16.
-        logits: Type in which the logits are stored.
+        logits: Type in which the logits are stored; see `row_type`.
         rows: Number of samples per chunk.
         random_resized_crop: Whether the images are random resized crops.
         augment: Names of further transforms.
@@ -73,7 +75,7 @@ class BankSpec(Part):
     flip: bool
     seed: int
     bfloat16: bool
-    logits: Literal["float16", "float32"]
+    logits: Literal["float16", "float32", "top64"]
     rows: int
     random_resized_crop: bool = False
     augment: tuple[str, ...] = ()
@@ -195,41 +197,111 @@ def row_type(classes: int, logits: str) -> np.dtype[Any]:
     maximum (`peak`): a loss depends only on differences of logits, and float16 is more precise for
     small numbers. The difference d to the best class has an error of at most 2^-11 d.
 
+    top64 stores the float16 logits of the 64 best classes, these classes, and the logarithm of the
+    probability of all other classes together (`rest`, at temperature 1, -inf if they have none).
+
     Args:
         classes: Number of classes C.
-        logits: "float16" or "float32".
+        logits: "float16", "float32" or "top64".
 
     Returns:
-        A structured type with the field "logits" [C] and, for float16, the field "peak".
+        A structured type with the field "logits": [C], or [64] for top64. float16 and top64 have
+        the field "peak" too, and top64 has "classes" [64] and "rest".
     """
     if logits == "float32":
         return np.dtype([("logits", "<f4", (classes,))])
-    return np.dtype([("logits", "<f2", (classes,)), ("peak", "<f4")])
+    if logits == "float16":
+        return np.dtype([("logits", "<f2", (classes,)), ("peak", "<f4")])
+    best = [("logits", "<f2", (BEST,)), ("classes", _index_type(classes), (BEST,))]
+    return np.dtype([*best, ("peak", "<f4"), ("rest", "<f4")])
+
+
+def _index_type(classes: int) -> str:
+    """Return the smallest type that `teacher_order` uses for the indices of classes."""
+    return "u1" if classes <= 2**8 else "<i2" if classes <= 2**15 else "<i4"
+
+
+def keeps_order(classes: int, logits: str) -> bool:
+    """Return whether a bank stores the teacher's order too, for losses that rank the classes.
+
+    For top64 it does not: an order of C classes is larger than such a row, and only 64 of its
+    places are known. The loss sorts the logits that are read.
+    """
+    return classes >= ORDER_FROM and logits != "top64"
 
 
 def order_type(classes: int) -> np.dtype[Any]:
     """Return the numpy type of one row of the teacher's order, as `teacher_order` computes it."""
-    small = "u1" if classes <= 2**8 else "<i2" if classes <= 2**15 else "<i4"
-    return np.dtype([("order", small, (classes,))])
+    return np.dtype([("order", _index_type(classes), (classes,))])
 
 
 def pack(logits: Array, row: np.dtype[Any]) -> Array:
-    """Convert float32 logits [N, C] to rows [N] of the type `row`."""
-    rows = np.empty(len(logits), row)
-    if "peak" in (row.fields or ()):
-        rows["peak"] = logits.max(1)
-        with np.errstate(over="ignore", invalid="ignore"):  # logits of -inf stay -inf
-            rows["logits"] = logits - rows["peak"][:, None]
-    else:
+    """Convert float32 logits [N, C] to rows [N] of the type `row`.
+
+    For top64, the 64 best classes and the rest's probability are those of the logits that a
+    float16 bank returns. Of classes with equal logits, those with the lower index are kept.
+    """
+    rows, fields = np.empty(len(logits), row), row.fields or ()
+    if "peak" not in fields:
         rows["logits"] = logits
+        return rows
+    rows["peak"] = logits.max(1)
+    with np.errstate(over="ignore", invalid="ignore"):  # logits of -inf stay -inf
+        half = (logits - rows["peak"][:, None]).astype(np.float16)
+        if "rest" not in fields:
+            rows["logits"] = half
+            return rows
+        read = half.astype(np.float32) + rows["peak"][:, None]
+        keys = sort_keys(0 - read)  # avoids -0.0
+        classes = np.sort(np.partition(keys, BEST - 1, axis=1)[:, :BEST] & CLASS, axis=1)
+        best = _logsumexp(np.take_along_axis(read, classes, 1))
+        np.put_along_axis(read, classes, -np.inf, 1)
+        rest = _logsumexp(read)
+        rows["logits"] = np.take_along_axis(half, classes, 1)
+        rows["classes"] = classes
+        rows["rest"] = rest - np.logaddexp(best, rest)
     return rows
 
 
-def unpack(rows: Array) -> Array:
-    """Convert rows [N] to float32 logits [N, C]."""
-    if "peak" not in (rows.dtype.fields or ()):
+def unpack(rows: Array, classes: int) -> Array:
+    """Convert rows [N] to float32 logits [N, C].
+
+    For top64, the 64 best logits are those of a float16 bank. The other n = C - 64 classes get the
+    same logit u, with which softmax gives them together the stored probability r:
+
+        u = logsumexp(best) + log r - log(1 - r) - log n
+
+    This is the logarithm of the mean of their exp(logit), which is at most the least of the best
+    logits. Here u is also kept below it by at least one rounding step, so that a sort puts the 64
+    best classes first, in the order in which it puts the logits of a float16 bank. docs/bank.md
+    says what each loss makes of these logits, with bounds.
+
+    Args:
+        rows: Rows of a type that `row_type` returns.
+        classes: Number of classes C.
+    """
+    fields = rows.dtype.fields or ()
+    if "peak" not in fields:
         return np.ascontiguousarray(rows["logits"])
-    return rows["logits"].astype(np.float32) + rows["peak"][:, None]
+    known = rows["logits"].astype(np.float32) + rows["peak"][:, None]
+    if "rest" not in fields:
+        return known
+    log_r = rows["rest"].astype(np.float64)
+    other = _logsumexp(known) + log_r - np.log(-np.expm1(log_r)) - math.log(classes - BEST)
+    below = np.nextafter(known.min(1), np.float32(-np.inf))
+    logits = np.empty((len(rows), classes), np.float32)
+    logits[:] = np.minimum(other.astype(np.float32), below)[:, None]
+    np.put_along_axis(logits, rows["classes"].astype(np.int64), known, 1)
+    return logits
+
+
+def _logsumexp(x: Array) -> Array:
+    """Return log sum exp of each row of float32 logits [N, M], float64: -inf if all are -inf."""
+    top = x.max(1)
+    top[np.isinf(top)] = 0
+    with np.errstate(divide="ignore"):
+        found: Array = top + np.log(np.exp(x - top[:, None]).sum(1, dtype=np.float64))
+    return found
 
 
 def encode(rows: Array, seconds: float) -> bytes:

@@ -11,8 +11,8 @@ from pld_ray.config.parts import Data
 from pld_ray.config.trial import Trial
 from pld_ray.data.images import Size
 from pld_ray.distill.bank_format import (
-    ORDER_FROM,
     Split,
+    keeps_order,
     order_type,
     planned_key,
     row_type,
@@ -33,6 +33,7 @@ class PlannedBank:
     Attributes:
         trial: One of the trials that need the bank; none of them has more views.
         split: "train" or "val".
+        classes: Number of classes.
         views: Number of views that the bank has when it is complete.
         view_bytes: Size of the logits of one view, in bytes.
         order_bytes: Size of the teacher's order of one view, in bytes; 0 if it is not stored.
@@ -42,6 +43,7 @@ class PlannedBank:
 
     trial: Trial
     split: Split
+    classes: int
     views: int
     view_bytes: int
     order_bytes: int
@@ -92,9 +94,9 @@ def planned(
                 logits = trial.teacher_logits if split == "train" else "float32"
                 row = row_type(samples.classes, logits).itemsize
                 images = samples.train if split == "train" else samples.val
-                ordered = split == "train" and samples.classes >= ORDER_FROM
+                ordered = split == "train" and keeps_order(samples.classes, logits)
                 order = order_type(samples.classes).itemsize * images if ordered else 0
-                found[key] = PlannedBank(trial, split, count, row * images, order)
+                found[key] = PlannedBank(trial, split, samples.classes, count, row * images, order)
             if count > found[key].views:
                 found[key].trial, found[key].views = trial, count
             if trial.loss.needs_order:
@@ -104,6 +106,24 @@ def planned(
         if about and about["planned"] in found:
             found[about["planned"]].kept += sum(files.values())
     return found
+
+
+def check_top64(banks: Iterable[PlannedBank]) -> None:
+    """Check that `teacher.logits: top64` makes the rows of banks smaller.
+
+    Raises:
+        InputError: A dataset has so few classes (up to 98) that a row in float16 is not larger.
+    """
+    for bank in banks:
+        if bank.split == "val" or bank.trial.teacher_logits != "top64":
+            continue
+        best, whole = (row_type(bank.classes, kind).itemsize for kind in ("top64", "float16"))
+        if best >= whole:
+            raise InputError(
+                f"teacher.logits is 'top64' and data {bank.trial.data.name!r} has {bank.classes} "
+                f"classes: it would store {best} bytes per image, and float16 stores {whole}: "
+                "expected float16, float32 or live"
+            )
 
 
 def check_disk_space(banks: Iterable[PlannedBank], store: Store) -> None:

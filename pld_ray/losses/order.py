@@ -9,12 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from pld_ray.losses.common import transformed
+from pld_ray.losses.sorting import CLASS, sort_keys
 
 Array = npt.NDArray[Any]
 
@@ -145,16 +145,10 @@ def argsort(x: Tensor) -> Tensor:
 def _argsort_by_key(x: Array) -> Array:
     """Do the same as `argsort` for float32 arrays, with one sort of 64-bit integers.
 
-    The upper half of a key holds the bits of the number, mapped so that integers sort like floats.
-    The lower half holds the class. NumPy sorts plain integers with vector instructions; torch's
-    stable argsort takes five times as long at 1,000 classes. The sort uses one thread, because
-    more threads would share their cores with torch's threads, which spin while they wait for work.
+    The sort uses one thread, because more threads would share their cores with torch's threads,
+    which spin while they wait for work.
     """
-    bits = x.view(np.int32)
-    bits ^= (bits >> 31) & np.int32(0x7FFFFFFF)
-    keys = bits.astype(np.int64)
-    keys <<= 32
-    keys |= np.arange(x.shape[1])
+    keys = sort_keys(x)
     keys.sort(axis=1)
-    keys &= 0xFFFFFFFF
+    keys &= CLASS
     return keys
