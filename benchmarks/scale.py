@@ -45,6 +45,8 @@ from pld_ray.store.store import Store
 IMAGES = images.Size(1_281_167, 50_000, 1000)
 IMAGE_BYTES = 110_000  # average size of an encoded training image
 GROUP = 8  # GPUs per trial
+KINDS = "float16", "top64"  # how the bank stores logits
+ROW_BYTES = {kind: bank_format.row_type(1000, kind).itemsize for kind in KINDS}
 HOURS = 48.0, 64.0  # reported GPU-hours per 100 epochs: most students, vision transformers
 
 
@@ -80,14 +82,18 @@ def measured_decoding(count: int = 300) -> float:
         return count / (time.perf_counter() - started)
 
 
-def measured_bank(chunks: int = 20) -> tuple[float, float]:
-    """Measure the speed of the teacher bank on one core, with rows of 1000 float16 logits.
+def measured_bank(kind: str, chunks: int = 20) -> tuple[float, float]:
+    """Measure the speed of the teacher bank on one core, with rows of 1000 classes.
+
+    Args:
+        kind: How the logits are stored: "float16" or "top64".
+        chunks: Number of chunks to write and read.
 
     Returns:
         Rows written per second, and rows read and unpacked per second.
     """
     logits = np.random.default_rng(0).normal(size=(bank_format.ROWS, 1000)).astype(np.float32)
-    row = bank_format.row_type(1000, "float16")
+    row = bank_format.row_type(1000, kind)
     with tempfile.TemporaryDirectory() as folder:
         store = Store(folder)
         started = time.perf_counter()
@@ -101,7 +107,7 @@ def measured_bank(chunks: int = 20) -> tuple[float, float]:
             assert content is not None
             found = bank_format.decode(content, row, bank_format.ROWS)
             assert found is not None
-            bank_format.unpack(found[0])
+            bank_format.unpack(found[0], 1000)
         ended = time.perf_counter()
     rows = chunks * bank_format.ROWS
     return rows / (written - started), rows / (ended - written)
@@ -169,6 +175,16 @@ def with_bank(found: list[Job]) -> list[float]:
     ]
 
 
+def stored(trials: Iterable[Trial], kind: str) -> list[bank_plan.PlannedBank]:
+    """Return the banks of trials, empty, if the teachers' logits are stored as `kind`."""
+    kept = [
+        trial.model_copy(update={"teacher_logits": kind})
+        for trial in trials
+        if bank_format.uses_bank(trial)
+    ]
+    return list(bank_plan.planned(kept, lambda _: IMAGES, Store(".")).values())
+
+
 def days(hours: list[float], gpus: int) -> float:
     """Return the wall days until all trials are done, if the longest trials start first.
 
@@ -202,12 +218,15 @@ def show(console: Console) -> None:
     }
     operations = measured_operations(models.values())
     found = jobs(trials.values(), operations)
-    decoded, (written, read) = measured_decoding(), measured_bank()
+    decoded, speeds = measured_decoding(), {kind: measured_bank(kind) for kind in KINDS}
     epochs = sum(job.trial.epochs for job in found)
+    rows = (
+        f"{kind}: {written:,.0f} rows written per second, {read:,.0f} read"
+        for kind, (written, read) in speeds.items()
+    )
     console.print(
         f"{len(found)} unique trials, {epochs:,} epochs, {len(models)} networks\n"
-        f"a core decodes {decoded:.0f} crops per second; it writes {written:,.0f} rows of the bank "
-        f"per second and reads {read:,.0f}\n",
+        f"a core decodes {decoded:.0f} crops per second\nthe bank on a core: {'; '.join(rows)}\n",
         highlight=False,
     )
     pairs = table("Teacher → student", "Trials", "Teacher GFLOP", "Student x3", "Teacher %")
@@ -228,11 +247,12 @@ def show(console: Console) -> None:
         )
     console.print(pairs)
 
-    banks = list(bank_plan.planned(trials.values(), lambda _: IMAGES, Store(".")).values())
-    views = table("Views", "Teachers", "Bank")
+    banks = {kind: stored(trials.values(), kind) for kind in KINDS}
+    views = table("Views", "Teachers", *(f"Bank, {kind}" for kind in KINDS))
     for most in (1, 8, 32, 100, 300):
-        teachers = sum(b.split == "train" for b in banks)
-        views.add_row(str(most), str(teachers), units.in_bytes(sum(b.takes(most) for b in banks)))
+        teachers = sum(b.split == "train" for b in banks["float16"])
+        sizes = (sum(b.takes(most) for b in banks[kind]) for kind in KINDS)
+        views.add_row(str(most), str(teachers), *map(units.in_bytes, sizes))
     console.print(views)
 
     apart = sum(job.hours for job in jobs(every, operations))
@@ -261,7 +281,8 @@ def show(console: Console) -> None:
         ("images", lambda r: f"{r:,.0f}"),
         ("cores that decode", lambda r: f"{r / decoded:,.0f}"),
         ("encoded images read", lambda r: units.in_bytes(r * IMAGE_BYTES)),
-        ("bank read", lambda r: units.in_bytes(r * 2004)),
+        ("bank read, float16", lambda r: units.in_bytes(r * ROW_BYTES["float16"])),
+        ("bank read, top64", lambda r: units.in_bytes(r * ROW_BYTES["top64"])),
         ("checkpoints written", lambda r: units.in_bytes(state * r / IMAGES.train)),
     ):
         traffic.add_row(what, of(rate), of(fast))

@@ -46,7 +46,7 @@ def logits_of(kind, rows, classes, seed=0):
     elif kind == "ties":  # five values: ties at the 64th place
         z = rng.integers(-2, 3, z.shape)
     elif kind == "signed zeros":
-        z = rng.choice([0.0, -0.0, -1.0], z.shape)
+        z = rng.choice([-0.0, -1e-9, -1.0], z.shape)  # float16 rounds the second one to -0.0
     elif kind == "shifted":  # the sum with the maximum rounds
         z = z * 1e-2 + 5000
     elif kind == "overflow":  # below the maximum by more than float16 holds
@@ -249,6 +249,16 @@ def test_pld_over_all_classes_is_bounded(temperature, top_k):
             assert (np.abs(other - slope).sum(1) <= 4 * most + ROUNDING).all()
 
 
+def test_adaptive_weights_of_pld_are_nearly_the_same():
+    case = cases(1.0, "inside")
+    before, after = (PLDLoss(adaptive="margin").weigh_samples(x) for x in (case.t, case.u))
+    assert after.numpy() == pytest.approx(before.numpy(), abs=ROUNDING)
+    before, after = (PLDLoss(adaptive="entropy").weigh_samples(x) for x in (case.t, case.u))
+    fall = (before - after).numpy()
+    assert (fall >= -ROUNDING).all() and (fall <= case.mass_p + ROUNDING).all()
+    assert fall.max() > 0.01
+
+
 @pytest.mark.parametrize("label", ["inside", "outside"])
 @pytest.mark.parametrize("temperature", TEMPERATURES)
 def test_kd_is_bounded(temperature, label):
@@ -310,6 +320,10 @@ def test_dkd_is_bounded(temperature, label):
             moved = np.abs((after - before) - (constant - flat))
             if part[1]:
                 assert (moved <= temperature * bound * spread(student, others) + 1e-3).all()
+            else:
+                q = softmax(student, temperature)[rows, at]
+                odds = np.abs(np.log(q / (1 - q)) + np.log(case.p.shape[1] - 1))
+                assert (moved <= temperature**2 * bound * odds + 1e-3).all()
     if label == "outside":
         assert (change > most_others * temperature / 2)[most_others > 0.01].any()
 

@@ -231,13 +231,13 @@ class Bank:
                 torch.cuda.synchronize()  # do not count the student's last steps
             started = time.perf_counter()
             for x in self.images(batches(samples, self.batch, drop_last=False), view):
-                parts.append(self.teacher(x).cpu())
+                logits = self.teacher(x).cpu().numpy()  # of a batch: those of a chunk can be large
+                parts.append(bank_format.pack(logits, self.row))
                 self.clock.alive()
                 if self.ledger is not None:
                     self.ledger.renew(self.store.uri, name, self.holder)
             seconds = time.perf_counter() - started
-        rows = bank_format.pack(torch.cat(parts).numpy(), self.row)
-        self.store.write_chunk(name, bank_format.encode(rows, seconds))
+        self.store.write_chunk(name, bank_format.encode(np.concatenate(parts), seconds))
         self.unread[view, number] = len(samples)
 
     def _order_chunk(self, view: int, number: int) -> Array:
