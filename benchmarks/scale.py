@@ -98,14 +98,14 @@ def measured_bank(kind: str, chunks: int = 20) -> tuple[float, float]:
         store = Store(folder)
         started = time.perf_counter()
         for number in range(chunks):
-            store.write_chunk(
-                f"key/0/{number}.logits", bank_format.encode(bank_format.pack(logits, row), 1.0)
-            )
+            packed = [bank_format.pack(batch, row) for batch in np.split(logits, 8)]
+            content = bank_format.encode(np.concatenate(packed), 1.0)
+            store.write_chunk(f"key/0/{number}.logits", content)
         written = time.perf_counter()
         for number in range(chunks):
-            content = store.read_chunk(f"key/0/{number}.logits")
-            assert content is not None
-            found = bank_format.decode(content, row, bank_format.ROWS)
+            kept = store.read_chunk(f"key/0/{number}.logits")
+            assert kept is not None
+            found = bank_format.decode(kept, row, bank_format.ROWS)
             assert found is not None
             bank_format.unpack(found[0], 1000)
         ended = time.perf_counter()
