@@ -437,6 +437,14 @@ def test_commands_refuse_it_before_anything_starts(experiment, tmp_path, command
     assert not list(tmp_path.glob("results/*"))
 
 
+@pytest.mark.parametrize("loss", ["listmle", "plistmle"])
+def test_losses_that_rank_all_classes_refuse_it(experiment, loss):
+    with pytest.raises(
+        InputError, match=f"'top64': loss {loss} ranks all classes, and top64 keeps"
+    ):
+        cells(experiment, "teacher.logits=top64", f"grid.loss=[{loss}]")
+
+
 def test_a_miniature_keeps_float16(experiment, tmp_path):
     cells(experiment)
     path = tmp_path / "small.yaml"

@@ -133,6 +133,15 @@ class Trial(Part):
                 "a mixed image has two labels: expected a loss such as ce, kd, dist or dkd, or no "
                 f"{field}"
             )
+        if (
+            self.teacher_logits == "top64"
+            and self.loss.takes == "order"
+            and "top_k" not in type(self.loss).model_fields
+        ):
+            raise ValueError(
+                f"teacher.logits is 'top64': loss {self.loss.name} ranks all classes, and top64 "
+                "keeps the order of 64: expected float16, float32 or live"
+            )
         if self.loss.needs_teacher and self.teacher is None:
             raise ValueError(f"loss {self.loss.name} needs a teacher: set the field teacher")
         return self
