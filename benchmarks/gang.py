@@ -105,7 +105,8 @@ def features(folder: Path, quick: bool) -> Iterator[Row]:
             "data": {"name": "parquet:random", "pad": 4, "flip": True},
             "student": {"name": student},
             "teacher": {"name": teacher, "weights": str(weights)},
-            "optimizer": {"name": "sgd", "lr": 0.01},
+            "optimizer": {"name": "sgd", "lr": 0.001},
+            "clip_grad": 1,
             "epochs": 1,
             "batch_size": 64,
         }

@@ -1,12 +1,13 @@
 """Several workers of one trial, here as two processes with gloo."""
 
+import json
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import warm
-from small import CPU, cells, weights
+from small import CPU, cells, run, weights
 
 from pld_ray.data.datasets import load
 from pld_ray.data.stream import Stream
@@ -16,29 +17,33 @@ from pld_ray.store.store import Store
 from pld_ray.sweep import worker
 
 WORKER = """
-import sys
+import json, sys
 import torch, torch.distributed as dist
 from pld_ray.config.trial import Trial
 from pld_ray.data.datasets import load
-from pld_ray.distill.loop import train
+from pld_ray.distill.loop import train_gang
+from pld_ray.distill.running import TrainingError
 from pld_ray.store.store import Store
 torch.set_num_threads(1)
-folder, rank, spec, last = sys.argv[1:]
+folder, rank, specs, last = sys.argv[1:]
 dist.init_process_group(
     "gloo", init_method=f"file://{folder}/rendezvous{last}", rank=int(rank), world_size=2
 )
-def report(metrics):
-    if metrics["epoch"] == int(last):
+def report(epochs):
+    if epochs[0]["epoch"] == int(last):
         raise SystemExit
-trial = Trial.model_validate_json(spec)
-train(trial, load(trial.data), Store(folder), report)
+def ended(trial, error):
+    assert error is None or isinstance(error, TrainingError), error
+trials = [Trial.model_validate(spec) for spec in json.loads(specs)]
+train_gang(trials, load(trials[0].data), Store(folder), report, ended)
 """
 
 
-def on_two_workers(trial, folder, last=0):
-    """Train, up to an epoch if `last` is given, and return the store."""
+def on_two_workers(trials, folder, last=0):
+    """Train a gang, up to an epoch if `last` is given, and return the store."""
     folder.mkdir(exist_ok=True)
-    started = [warm.start(WORKER, folder, rank, trial.model_dump_json(), last) for rank in (0, 1)]
+    specs = json.dumps([trial.model_dump(mode="json") for trial in trials])
+    started = [warm.start(WORKER, folder, rank, specs, last) for rank in (0, 1)]
     for process in started:
         process.join(600)
     assert [process.exitcode for process in started] == [0, 0]
@@ -48,7 +53,7 @@ def on_two_workers(trial, folder, last=0):
 @pytest.mark.parametrize("ema", [None, 0.5])
 def test_what_two_workers_evaluate_is_what_they_keep_and_resume(experiment, tmp_path, ema):
     (trial,) = cells(experiment, "workers=2", "grid.loss=[ce]", f"ema={ema or 'null'}")
-    whole = on_two_workers(trial, tmp_path / "whole")
+    whole = on_two_workers([trial], tmp_path / "whole")
     images = load(trial.data)
     stream = Stream(images, trial.data, trial.seed, CPU)
     student = load_student(trial, whole)
@@ -58,15 +63,30 @@ def test_what_two_workers_evaluate_is_what_they_keep_and_resume(experiment, tmp_
     metrics = whole.record(trial.id)["metrics"]
     assert metrics["top1"] == pytest.approx(100 * right.double().mean().item(), abs=1e-9)
 
-    parts = on_two_workers(trial, tmp_path / "parts", last=2)
+    parts = on_two_workers([trial], tmp_path / "parts", last=2)
     assert not parts.finished([trial.id]) and len(parts.epochs(trial.id)) == 2
-    on_two_workers(trial, tmp_path / "parts")
+    on_two_workers([trial], tmp_path / "parts")
     assert weights(parts, trial) == weights(whole, trial)
     again = parts.record(trial.id)["metrics"]
     timed = {"images_per_second"}
     assert {k: again[k] for k in again.keys() - timed} == {
         k: metrics[k] for k in metrics.keys() - timed
     }
+
+
+def test_a_gang_on_two_workers_has_the_bits_of_trials_alone(experiment, tmp_path):
+    text = "grid.loss=[pld, at, rkd]", "workers=2", "teacher.train.workers=1"
+    trials = cells(experiment, *text)
+    bad = trials[0].model_copy(
+        update={"optimizer": trials[0].optimizer.model_copy(update={"lr": 1e30})}
+    )
+    for folder in ("alone", "gang"):
+        run(trials[0].teacher, Store(tmp_path / folder))
+    gang = on_two_workers([trials[0], bad, *trials[1:]], tmp_path / "gang")
+    assert gang.record(bad.id) is None
+    for number, trial in enumerate(trials, 1):
+        alone = on_two_workers([trial], tmp_path / "alone", last=-number)
+        assert weights(alone, trial) == weights(gang, trial)
 
 
 @pytest.mark.parametrize(
