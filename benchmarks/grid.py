@@ -37,7 +37,7 @@ from rich.table import Table
 from safetensors.torch import save_file
 
 from pld_ray.config.experiment import Experiment, load_experiment
-from pld_ray.config.parts import Model
+from pld_ray.config.parts import Model, Resources
 from pld_ray.config.planning import Plan, plan
 from pld_ray.data import datasets, images
 from pld_ray.models.factory import create_model
@@ -85,7 +85,8 @@ def grid(base: dict[str, Any], losses: list[Any], rates: list[float], logits: st
     """
     changed = base | {"teacher": base["teacher"] | {"logits": logits}}
     fields = {"loss": losses, "optimizer.lr": rates}
-    made = plan(Experiment(name="grid", base=changed, grid=fields))
+    alone = Resources(gang=1)  # a gang would share the live teacher
+    made = plan(Experiment(name="grid", base=changed, grid=fields, resources=alone))
     cells = sorted(made.cells, key=lambda cell: cell.trial.optimizer.lr)
     return Plan(made.experiment, tuple(cells))
 

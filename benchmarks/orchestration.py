@@ -3,10 +3,11 @@
     .venv/bin/python benchmarks/orchestration.py    # two minutes on 2 cores
 
 The script runs 20 tiny students (ResNet-8, 200 digits, CE and PLD in turn) one after another on one
-CPU: with 1 epoch, and with 60 epochs as in the demo. The own time of a trial is the time for
-training and validation in its record. The overhead is the rest of the time between the end of the
-first trial and the end of the last, divided by 19: Ray, creation of the network and optimizer,
-checkpoints, reports and records. Then the script times `pld-ray plan` for a grid of 10,000 trials.
+CPU, each alone: with 1 epoch, and with 60 epochs as in the demo. The own time of a trial is the
+time for training and validation in its record. The overhead is the rest of the time between the end
+of the first trial and the end of the last, divided by 19: Ray, creation of the network and
+optimizer, checkpoints, reports and records. Then the script times `pld-ray plan` for a grid of
+10,000 trials.
 """
 
 from __future__ import annotations
@@ -65,7 +66,12 @@ def overhead(epochs: int, folder: Path) -> tuple[float, float]:
     Returns:
         The mean own time and the mean overhead of a trial, in seconds.
     """
-    sets = ("grid.loss=[ce,pld]", f"seeds={list(range(10))}", f"epochs={epochs}")
+    sets = (
+        "grid.loss=[ce,pld]",
+        f"seeds={list(range(10))}",
+        f"epochs={epochs}",
+        "resources.gang=1",
+    )
     made = plan(load_experiment("demo", (*sets, "teacher.train.epochs=1")))
     store = Store(folder / str(epochs))
     pending = made.trials

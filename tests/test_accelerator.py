@@ -94,7 +94,7 @@ def test_an_epoch_from_the_memory_of_the_device_is_that_from_the_host(monkeypatc
         return [*shown.train(shares, 5)], [*shown.val([np.arange(9)])]
 
     host = epoch()
-    monkeypatch.setattr(stream, "_free_memory", lambda device: 1e9)
+    monkeypatch.setattr(stream, "free_memory", lambda device: 1e9)
     device = epoch()
     for one, other in zip(host[0], device[0], strict=True):
         assert torch.equal(one[0], other[0]) and torch.equal(one[1], other[1])
@@ -108,7 +108,7 @@ def test_the_number_of_copies_of_an_epoch_does_not_depend_on_its_steps(monkeypat
         copies.append(x)
         return x
 
-    monkeypatch.setattr(stream, "_free_memory", lambda device: 1e9)
+    monkeypatch.setattr(stream, "free_memory", lambda device: 1e9)
     monkeypatch.setattr(stream, "upload", counted)
     shown = stream.Stream(images, Data(name="digits", pad=1, flip=True), 0, CPU)
     counts = []
@@ -121,20 +121,20 @@ def test_the_number_of_copies_of_an_epoch_does_not_depend_on_its_steps(monkeypat
 
 def test_images_that_do_not_fit_stay_on_the_host(monkeypatch):
     images = made_up(64)
-    monkeypatch.setattr(stream, "_free_memory", lambda device: 4 * images.train.nbytes - 1)
+    monkeypatch.setattr(stream, "free_memory", lambda device: 4 * images.train.nbytes - 1)
     kept = stream.Stream(images, Data(name="digits"), 0, CPU).on_device
     assert kept.keys() == {"val"}
 
 
 @pytest.mark.parametrize("name", ["cuda", "cuda:0"])
-def test_free_memory_is_what_the_share_of_the_process_leaves(monkeypatch, name):
+def testfree_memory_is_what_the_share_of_the_process_leaves(monkeypatch, name):
     memory = torch.cuda.memory
     monkeypatch.setattr(memory, "_lazy_init", lambda: None)
     monkeypatch.setattr(torch._C, "_cuda_getMemoryFraction", lambda number: 0.25, raising=False)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda number: (70, 80))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda number: 5)
-    assert stream._free_memory(torch.device(name)) == 0.25 * 80 - 5
+    assert stream.free_memory(torch.device(name)) == 0.25 * 80 - 5
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Trials that step together have the bits that each of them has alone."""
 
+import math
 import time
 
 import pytest
@@ -10,7 +11,7 @@ from pld_ray.config.gangs import stream_key
 from pld_ray.config.planning import plan
 from pld_ray.config.trial import Trial
 from pld_ray.data.datasets import load
-from pld_ray.distill import keeping
+from pld_ray.distill import keeping, memory
 from pld_ray.distill.loop import train, train_gang
 from pld_ray.distill.running import TrainingError
 from pld_ray.store.store import Store
@@ -182,11 +183,57 @@ def test_a_process_that_is_stopped_keeps_the_epoch_of_every_member(experiment):
 def test_a_member_that_is_stopped_leaves_and_can_continue(experiment):
     trials, alone, gang = members(experiment, 0, 1, 2)
     ended = together(trials, gang, stopped=lambda trial: trial is trials[1])
-    assert ended.keys() == {trials[0].id, trials[2].id}
+    assert ended == {trial.id: None for trial in trials}
     assert len(gang.load_checkpoint(trials[1])["history"]) == 1
     assert gang.record(trials[1].id) is None
     together(trials[1:2], gang)
     same(trials, alone, gang)
+
+
+def test_a_member_without_memory_leaves_before_its_first_step(experiment, monkeypatch):
+    trials, alone, gang = members(experiment, 0, 1, 3)
+    asked = []
+
+    def available(device):
+        asked.append(device)
+        return -1.0 if len(asked) == 2 else math.inf
+
+    monkeypatch.setattr(memory, "available", available)
+    ended = together(trials, gang)
+    left = trials.pop(2)
+    assert isinstance(ended.pop(left.id), memory.NoRoom) and not gang.epochs(left.id)
+    assert len(asked) == 2  # the first trial has room, and each is asked for once
+    same(trials, alone, gang)
+    monkeypatch.undo()
+    together([left], gang)
+    same([left], alone, gang)
+
+
+def test_first_steps_say_what_another_one_needs(monkeypatch):
+    steps, cpu = memory.FirstSteps(torch.device("cpu")), torch.device("cpu")
+    assert not steps.lacks_room()  # nothing is known
+    used = iter([100.0, 350.0, 350.0, 400.0])
+    monkeypatch.setattr(memory, "_most_used", lambda: next(used))
+    for _ in range(2):
+        steps.begin()
+        steps.end()
+    assert steps.largest == 250
+    for free, lacks in ((499.0, True), (500.0, False)):
+        monkeypatch.setattr(memory, "available", lambda device, free=free: free)
+        assert steps.lacks_room() == lacks
+    monkeypatch.undo()
+    assert 2**24 < memory._most_used() < memory.available(cpu) + memory._most_used() < math.inf
+
+
+def test_memory_of_a_container_is_what_its_limit_leaves(monkeypatch, tmp_path):
+    monkeypatch.setattr(memory, "CGROUP", tmp_path)
+    cpu = torch.device("cpu")
+    machine = memory.available(cpu)
+    (tmp_path / "memory.current").write_text("1000000\n")
+    (tmp_path / "memory.max").write_text("max\n")
+    assert memory.available(cpu) == pytest.approx(machine, rel=0.2)
+    (tmp_path / "memory.max").write_text("3000000\n")
+    assert memory.available(cpu) == 2_000_000
 
 
 def test_an_error_in_what_is_shared_ends_every_member(experiment, monkeypatch):

@@ -247,6 +247,20 @@ def test_students_start_when_their_teacher_ends_and_its_gang_goes_on(
         assert search.suggest("b")["trials"][0]["id"] == made.cells[0].trial.id
 
 
+def test_a_trial_without_memory_waits_for_a_smaller_gang(experiment, tmp_path, monkeypatch):
+    more = "grid.loss=[ce, ls]", "grid.epochs=[1,2]"
+    store = Store(tmp_path / "results")
+    with Claims(store.files) as claims:
+        _, search = searcher(experiment, store, claims, monkeypatch, [{"CPU": 1.0}], *more)
+        keys = [each["id"] for each in search.suggest("a")["trials"]]
+        for key in keys[2:]:
+            search.on_trial_result("a", {"ended": key, "no_room": "1"})
+        assert list(search.waiting) == keys[2:] and search.ended == []
+        assert [search._most(key) for key in keys] == [4, 4, 3, 2]
+        search.on_trial_complete("a", {})
+        assert [each["id"] for each in search.suggest("b")["trials"]] == keys[2:]
+
+
 def test_a_gang_that_dies_goes_on_in_halves(experiment, tmp_path, monkeypatch):
     store = Store(tmp_path / "results")
     with Claims(store.files) as claims:

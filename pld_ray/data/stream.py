@@ -76,7 +76,7 @@ class Stream:
         self.on_device: dict[str, Tensor] = {}
         self.mixers: dict[Any, Callable[..., Tensor]] = {}  # one for each way to make images
         for split, array in self.pixels.items():
-            if isinstance(array, np.ndarray) and array.nbytes <= _free_memory(device) / 4:
+            if isinstance(array, np.ndarray) and array.nbytes <= free_memory(device) / 4:
                 self.on_device[split] = torch.from_numpy(array.copy()).to(device)
         mean, std = torch.tensor(images.mean), torch.tensor(images.std)
         self.scale = (1 / (255 * std)).to(device)
@@ -276,7 +276,7 @@ def _pinned(x: Tensor, device: torch.device) -> Tensor:
     return x.pin_memory() if device.type == "cuda" else x
 
 
-def _free_memory(device: torch.device) -> float:
+def free_memory(device: torch.device) -> float:
     """Return the bytes that this process can still have of an accelerator; 0 for the CPU."""
     if device.type == "cuda":
         number = device.index  # None, which some of these functions refuse inside a torch.device

@@ -34,6 +34,7 @@ from pld_ray.distill.device import (
 )
 from pld_ray.distill.evaluation import evaluate_student, evaluate_teacher
 from pld_ray.distill.keeping import keep_checkpoint, keep_epoch, keep_record, resume
+from pld_ray.distill.memory import FirstSteps, NoRoom
 from pld_ray.distill.running import Run, Shared, TrainingError, set_up, sum_over_workers
 from pld_ray.distill.targets import Targets
 from pld_ray.store.store import Store
@@ -100,8 +101,8 @@ def train_gang(
         images: Their dataset.
         store: Receives checkpoints, the epoch logs, the weights and the records.
         report: Called after every epoch with the metrics of each trial, by all workers.
-        ended: Called when a trial is in the store, or with the error that ended it. The others go
-            on, unless this raises an exception.
+        ended: Called when a trial is in the store or was stopped, or with the error that ended it,
+            such as `NoRoom`. The others go on, unless this raises an exception.
         ledger: Keeps processes from computing the same teacher logits twice.
         alive: Called after every piece of work: a batch, or a forward pass of the teacher.
         device: Default: the CUDA device if there is one, else the CPU.
@@ -148,6 +149,8 @@ class Gang:
     ) -> None:
         self.shared, self.report, self.ended, self.stopped = shared, report, ended, stopped
         self.runs: list[Run] = []
+        self.stepped: set[Run] = set()  # trials that have done their first step here
+        self.first_steps = FirstSteps(shared.device)
         self.final: Exception | None = None  # what `ended` raised, which ends the gang
 
     def train(self, trials: Sequence[Trial], note: str = "") -> None:
@@ -258,18 +261,37 @@ class Gang:
             for run in runs:
                 keep_checkpoint(run)
             raise
-        for run, stops in zip(runs, self._stops(runs), strict=True):
-            if stops:
-                keep_checkpoint(run)
-                self.leave(run.trial)
+        stops = [self.shared.rank == 0 and self.stopped(run.trial) for run in runs]
+        for run, stop in zip(runs, self.agreed(stops), strict=True):
+            if stop:
+                with self.member(run.trial):
+                    keep_checkpoint(run)
+                    self.leave(run.trial)
+                    self.ended(run.trial, None)
 
-    def _stops(self, runs: list[Run]) -> list[bool]:
-        """Return whether each trial stops after this epoch; the first worker decides."""
-        found = [self.shared.rank == 0 and self.stopped(run.trial) for run in runs]
+    def agreed(self, found: list[bool]) -> list[bool]:
+        """Return for each question whether any worker says yes."""
         if self.shared.world == 1:
             return found
         asked = torch.tensor(found, dtype=torch.float32, device=self.shared.device)
         return [bool(each) for each in sum_over_workers(asked).tolist()]
+
+    @contextmanager
+    def room_for(self, run: Run) -> Iterator[None]:
+        """Measure the first step of a trial.
+
+        Raises:
+            NoRoom: The process has too little memory for it.
+        """
+        if run in self.stepped:
+            yield
+            return
+        if self.agreed([self.first_steps.lacks_room()])[0]:
+            raise NoRoom
+        self.first_steps.begin()
+        yield
+        self.first_steps.end()
+        self.stepped.add(run)
 
     def still(self, runs: list[Run]) -> list[Run]:
         """Return those of some trials that have not ended."""
@@ -289,7 +311,7 @@ class Gang:
         try:
             yield
         except Exception as error:
-            common = isinstance(error, TrainingError) or lacks_deterministic(error)
+            common = isinstance(error, (TrainingError, NoRoom)) or lacks_deterministic(error)
             if self.shared.world > 1 and not common:
                 raise
             self.leave(trial)
@@ -330,7 +352,8 @@ def train_epoch(gang: Gang, runs: list[Run], epoch: int) -> None:
         for run in runs:
             with gang.member(run.trial), nullcontext() if alone else run.own_random():
                 run.schedule.step_update(step)
-                run.losses.append(run.update(ours, targets.of(run), weight, step))
+                with gang.room_for(run):
+                    run.losses.append(run.update(ours, targets.of(run), weight, step))
         if len(gang.still(runs)) < len(runs):
             runs[:] = gang.still(runs)
         if not runs:

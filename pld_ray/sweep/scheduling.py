@@ -178,8 +178,15 @@ class PlanSearcher(Searcher):
         """Note the epochs of the trials of a gang, and how they end."""
         gang = self.running[trial_id]
         gang.done |= {epoch["id"]: epoch["epoch"] for epoch in result.get("epochs", ())}
-        if result.get("ended") in gang.trials:
-            self._end(gang.trials.pop(result["ended"]), result)
+        if result.get("ended") not in gang.trials:
+            return
+        trial = gang.trials.pop(result["ended"])
+        if "no_room" in result:  # it waits for another gang, of those that had room here
+            gang.size -= 1
+            self.largest[trial.id] = max(1, gang.size)
+            self.waiting[trial.id] = trial
+        else:
+            self._end(trial, result)
 
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False

@@ -117,6 +117,7 @@ def _attempt(
     # Importing torch takes seconds, in which the process gives no sign of life.
     with without_collection():
         from pld_ray.distill.loop import train_gang
+        from pld_ray.distill.memory import NoRoom
         from pld_ray.distill.running import TrainingError
 
     grouped = trials[0].workers > 1
@@ -131,6 +132,9 @@ def _attempt(
     def ended(trial: Trial, error: Exception | None) -> None:
         if error is None:
             tell(trial)
+            return
+        if isinstance(error, NoRoom):
+            tell(trial, no_room="its gang had no memory for it")
             return
         final, fault, reason = isinstance(error, TrainingError), _fault(error), _reason(error)
         if final or not (fault or isinstance(error, again)):
