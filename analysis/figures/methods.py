@@ -299,7 +299,8 @@ def profiles(records: pd.DataFrame, colours: dict[str, str]) -> Figure:
 def learning_curves(curves: pd.DataFrame, colours: dict[str, str]) -> Figure:
     """Draw top-1 and training loss by epoch, as the mean over seeds.
 
-    Top-1 has a band of one standard deviation if there are at most six methods.
+    Top-1 has a band of one standard deviation if there are at most six methods. Lines join the
+    epochs that have a value.
 
     Args:
         curves: Epochs as returned by `records.frames.curves`.
@@ -311,7 +312,7 @@ def learning_curves(curves: pd.DataFrame, colours: dict[str, str]) -> Figure:
     for row, (key, section) in zip(axes, sections, strict=True):
         for axis, metric in zip(row, ("top1", "train_loss"), strict=True):
             for method, lines in section.groupby("method", sort=False):
-                by_epoch = lines.groupby("epoch")[metric]
+                by_epoch = lines.dropna(subset=metric).groupby("epoch")[metric]
                 mean, std = by_epoch.mean(), by_epoch.std().fillna(0)
                 colour = colours[str(method)]
                 point = "o" if len(mean) == 1 else ""

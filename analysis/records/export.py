@@ -27,8 +27,8 @@ def frame(trials: dict[str, Trial], store: Store) -> pd.DataFrame:
     Returns:
         The columns id, label, epoch, state (done, failed, stopped, begun, not begun) and why, then
         trial.* (the spec of the trial), metrics.*, seconds.* and environment.* as in the record.
-        For a trial that is not done, the metrics are those of its last epoch. Lists are written as
-        JSON. docs/results.md names all columns.
+        For a trial that is not done, each metric is that of the last epoch that has it. Lists are
+        written as JSON. docs/results.md names all columns.
     """
     specs: dict[int, dict[str, Any]] = {}  # trials that differ only in the seed share theirs
     rows = []
@@ -70,7 +70,7 @@ def _outcome(trial: Trial, outcome: Outcome) -> dict[str, Any]:
     if outcome.failure is not None:
         row |= {"state": "failed", "why": outcome.failure["reason"]}
     spent = {"epoch", "teacher_images"}  # of one epoch; a record has the sums under seconds.*
-    last = history[-1] if history else {}
+    last = {name: value for epoch in history for name, value in epoch.items()}
     metrics = {k: v for k, v in last.items() if k not in spent and not k.endswith("seconds")}
     return row | _flat({"metrics": metrics})
 

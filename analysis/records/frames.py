@@ -169,10 +169,16 @@ def curves(records: pd.DataFrame, store: Store) -> pd.DataFrame:
 
 
 def epochs(trial_ids: Iterable[str], store: Store) -> pd.DataFrame:
-    """Return one row per epoch of each trial, with the columns id, epoch and the metrics."""
+    """Return one row per epoch of each trial, with the columns id, epoch and the metrics.
+
+    A metric is NaN in an epoch that does not have it (see `validate_every`).
+    """
     found = store.epoch_lines(trial_ids)
     tables = [_parsed(batch) for batch in _batches(found)]
-    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=["id", "epoch"])
+    if not tables:
+        return pd.DataFrame(columns=["id", "epoch"])
+    table = pd.concat(tables, ignore_index=True)
+    return table if "top1" in table else table.assign(top1=np.nan)  # nothing is validated yet
 
 
 def _batches(lines: dict[str, bytes], most: int = 2**28) -> Iterator[dict[str, bytes]]:

@@ -93,7 +93,8 @@ def logs(trial: TrialId, storage: Storage = "results") -> None:
     outcome = store.outcomes([found.id])[found.id]
     typer.echo(f"{found.label} ({found.id}): {outcome.state(found.epochs)}\n")
     if outcome.epochs:
-        head = tuple(dict.fromkeys(name for epoch in outcome.epochs for name in epoch))
+        fullest = max(outcome.epochs, key=len)  # its order is the best: it has been validated
+        head = tuple(dict.fromkeys(name for each in (fullest, *outcome.epochs) for name in each))
         rows = [tuple(_number(epoch.get(name)) for name in head) for epoch in outcome.epochs]
         typer.echo(aligned(head, rows))
     for note in (outcome.record or {}).get("notes", []):

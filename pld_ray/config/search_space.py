@@ -103,12 +103,13 @@ class Search(Part):
         num_trials: The number of trials per cell. "grid" does not require it.
         scheduler: The rule that stops a trial that does worse than the others of its cell after
             the same number of epochs: "asha", "hyperband" (asynchronous, with several brackets),
-            "median" (the median stopping rule) or "none".
+            "median" (the median stopping rule) or "none". It acts after epochs that have the
+            metric (see the setting `validate_every` of a trial).
         grace_epochs: The number of epochs before which no trial is stopped.
         time_budget: The seconds of training per cell.
-        metric: The metric that is compared, taken from the last epoch: "top1", "top5", "val_loss",
-            "ece", "agreement", "kl_teacher_student", "train_loss", or one of the experiment's own
-            `metrics`.
+        metric: The metric that is compared, taken from the last epoch that has it: "top1", "top5",
+            "val_loss", "ece", "agreement", "kl_teacher_student", "train_loss", or one of the
+            experiment's own `metrics`.
         mode: Whether a higher ("max") or lower ("min") value of the metric is better; by default
             known. A metric of a plug-in needs it.
         seed: The seed of the drawn points, and of all trials of the search.

@@ -68,6 +68,9 @@ class Trial(Part):
         optimizer: The optimizer.
         schedule: The schedule of the learning rate.
         epochs: The number of epochs.
+        validate_every: The number of epochs after which the student is evaluated on the validation
+            images again; it always is after the last epoch. The other epochs have no metrics on
+            these images, and `best_top1` is the best of the epochs that have.
         batch_size: The global batch size; it is split evenly among the workers.
         drop_last: Whether to drop the last batch of an epoch if it is smaller.
         clip_grad: The maximum norm of the gradient; by default it is not clipped.
@@ -93,6 +96,7 @@ class Trial(Part):
     optimizer: Optimizer = Optimizer()
     schedule: Schedule = Schedule()
     epochs: int = Field(ge=1)
+    validate_every: int = Field(1, ge=1)
     batch_size: int = Field(128, ge=1)
     drop_last: bool = False
     clip_grad: float | None = Field(None, gt=0)
@@ -151,6 +155,10 @@ class Trial(Part):
         if not self.data.augmented:
             return 0
         return epoch % self.views if self.views else epoch
+
+    def validates(self, epoch: int) -> bool:
+        """Return whether the student is evaluated after an epoch, the first of which is 1."""
+        return epoch % self.validate_every == 0 or epoch == self.epochs
 
     @cached_property
     def id(self) -> str:

@@ -106,7 +106,10 @@ def keep_record(run: Run) -> None:
 
 
 def _record(run: Run) -> dict[str, Any]:
-    """Return what a finished trial leaves behind; the metrics are those of its last epoch."""
+    """Return what a finished trial leaves behind; the metrics are those of its last epoch.
+
+    `best_top1` is the best of the epochs after which the student was evaluated.
+    """
     import timm
 
     history = run.history
@@ -117,7 +120,7 @@ def _record(run: Run) -> dict[str, Any]:
         "id": run.trial.id,
         "metrics": {k: v for k, v in history[-1].items() if k not in spent},
         "data": describe(run.trial.data, run.shared.images),
-        "best_top1": max(epoch["top1"] for epoch in history),
+        "best_top1": max(epoch["top1"] for epoch in history if "top1" in epoch),
         "seconds": {name: sum(epoch.get(name, 0.0) for epoch in history) for name in parts},
         "teacher_images": sum(epoch.get("teacher_images", 0) for epoch in history),
         "parameters": sum(p.numel() for p in run.distiller.student.parameters()),

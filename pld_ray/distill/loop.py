@@ -219,7 +219,7 @@ class Gang:
         return parts
 
     def end_epoch(self, run: Run, seconds: float, parts: dict[str, float]) -> None:
-        """Check and evaluate a trial after an epoch, and add the epoch to its history.
+        """Check a trial after an epoch, evaluate it if it is time, and add the epoch to its history.
 
         Args:
             run: The trial.
@@ -229,14 +229,14 @@ class Gang:
         started = time.perf_counter()
         train_loss, seen = mean_loss(run)
         share_buffers(run)
-        scores = evaluate_student(run)
+        validated = run.trial.validates(len(run.history) + 1)
+        scores = evaluate_student(run) | run.teacher_scores if validated else {}
         validation = time.perf_counter() - started
         run.history.append(
             {
                 "epoch": len(run.history) + 1,
                 "train_loss": train_loss,
                 **scores,
-                **run.teacher_scores,
                 "lr": run.optimizer.param_groups[0]["lr"],
                 "images_per_second": seen / seconds,
                 "seconds": seconds + validation,

@@ -1,7 +1,8 @@
 """Stop trials of a search early, with one Tune scheduler per grid cell and a time budget.
 
 A scheduler compares only the trials of its own cell, so a method that learns slowly is not stopped
-because another method learns fast. Each scheduler first receives the results of earlier runs.
+because another method learns fast. Each scheduler first receives the results of earlier runs. It
+receives only epochs that have the metric: with `validate_every`, not every epoch has one.
 
 Tune knows gangs. The schedulers of Tune are told of the trials in them. That a trial is stopped is
 noted in the store, where its process looks after each epoch.
@@ -78,7 +79,12 @@ class EarlyStopping(FIFOScheduler):
         scheduler, member = self.schedulers[self.group_of[trial_id]], _Member(trial_id)
         scheduler.on_trial_add(None, member)
         for epoch in self.store.epochs(trial_id):
-            scheduler.on_trial_result(None, member, epoch)
+            if self._scored(trial_id, epoch):
+                scheduler.on_trial_result(None, member, epoch)
+
+    def _scored(self, trial_id: str, epoch: dict[str, Any]) -> bool:
+        """Return whether an epoch of a trial of the search has the metric of the search."""
+        return self.groups[self.group_of[trial_id]].search.metric in epoch
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
         """Add the trials of a gang to their schedulers."""
@@ -98,13 +104,15 @@ class EarlyStopping(FIFOScheduler):
         key, member = epoch["id"], _Member(epoch["id"])
         scheduler, group = self.schedulers[self.group_of[key]], self.groups[self.group_of[key]]
         self.spent[self.group_of[key]] += epoch["seconds"]
-        stops = scheduler.on_trial_result(controller, member, epoch) == TrialScheduler.STOP
+        scored, stops = self._scored(key, epoch), False
+        if scored:
+            stops = scheduler.on_trial_result(controller, member, epoch) == TrialScheduler.STOP
         last = epoch["epoch"] >= epoch["epochs"]
         if not last and self.out_of_budget(key):
             self.stop(key, "time_budget")
         elif not last and stops:
             self.stop(key, group.search.scheduler)
-        if last or key in self.stopped:
+        if scored and (last or key in self.stopped):
             scheduler.on_trial_complete(controller, member, epoch)
 
     def stop(self, trial_id: str, by: str) -> None:

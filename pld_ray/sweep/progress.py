@@ -41,7 +41,7 @@ class ProgressView:
         self.labels, self.teacher_ids = dict(plan.labels), plan.teacher_ids
         self.console = console
         self.already = len(plan.trials) - len(pending)
-        self.running: dict[str, dict[str, Any]] = {}  # trial id -> metrics of its last epoch
+        self.running: dict[str, dict[str, Any]] = {}  # trial id -> the last value of each metric
         self.done = 0
         self.failed = 0
         self.epochs_left = sum(trial.epochs for trial in pending.values())
@@ -75,7 +75,7 @@ class ProgressView:
         before = self.running.get(trial_id, {}).get("epoch", 0)
         self.epochs_left -= metrics["epoch"] - before
         self.epochs_seen += 1
-        self.running[trial_id] = metrics
+        self.running[trial_id] = self.running.get(trial_id, {}) | metrics
         self.teacher["spent"] += metrics.get("teacher_seconds", 0.0)
         self.teacher["avoided"] += metrics.get("teacher_avoided_seconds", 0.0)
 

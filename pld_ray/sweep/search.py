@@ -37,7 +37,8 @@ class DrawnTrial:
         state: "done", "stopped" (by the scheduler), "paused" (the time budget was spent),
             "failed" (another attempt would fail too) or "open" (still to run).
         epoch: Number of finished epochs.
-        score: The metric of the search in the last epoch; None if there is none yet.
+        score: The metric of the search in the last epoch that has one; None if there is none yet.
+        scored: The number of this epoch; 0 without a score.
         seconds: Training time in seconds.
     """
 
@@ -46,6 +47,7 @@ class DrawnTrial:
     state: str
     epoch: int
     score: float | None
+    scored: int
     seconds: float
 
     @property
@@ -127,10 +129,11 @@ class SearchCell:
         """Combine a trial with what the store holds of it."""
         if (record := outcome.record) is not None:
             score, seconds = record["metrics"].get(self.search.metric), record["seconds"]["seconds"]
-            return DrawnTrial(point, trial, "done", trial.epochs, score, seconds)
+            return DrawnTrial(point, trial, "done", trial.epochs, score, trial.epochs, seconds)
         history = outcome.epochs
         seconds = sum(epoch.get("seconds", 0.0) for epoch in history)
-        score = history[-1].get(self.search.metric) if history else None
+        last = next((e for e in reversed(history) if self.search.metric in e), {"epoch": 0})
+        score, scored = last.get(self.search.metric), last["epoch"]
         by = (outcome.stopped or {}).get("by")
         state = "open"
         if (outcome.failure or {}).get("final"):
@@ -139,7 +142,7 @@ class SearchCell:
             state = "stopped"
         elif by == "time_budget":
             state = "paused"
-        return DrawnTrial(point, trial, state, len(history), score, seconds)
+        return DrawnTrial(point, trial, state, len(history), score, scored, seconds)
 
     def draw(self, store: Store) -> DrawnTrial | None:
         """Draw Optuna's next point and keep it in the store.
@@ -157,7 +160,7 @@ class SearchCell:
             ]
             point = suggest(self.search, self.space, self.key, tried)
             if store.add_point(self.key, progress.rows, [point[field] for field in self.space]):
-                return DrawnTrial(point, self.trial(point), "open", 0, None, 0.0)
+                return DrawnTrial(point, self.trial(point), "open", 0, None, 0, 0.0)
         return None
 
 
@@ -206,14 +209,14 @@ class SearchProgress:
     def best(self) -> DrawnTrial | None:
         """The best trial among those with a score that did not fail; None if there is none.
 
-        Finished trials come first, by their score. Of the others, those with more epochs come
-        first, then those with better scores.
+        Finished trials come first, by their score. Of the others, those with a score of a later
+        epoch come first, then those with better scores.
         """
         scored = [d for d in self.drawn if d.state != "failed" and d.score is not None]
         sign = 1 if self.group.search.better == "max" else -1
         if finished := [d for d in scored if d.state == "done"]:
             return max(finished, key=lambda d: sign * (d.score or 0.0))
-        return max(scored, key=lambda d: (d.epoch, sign * (d.score or 0.0)), default=None)
+        return max(scored, key=lambda d: (d.scored, sign * (d.score or 0.0)), default=None)
 
 
 def groups(experiment: Experiment) -> list[SearchCell]:
@@ -222,8 +225,8 @@ def groups(experiment: Experiment) -> list[SearchCell]:
     Cells with the same `key` share one search.
 
     Raises:
-        InputError: A field of the space cannot be searched, the trials do not have the metric, or
-            it needs a teacher and a loss has none.
+        InputError: A field of the space cannot be searched, the trials do not have the metric, it
+            needs a teacher and a loss has none, or the scheduler could not stop any trial.
     """
     search = experiment.search
     assert search is not None
@@ -243,6 +246,7 @@ def groups(experiment: Experiment) -> list[SearchCell]:
                 f"{experiment.name}: search.metric is {search.metric!r}: {loss.name} has no "
                 "teacher to compare with"
             )
+        _check_scheduler(experiment, trial)
         space = {}
         for field, values in search.space.items():
             first, _, parameter = field.partition(".")
@@ -254,6 +258,27 @@ def groups(experiment: Experiment) -> list[SearchCell]:
                 space[field] = values
         found.append(SearchCell(experiment, settings, space))
     return found
+
+
+def _check_scheduler(experiment: Experiment, trial: Trial) -> None:
+    """Raise InputError if `validate_every` leaves no epoch after which a trial can be stopped.
+
+    A miniature has few epochs. It shows how a search runs and may do without the scheduler.
+    """
+    search = experiment.search
+    assert search is not None
+    if search.scheduler == "none" or search.metric == "train_loss" or experiment.miniature_of:
+        return
+    if not search.space.keys().isdisjoint(("epochs", "validate_every")):
+        return
+    stops = range(search.grace_epochs, trial.epochs)  # a trial is not stopped after its last epoch
+    if stops and not any(map(trial.validates, stops)):
+        raise InputError(
+            f"{experiment.name}: validate_every is {trial.validate_every}: {search.scheduler} "
+            f"could not stop any trial, because {search.metric} is not known in epochs "
+            f"{stops[0]} to {stops[-1]} of {trial.epochs}: expected a smaller validate_every, or "
+            "search.scheduler none"
+        )
 
 
 def _check_field(field: str, search: Search, where: str) -> None:
