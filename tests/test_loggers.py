@@ -14,7 +14,13 @@ from pld_ray.sweep import checks, loggers, runner
 from pld_ray.sweep.progress import ProgressView
 
 TEXT = """
-base: {data: {name: digits, limit: 100}, student: resnet8, epochs: 4, batch_size: 50, loss: ce}
+base:
+  data: {name: digits, limit: 100}
+  student: resnet8
+  loss: ce
+  epochs: 4
+  validate_every: 3
+  batch_size: 50
 """
 
 
@@ -27,8 +33,8 @@ def run(made, store, names):
     return failures, [logger.problem for logger in followed]
 
 
-def tensorboard(folder):
-    """step -> top1, read from the bytes of an event file: length, crc, event, crc."""
+def tensorboard(folder, metric):
+    """step -> metric, read from the bytes of an event file: length, crc, event, crc."""
     (path,) = folder.rglob("events.out.tfevents.*")
     content, found = path.read_bytes(), {}
     while content:
@@ -36,7 +42,7 @@ def tensorboard(folder):
         event = Event.FromString(content[12 : 12 + length])
         content = content[16 + length :]
         for value in event.summary.value:
-            if value.tag == "ray/tune/top1":
+            if value.tag == f"ray/tune/{metric}":
                 assert event.step not in found
                 found[event.step] = value.simple_value
     return found
@@ -57,8 +63,8 @@ def records(content):
             record = b""
 
 
-def wandb(folder):
-    """step -> top1, read from the file of a run that has not been sent to a server."""
+def wandb(folder, metric):
+    """step -> metric, read from the file of a run that has not been sent to a server."""
     from wandb.proto.wandb_internal_pb2 import Record
 
     (path,) = folder.rglob("run-*.wandb")
@@ -66,8 +72,8 @@ def wandb(folder):
     for record in records(path.read_bytes()):
         items = Record.FromString(record).history.item
         row = {"/".join(item.nested_key) or item.key: item.value_json for item in items}
-        if "top1" in row:
-            found[int(row["training_iteration"])] = float(row["top1"])
+        if metric in row:
+            found[int(row["training_iteration"])] = float(row[metric])
     return found
 
 
@@ -94,18 +100,19 @@ def test_every_logger_has_every_epoch(local_ray, experiment, tmp_path, monkeypat
     interrupted(trial, store, monkeypatch)
     assert len(store.epochs(trial.id)) == 2
     assert run(made, store, Logger) == ({}, [None] * 3)
-    expected = {epoch["epoch"]: epoch["top1"] for epoch in store.epochs(trial.id)}
-    assert expected.keys() == {1, 2, 3, 4}
     root = tmp_path / "results"
-    assert tensorboard(root / "tensorboard" / "small") == pytest.approx(expected)
-    assert wandb(root / "wandb") == pytest.approx(expected)
-
     client = mlflow.MlflowClient(f"sqlite:///{root}/mlflow.db")
     (found,) = client.search_runs([client.get_experiment_by_name("small").experiment_id])
     assert found.info.status == "FINISHED" and trial.id in found.info.run_name
     assert found.data.params["trial/student/name"] == "resnet8"
-    history = client.get_metric_history(found.info.run_id, "top1")
-    assert {point.step: point.value for point in history} == pytest.approx(expected)
+    for metric, epochs in (("train_loss", {1, 2, 3, 4}), ("top1", {3, 4})):
+        logged = {e["epoch"]: e[metric] for e in store.epochs(trial.id) if metric in e}
+        assert logged.keys() == epochs
+        expected = pytest.approx(logged)
+        assert tensorboard(root / "tensorboard" / "small", metric) == expected
+        assert wandb(root / "wandb", metric) == expected
+        history = client.get_metric_history(found.info.run_id, metric)
+        assert {point.step: point.value for point in history} == expected
 
 
 @pytest.mark.slow
