@@ -275,15 +275,17 @@ def test_a_trial_that_resumes_in_another_precision_says_so(experiment, tmp_path,
 def test_validation_in_pieces_has_the_metrics_of_all_images_at_once(experiment, tmp_path):
     trial = plan(experiment(SMALL)).cells[0].trial
     images, found = load(trial.data), []
-    for size in (512, 7):
+    for size, pixels in ((512, 2**16), (7, 2**16), (512, 9 * 64)):  # digits have 64 pixels
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("pld_ray.distill.evaluation.VAL_BATCH", size)
-            store = Store(tmp_path / f"results{size}")
+            patch.setattr("pld_ray.distill.evaluation.PIXELS", pixels)
+            store = Store(tmp_path / f"results{size}-{pixels}")
             train(trial.teacher, load(trial.teacher.data), store, lambda metrics: None)
             train(trial, images, store, lambda metrics: None)
         metrics = store.record(trial.id)["metrics"]
         found.append({k: v for k, v in metrics.items() if k != "images_per_second"})
     assert found[0] == pytest.approx(found[1], rel=1e-5)
+    assert found[0] == pytest.approx(found[2], rel=1e-5)
 
 
 WITHOUT_RAY = """

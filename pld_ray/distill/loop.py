@@ -32,15 +32,16 @@ from pld_ray.distill.device import (
     release_memory,
     use_deterministic,
 )
-from pld_ray.distill.evaluation import evaluate_student, evaluate_teacher
+from pld_ray.distill.evaluation import evaluate_batch, evaluate_teacher, scores, val_batches
 from pld_ray.distill.keeping import keep_checkpoint, keep_epoch, keep_record, resume
 from pld_ray.distill.memory import FirstSteps, NoRoom
 from pld_ray.distill.running import Run, Shared, TrainingError, set_up, sum_over_workers
-from pld_ray.distill.targets import Targets
+from pld_ray.distill.targets import LIVE, Targets
 from pld_ray.store.store import Store
 
 OF_TEACHER = ("teacher", "teacher_avoided", "bank", "waiting")
 """Parts of an epoch that only trials with a teacher need."""
+REST = "rest"  # what is in no part
 
 Report = Callable[[list[dict[str, Any]]], None]
 Ended = Callable[[Trial, Exception | None], None]
@@ -191,59 +192,69 @@ class Gang:
         started = time.perf_counter()
         train_epoch(self, runs, epoch)
         runs = self.still(runs)
-        own = {id(run): run.clock.read() for run in runs}
-        seconds = time.perf_counter() - started
-        common = self._common_parts(runs)
-        spent = _seconds(common) + sum(map(_seconds, own.values()))
-        rest = max(0.0, seconds - spent) / max(1, len(runs))
-        taught = [run for run in runs if run.teacher is not None]
+        trained = self._shares(runs, started)
+        losses: dict[Run, tuple[float, int]] = {}
         for run in runs:
-            # What is done once counts in equal shares for those that need it.
-            shares = {
-                name: x / len(taught if name in OF_TEACHER else runs)
-                for name, x in common.items()
-                if run.teacher is not None or name not in OF_TEACHER
-            }
-            parts = _added(shares, own[id(run)])
             with self.member(run.trial):
-                self.end_epoch(run, _seconds(parts) + rest, parts)
+                losses[run] = mean_loss(run)
+                share_buffers(run)
+        started = time.perf_counter()
+        due = [run for run in self.still(runs) if run.trial.validates(epoch + 1)]
+        found = self.validate(due) if due else {}
+        validated = self._shares(self.still(due), started)
+        for run in self.still(runs):
+            parts = _added(trained[run], validated.get(run, {}))
+            train_loss, seen = losses[run]
+            run.history.append(
+                {
+                    "epoch": epoch + 1,
+                    "train_loss": train_loss,
+                    **found.get(run, {}),
+                    "lr": run.optimizer.param_groups[0]["lr"],
+                    "images_per_second": seen / _seconds(trained[run]),
+                    "seconds": _seconds(parts),
+                    "teacher_images": run.teacher.take_images_seen() if run.teacher else 0,
+                    **{f"{name}_seconds": value for name, value in parts.items() if name != REST},
+                }
+            )
         self.keep_and_report(self.still(runs))
 
-    def _common_parts(self, runs: list[Run]) -> dict[str, float]:
-        """Return the seconds of what was done once, and of the passes of teachers it avoided."""
-        parts = self.shared.clock.read()
-        if live := parts.pop("live", 0.0):
+    def validate(self, runs: list[Run]) -> dict[Run, dict[str, float]]:
+        """Return the metrics of trials on the validation images; each batch is prepared once."""
+        found: dict[Run, dict[str, float]] = {}
+        for run in runs:
+            run.best_student.eval()
+        for number, (images, labels) in enumerate(val_batches(self.shared)):
+            for run in self.still(runs):
+                with self.member(run.trial):
+                    evaluate_batch(run, number, images, labels)
+        for run in self.still(runs):
+            with self.member(run.trial):
+                found[run] = scores(run)
+        return found
+
+    def _shares(self, runs: list[Run], started: float) -> dict[Run, dict[str, float]]:
+        """Return the seconds of the parts of what some trials did since a time.
+
+        What is done once counts in equal shares for the trials that need it.
+        """
+        own, common = {run: run.clock.read() for run in runs}, self.shared.clock.read()
+        if live := common.pop(LIVE, 0.0):
             users = [run.live_teacher for run in runs if run.live_teacher is not None]
             avoided = live * (len(users) / max(1, len(set(users))) - 1)
-            parts = _added(parts, {"teacher": live, "teacher_avoided": avoided})
-        return parts
-
-    def end_epoch(self, run: Run, seconds: float, parts: dict[str, float]) -> None:
-        """Check a trial after an epoch, evaluate it if it is time, and add the epoch to its history.
-
-        Args:
-            run: The trial.
-            seconds: The time that its training took.
-            parts: The seconds of the parts of the training.
-        """
-        started = time.perf_counter()
-        train_loss, seen = mean_loss(run)
-        share_buffers(run)
-        validated = run.trial.validates(len(run.history) + 1)
-        scores = evaluate_student(run) | run.teacher_scores if validated else {}
-        validation = time.perf_counter() - started
-        run.history.append(
-            {
-                "epoch": len(run.history) + 1,
-                "train_loss": train_loss,
-                **scores,
-                "lr": run.optimizer.param_groups[0]["lr"],
-                "images_per_second": seen / seconds,
-                "seconds": seconds + validation,
-                "teacher_images": run.teacher.take_images_seen() if run.teacher else 0,
-                **{f"{name}_seconds": x for name, x in _added(parts, run.clock.read()).items()},
+            common = _added(common, {"teacher": live, "teacher_avoided": avoided})
+        spent = _seconds(common) + sum(map(_seconds, own.values()))
+        common[REST] = max(0.0, time.perf_counter() - started - spent)
+        taught = sum(run.teacher is not None for run in runs)
+        found = {}
+        for run in runs:
+            shares = {
+                name: value / (taught if name in OF_TEACHER else len(runs))
+                for name, value in common.items()
+                if run.teacher is not None or name not in OF_TEACHER
             }
-        )
+            found[run] = _added(shares, own[run])
+        return found
 
     def keep_and_report(self, runs: list[Run]) -> None:
         """Keep and report an epoch of some trials; those that are stopped leave."""

@@ -126,6 +126,8 @@ class Run:
     kept: int = 0  # epochs in the last checkpoint
     kept_at: float = field(default_factory=time.perf_counter)
     losses: list[Tensor] = field(default_factory=list)  # of the epoch; they stay on the device
+    val_sums: list[Tensor] = field(default_factory=list)  # of the validation batches
+    own_sums: list[Tensor] = field(default_factory=list)  # the same, of metrics from plug-ins
     random: list[Tensor] = field(default_factory=list)  # the state of its generators
 
     @property

@@ -24,6 +24,8 @@ from pld_ray.distill.teacher import Teacher
 ON_DEVICE = 2**28
 """Bytes of the teacher's logits of a view that are copied to the device at once."""
 
+LIVE = "live"  # the part of an epoch in which teachers run for several trials
+
 Stored = tuple[Tensor, Tensor | None]
 
 
@@ -65,7 +67,7 @@ class Targets:
             compared = {run.distiller.compares_features for run in runs}
             teacher = runs[0].live_teacher
             assert teacher is not None
-            with runs[0].shared.clock("live"):
+            with runs[0].shared.clock(LIVE):
                 self.live[key] = _outputs(teacher, images, False in compared, True in compared)
 
     def of(self, run: Run) -> Target:
