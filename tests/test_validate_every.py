@@ -199,6 +199,19 @@ def test_the_median_rule_compares_the_epochs_with_values(experiment, tmp_path):
     assert told(stopping, trials[4], epochs(0, 65, 0, 65, 0, 65)) == 2
 
 
+def test_the_median_rule_does_not_read_a_trial_that_ended_without_a_value(experiment, tmp_path):
+    store = Store(tmp_path / "results")
+    sets = "search.scheduler=median", "search.space={epochs: {choice: [5, 6]}}"
+    progress, (short, long, *_) = searched(experiment, store, *sets)
+    assert (short.epochs, long.epochs) == (5, 6)
+    stopping, tune = EarlyStopping(progress, store), TuneTrial(long)
+    stopping.on_trial_add(None, tune)
+    for result in epochs(0, 80, 0, 80, 0):
+        assert stopping.on_trial_result(None, tune, result) == TrialScheduler.CONTINUE
+    stopping.on_trial_complete(None, tune, result)  # as Tune does after a time budget
+    assert told(stopping, short, epochs(0, 80, 0, 80, 80, of=5)) is None
+
+
 def test_a_scheduler_hears_of_earlier_runs(experiment, tmp_path):
     store = Store(tmp_path / "results")
     _, (done, resumed, worse, *_) = searched(experiment, store, "search.scheduler=asha")
