@@ -70,7 +70,7 @@ def listening(driver):
 def test_a_driver_that_is_killed(whole, store, finishes):
     path, made, *_ = whole
     with Driver(path, store.uri) as driver:
-        driver.wait_for(lambda: len(store.records(made.trials)) >= 2)
+        driver.wait_for(lambda: under_way(store, made))
         driver.process.kill()
         driver.output()
     before = store.records(made.trials)

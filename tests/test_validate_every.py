@@ -106,7 +106,7 @@ def test_the_best_top1_is_that_of_the_validated_epochs(experiment, tmp_path, mon
         asked.append(len(run.history) + 1)
         return {"top1": top1[asked[-1]]}
 
-    monkeypatch.setattr("pld_ray.distill.loop.evaluate_student", scores)
+    monkeypatch.setattr("pld_ray.distill.loop.scores", scores)
     store = Store(tmp_path / "results")
     train(trial, load(trial.data), store, lambda metrics: None)
     record = store.record(trial.id)
@@ -116,7 +116,7 @@ def test_the_best_top1_is_that_of_the_validated_epochs(experiment, tmp_path, mon
 
 @pytest.mark.parametrize("killed", [2, 3])
 def test_a_trial_resumes_after_an_epoch_without_values(experiment, tmp_path, monkeypatch, killed):
-    monkeypatch.setattr("pld_ray.distill.loop.CHECKPOINT_SECONDS", 0)
+    monkeypatch.setattr("pld_ray.distill.keeping.CHECKPOINT_SECONDS", 0)
     trial = plan(experiment(SMALL, "loss=ce", "validate_every=2")).cells[0].trial
     stores = [Store(tmp_path / name) for name in ("whole", "killed")]
 
@@ -139,10 +139,10 @@ def test_a_trial_resumes_after_an_epoch_without_values(experiment, tmp_path, mon
 
 
 class TuneTrial:
-    """What a scheduler sees of a trial of Tune."""
+    """What a scheduler sees of a gang of one trial."""
 
     def __init__(self, trial):
-        self.trial_id, self.config = trial.id, {"id": trial.id}
+        self.trial_id, self.config = "gang", {"trials": [{"id": trial.id}]}
 
 
 def epochs(*top1, every=2, of=6):
@@ -154,16 +154,18 @@ def epochs(*top1, every=2, of=6):
     ]
 
 
+def stops(stopping, trial, result):
+    """Whether a trial is stopped after an epoch; the gang itself never is."""
+    told = {"epochs": [result | {"id": trial.id}]}
+    assert stopping.on_trial_result(None, TuneTrial(trial), told) == TrialScheduler.CONTINUE
+    assert (trial.id in stopping.stopped) == (stopping.store.stopped(trial.id) is not None)
+    return trial.id in stopping.stopped
+
+
 def told(stopping, trial, results):
-    """The epoch after which a scheduler stops a trial, or None; as Tune calls it."""
-    tune, stopped = TuneTrial(trial), None
-    stopping.on_trial_add(None, tune)
-    for result in results:
-        if stopping.on_trial_result(None, tune, result) == TrialScheduler.STOP:
-            stopped = result["epoch"]
-            break
-    stopping.on_trial_complete(None, tune, result)
-    return stopped
+    """The epoch after which a trial is stopped, or None."""
+    stopping.on_trial_add(None, TuneTrial(trial))
+    return next((each["epoch"] for each in results if stops(stopping, trial, each)), None)
 
 
 def searched(experiment, store, *sets):
@@ -204,11 +206,8 @@ def test_the_median_rule_does_not_read_a_trial_that_ended_without_a_value(experi
     sets = "search.scheduler=median", "search.space={epochs: {choice: [5, 6]}}"
     progress, (short, long, *_) = searched(experiment, store, *sets)
     assert (short.epochs, long.epochs) == (5, 6)
-    stopping, tune = EarlyStopping(progress, store), TuneTrial(long)
-    stopping.on_trial_add(None, tune)
-    for result in epochs(0, 80, 0, 80, 0):
-        assert stopping.on_trial_result(None, tune, result) == TrialScheduler.CONTINUE
-    stopping.on_trial_complete(None, tune, result)  # as Tune does after a time budget
+    stopping = EarlyStopping(progress, store)
+    assert told(stopping, long, epochs(0, 80, 0, 80, 0)) is None
     assert told(stopping, short, epochs(0, 80, 0, 80, 80, of=5)) is None
 
 
@@ -232,13 +231,12 @@ def test_the_time_budget_ends_trials_in_any_epoch(experiment, tmp_path, schedule
     stopping = EarlyStopping(progress, store)
     for trial in trials[:3]:  # 18 seconds
         assert told(stopping, trial, epochs(0, 80, 0, 80, 0, 80)) is None
-    beside = TuneTrial(trials[4])
-    stopping.on_trial_add(None, beside)
+    stopping.on_trial_add(None, TuneTrial(trials[4]))
     one, two, *_ = epochs(0, 80)
-    assert stopping.on_trial_result(None, beside, one) == TrialScheduler.CONTINUE
+    assert not stops(stopping, trials[4], one)
     assert told(stopping, trials[3], epochs(0, 80, 0, 80)) == 1
     # the trial that was stopped has no value, and the one beside it is compared all the same
-    assert stopping.on_trial_result(None, beside, two) == TrialScheduler.STOP
+    assert stops(stopping, trials[4], two)
     assert stopping.stopped == {trials[3].id: "time_budget", trials[4].id: "time_budget"}
 
 
