@@ -8,6 +8,7 @@ reads and writes. Taken from the paper: 100 epochs take 6 hours on 8 A100s (8 ho
 transformer) with a live teacher. Assumed: these hours are GPU time, in proportion to the
 operations, with factor 1 for the teacher's forward pass and 3 for the student's step. Trials are
 assigned to groups of 8 GPUs, the longest first. The longest trial that needs a bank computes it.
+Gangs are formed of trials with one stream, each with at most a group's share of the work.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from analysis.tables.paper_tables import experiments
 from pld_ray import units
 from pld_ray.config.experiment import load_experiment
+from pld_ray.config.gangs import stream_key
 from pld_ray.config.parts import Data, Model, Weights
 from pld_ray.config.planning import plan
 from pld_ray.config.trial import Trial
@@ -175,6 +177,33 @@ def with_bank(found: list[Job]) -> list[float]:
     ]
 
 
+def gangs(found: list[Job], groups: int) -> list[list[Job]]:
+    """Return the trials in gangs, so that each group of GPUs has work."""
+    share = sum(job.hours for job in found) / groups
+    streams: dict[str, list[Job]] = {}
+    for job in found:
+        streams.setdefault(stream_key(job.trial), []).append(job)
+    made: list[list[Job]] = []
+    for jobs in streams.values():
+        gang: list[Job] = []
+        for job in sorted(jobs, key=lambda job: str(job.trial.teacher)):
+            if gang and gang_hours([*gang, job]) > share:
+                made.append(gang)
+                gang = []
+            gang.append(job)
+        made.append(gang)
+    return made
+
+
+def gang_hours(gang: list[Job]) -> float:
+    """Return the GPU-hours of a gang, in which each teacher runs once in an epoch."""
+    teachers: dict[str, float] = {}
+    for job in gang:
+        name = str(job.trial.teacher)
+        teachers[name] = max(teachers.get(name, 0.0), job.hours - job.student)
+    return sum(job.student for job in gang) + sum(teachers.values())
+
+
 def stored(trials: Iterable[Trial], kind: str) -> list[bank_plan.PlannedBank]:
     """Return the banks of trials, empty, if the teachers' logits are stored as `kind`."""
     kept = [
@@ -257,14 +286,26 @@ def show(console: Console) -> None:
 
     apart = sum(job.hours for job in jobs(every, operations))
     live, kept = [job.hours for job in found], with_bank(found)
-    sizes = table("GPUs", "Trials at once", "Days, live", "Days, bank", "Longest trial, days")
+    sizes = table(
+        "GPUs", "Groups", "Days, live", "Days, bank", "Days, gangs", "Gangs", "Longest trial, days",
+        "Cores, live", "Cores, bank", "Cores, gangs",
+    )  # fmt: skip
     for gpus in (8, 64, 512):
+        made = gangs(found, gpus // GROUP)
+        took = [days(live, gpus), days(kept, gpus), days([gang_hours(gang) for gang in made], gpus)]
+        shown = [epochs, epochs, sum(max(job.trial.epochs for job in gang) for gang in made)]
+        shown[1] += sum(bank.views for bank in banks["float16"] if bank.split == "train")
+        cores = (
+            count * IMAGES.train / (day * 86400 * decoded)
+            for count, day in zip(shown, took, strict=True)
+        )
         sizes.add_row(
             str(gpus),
             str(gpus // GROUP),
-            f"{days(live, gpus):.1f}",
-            f"{days(kept, gpus):.1f}",
+            *(f"{day:.1f}" for day in took),
+            str(len(made)),
             f"{max(live) / GROUP / 24:.1f}",
+            *(f"{count:,.0f}" for count in cores),
         )
     console.print(
         f"\nGPU-hours: {apart:,.0f} if every experiment runs its own trials, {sum(live):,.0f} with "

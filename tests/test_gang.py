@@ -1,7 +1,9 @@
 """Trials that step together have the bits that each of them has alone."""
 
+import gc
 import math
 import time
+import weakref
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from pld_ray.config.gangs import stream_key
 from pld_ray.config.planning import plan
 from pld_ray.config.trial import Trial
 from pld_ray.data.datasets import load
-from pld_ray.distill import keeping, memory
+from pld_ray.distill import keeping, memory, running
 from pld_ray.distill.loop import train, train_gang
 from pld_ray.distill.running import TrainingError
 from pld_ray.store.store import Store
@@ -207,6 +209,25 @@ def test_a_member_without_memory_leaves_before_its_first_step(experiment, monkey
     monkeypatch.undo()
     together([left], gang)
     same([left], alone, gang)
+
+
+def test_nothing_is_held_of_a_member_that_left(experiment, monkeypatch):
+    trials, _, gang = members(experiment, 8, 0, 1)
+    students, made = [], running.create_model
+
+    def create(*arguments):
+        students.append(weakref.ref(made(*arguments)))
+        return students[-1]()
+
+    def report(epochs):
+        gc.collect()
+        left = [student() is not None for student in students]
+        assert left == [False, True, True]
+
+    monkeypatch.setattr(running, "create_model", create)
+    together(trials, gang, report)
+    gc.collect()
+    assert not any(student() for student in students)
 
 
 def test_first_steps_say_what_another_one_needs(monkeypatch):

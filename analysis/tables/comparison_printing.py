@@ -291,7 +291,8 @@ def legend(table: pd.DataFrame) -> list[str]:
     return textwrap.wrap(
         "Last epoch: mean ± standard deviation over n seeds. "
         + (gain if name else "")
-        + "Seconds: time for training, validation and the teacher on one worker.",
+        + "Seconds: time for training, validation and the teacher on one worker; what a gang does "
+        + "once for its trials counts in equal shares.",
         100,
     )
 

@@ -150,7 +150,6 @@ class Gang:
     ) -> None:
         self.shared, self.report, self.ended, self.stopped = shared, report, ended, stopped
         self.runs: list[Run] = []
-        self.stepped: set[Run] = set()  # trials that have done their first step here
         self.first_steps = FirstSteps(shared.device)
         self.final: Exception | None = None  # what `ended` raised, which ends the gang
 
@@ -294,7 +293,7 @@ class Gang:
         Raises:
             NoRoom: The process has too little memory for it.
         """
-        if run in self.stepped:
+        if run.stepped:
             yield
             return
         if self.agreed([self.first_steps.lacks_room()])[0]:
@@ -302,7 +301,7 @@ class Gang:
         self.first_steps.begin()
         yield
         self.first_steps.end()
-        self.stepped.add(run)
+        run.stepped = True
 
     def still(self, runs: list[Run]) -> list[Run]:
         """Return those of some trials that have not ended."""

@@ -123,6 +123,7 @@ class Run:
     note: str = ""  # a sentence for the record
     teacher_val: list[Tensor] | None = None  # the teacher's logits on the validation batches
     teacher_scores: dict[str, float] = field(default_factory=dict)
+    stepped: bool = False  # whether it has done its first step in this process
     kept: int = 0  # epochs in the last checkpoint
     kept_at: float = field(default_factory=time.perf_counter)
     losses: list[Tensor] = field(default_factory=list)  # of the epoch; they stay on the device

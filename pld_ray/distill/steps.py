@@ -41,6 +41,10 @@ Given = tuple[Tensor | None, ...]
 Step = Callable[..., Tensor]
 
 
+class CaptureError(RuntimeError):
+    """A step cannot be captured. Other trials cannot go on in the process."""
+
+
 class Target(NamedTuple):
     """What is known of the teacher's outputs for a batch before a step; None for what is not.
 
@@ -249,7 +253,7 @@ class Steps:
         """Capture a step, and return what replays it.
 
         Raises:
-            RuntimeError: It cannot be captured. The process must end: torch may leave its random
+            CaptureError: It cannot be captured. The process must end: torch may leave its random
                 numbers and its memory in the state of a capture.
         """
         assert self.graphs is not None
@@ -260,7 +264,7 @@ class Steps:
             replay = self.graphs.capture(step, self.static)
         except RuntimeError as error:
             cause = error.__context__ or error  # the first error ends the capture with a second one
-            raise RuntimeError(
+            raise CaptureError(
                 f"a step cannot be captured as a CUDA graph ({cause}): expected cuda_graphs: false"
             ) from error
         if teacher is not None:

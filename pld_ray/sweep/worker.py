@@ -119,6 +119,7 @@ def _attempt(
         from pld_ray.distill.loop import train_gang
         from pld_ray.distill.memory import NoRoom
         from pld_ray.distill.running import TrainingError
+        from pld_ray.distill.steps import CaptureError
 
     grouped = trials[0].workers > 1
     # When one worker of several dies, the others see only a broken connection: always try again.
@@ -146,6 +147,8 @@ def _attempt(
                 store.fail(trial.id, reason, _traceback(error))
         if fault == "memory" and not grouped:
             tell(trial, out_of_memory=reason)
+            if left and isinstance(error, CaptureError):
+                _end_process()
             return
         if fault == "device" and not grouped:  # Train ends the processes of its workers
             _end_process()
