@@ -8,17 +8,20 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
-from small import live, run, weights
+from small import chunks, live, run, weights
 
 from pld_ray.config.parts import Data
 from pld_ray.config.planning import plan
 from pld_ray.config.validation import validated
 from pld_ray.data.augmentation import AREA, RATIO, TRIES, centre, crop, crop_draws
 from pld_ray.data.datasets import load, size
-from pld_ray.data.encoded import prefetch
+from pld_ray.data.encoded import EncodedImages, prefetch
 from pld_ray.data.image_files import decode, resize
 from pld_ray.data.stream import Stream
 from pld_ray.distill import bank_format
+from pld_ray.distill.bank import fill
+from pld_ray.distill.loop import train, train_gang
+from pld_ray.distill.teacher import Teacher
 from pld_ray.errors import InputError
 from pld_ray.store.store import Store
 
@@ -216,3 +219,96 @@ base:
     run(live(trial), store)
     assert weights(store, trial) == weights(store, live(trial))
     assert store.record(trial.id)["teacher_images"] == 2 * 10 + 4
+
+
+class Granting:
+    """A ledger that gives out every chunk and notes what happens to it."""
+
+    def __init__(self):
+        self.said = []
+
+    def claim(self, store, chunks, holder, patience):
+        self.said.append(("claim", chunks[0].split("/", 1)[1]))
+        return chunks[0]
+
+    def renew(self, store, chunk, holder):
+        pass
+
+    def release(self, store, chunk, holder, computed):
+        self.said.append((computed, chunk.split("/", 1)[1]))
+
+
+FILLING = """
+base:
+  data: {{name: "folder:{folder}", image_size: 16, random_resized_crop: true, flip: true}}
+  student: resnet8
+  teacher: {{name: resnet8, train: {{epochs: 1}}}}
+  epochs: 2
+  batch_size: 2
+  drop_last: {drop_last}
+grid: {{loss: [kd, dist, pld]}}
+"""
+
+
+@pytest.mark.parametrize("members", [1, 3])
+@pytest.mark.parametrize("drop_last", ["false", "true"])
+def test_a_bank_is_filled_from_the_batches_of_the_training(
+    experiment, folder, tmp_path, monkeypatch, members, drop_last
+):
+    (folder / "files/train/dog/5.jpg").write_bytes(jpeg(np.random.default_rng(1), 50, 40))
+    monkeypatch.setattr(bank_format, "ROWS", 4)  # 11 images: chunks of 4, 4 and 3
+    text = FILLING.format(folder=folder / "files", drop_last=drop_last)
+    trials = [cell.trial for cell in plan(experiment(text)).cells][:members]
+    stores = [Store(tmp_path / name) for name in ("filled", "trained", "alone")]
+    images, decoded, ledger = load(trials[0].data), [], Granting()
+    for store in stores:
+        train(trials[0].teacher, images, store, lambda metrics: None)
+    decode = EncodedImages.decode
+
+    def counted(self, index, draws=None):
+        decoded.extend(index.tolist() if draws is not None else [])
+        return decode(self, index, draws)
+
+    monkeypatch.setattr(EncodedImages, "decode", counted)
+    train_gang(
+        trials, images, stores[1], lambda epochs: None, lambda *end: None, ledger, device=CPU
+    )
+    if drop_last == "false":  # each image once in an epoch
+        assert sorted(decoded) == sorted([*range(11), *range(11)])
+        assert ledger.said[:2] == [("claim", "0/0.logits"), (True, "0/0.logits")]
+        assert len([what for what, _ in ledger.said if what is True]) == 2 * 3 + 1  # and val
+    fill(trials[0], images, stores[0], None, "test", CPU)
+    assert [path.name for path in chunks(stores[0])] == [path.name for path in chunks(stores[1])]
+    for one, other in zip(chunks(stores[0]), chunks(stores[1]), strict=True):
+        assert one.read_bytes()[:-12] == other.read_bytes()[:-12]  # seconds and checksum follow
+    for trial in trials:
+        run(trial, stores[2])
+        assert weights(stores[2], trial) == weights(stores[1], trial)
+    if members == 1:
+        assert stores[1].record(trials[0].id)["teacher_images"] == 2 * 11 + 4
+
+
+def test_a_chunk_that_is_not_finished_is_given_back(experiment, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(bank_format, "ROWS", 4)
+    text = FILLING.format(folder=folder / "files", drop_last="false")
+    trial, store = plan(experiment(text)).cells[0].trial, Store(tmp_path / "results")
+    images, ledger = load(trial.data), Granting()
+    train(trial.teacher, images, store, lambda metrics: None)
+    forward, calls = Teacher.__call__, []
+
+    def broken(self, x):
+        calls.append(len(x))
+        if len(calls) == 3:  # after the validation images: the second batch of the first chunk
+            raise ValueError("no teacher today")
+        return forward(self, x)
+
+    monkeypatch.setattr(Teacher, "__call__", broken)
+    with pytest.raises(ValueError, match="no teacher today"):
+        train(trial, images, store, lambda metrics: None, ledger)
+    assert ledger.said[-2:] == [("claim", "0/0.logits"), (False, "0/0.logits")]
+    monkeypatch.undo()
+    monkeypatch.setattr(bank_format, "ROWS", 4)
+    train(trial, images, store, lambda metrics: None)
+    other = Store(tmp_path / "other")
+    run(trial, other)
+    assert weights(store, trial) == weights(other, trial)

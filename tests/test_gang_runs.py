@@ -1,5 +1,6 @@
 """Gangs on Ray: what goes together, the same bits as alone, and members that fall out."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ from rich.console import Console
 from small import run as alone
 
 from pld_ray.api.session import keep_plugins
+from pld_ray.config import gangs
 from pld_ray.config.planning import plan
 from pld_ray.store.claims import Claims
 from pld_ray.store.store import Store
@@ -30,17 +32,17 @@ TWO = [{"CPU": 2.0}]
 def run(made, store, monkeypatch=None):
     """Run a plan; return the failures, and the ids of the trials of each gang that started."""
     pending = {k: t for k, t in made.trials.items() if k not in store.finished(made.trials)}
-    images, gangs = checks.check_trials(pending).images, []
+    images, started = checks.check_trials(pending).images, []
 
     class Noting(runner._Follow):
         def on_trial_start(self, iteration, trials, trial, **info):
-            gangs.append([settings["id"] for settings in trial.config["trials"]])
+            started.append([settings["id"] for settings in trial.config["trials"]])
             super().on_trial_start(iteration, trials, trial, **info)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runner, "_Follow", Noting)
         with ProgressView(made, pending, Console(quiet=True)) as view:
-            return runner.run(made, images, store, view), gangs
+            return runner.run(made, images, store, view), started
 
 
 def digest(store, trial):
@@ -51,11 +53,13 @@ def digest(store, trial):
 def test_a_grid_runs_as_gangs_with_the_bits_of_trials_alone(local_ray, experiment, tmp_path):
     made = plan(experiment(TEXT, "resources.concurrent=1"))
     store, other = Store(tmp_path / "results"), Store(tmp_path / "alone")
-    failures, gangs = run(made, store)
+    failures, started = run(made, store)
     assert failures == {}
     # the teacher is not slowed down by others; then all trials step together
     ids = list(made.trials)
-    assert gangs == [[ids[0]], [key for key in gangs[1]]] and sorted(gangs[1]) == sorted(ids[1:])
+    assert started == [[ids[0]], [key for key in started[1]]] and sorted(started[1]) == sorted(
+        ids[1:]
+    )
     for trial in made.trials.values():
         alone(trial, other)
         assert digest(store, trial) == digest(other, trial), trial.label
@@ -114,9 +118,9 @@ def deadly(experiment, tmp_path, kills):
 @pytest.mark.slow
 def test_a_gang_whose_process_dies_is_tried_again(local_ray, experiment, tmp_path):
     made, store, marker = deadly(experiment, tmp_path, 1)
-    failures, gangs = run(made, store)
+    failures, started = run(made, store)
     assert failures == {} and marker.read_text() == "x"
-    assert gangs == [list(made.trials)] * 2
+    assert started == [list(made.trials)] * 2
 
 
 @pytest.mark.slow
@@ -124,11 +128,11 @@ def test_a_member_that_always_kills_fails_alone_and_the_others_finish(
     local_ray, experiment, tmp_path
 ):
     made, store, marker = deadly(experiment, tmp_path, 1000)
-    failures, gangs = run(made, store)
+    failures, started = run(made, store)
     bad, *others = made.trials
     assert failures == {bad: "its process died (3 times in epoch 1)"}
     assert store.finished(made.trials) == set(others)
-    assert [len(gang) for gang in gangs if bad in gang] == [3, 3, 2, 2, 1, 1, 1]
+    assert [len(gang) for gang in started if bad in gang] == [3, 3, 2, 2, 1, 1, 1]
     assert len(marker.read_text()) == 7
     other = Store(tmp_path / "alone")
     for key in others:
@@ -206,6 +210,37 @@ def test_gangs_leave_work_for_all(experiment, tmp_path, monkeypatch, nodes, more
     with Claims(store.files) as claims:
         _, search = searcher(experiment, store, claims, monkeypatch, nodes, *more, text=text)
         assert sizes(search, len(expected)) == expected
+
+
+@pytest.mark.parametrize(
+    ("gang", "expected", "said"),
+    [
+        # 6 losses x 2 seeds x 2 epochs; the teacher runs for AT, FitNet and RKD
+        ("auto", (2, 24, 4, 12, 4), "12 trials can step together in 2 gangs of up to 6: images are "
+         "prepared for 4 instead of 24 epochs, and teachers run for 4 instead of 12"),
+        # CE to AT, and FitNet with RKD, for each seed
+        ("4", (4, 24, 8, 12, 8), "12 trials can step together in 4 gangs of up to 4: images are "
+         "prepared for 8 instead of 24 epochs, and teachers run for 8 instead of 12"),
+        ("1", (0, 0, 0, 0, 0), None),
+    ],
+)  # fmt: skip
+def test_a_plan_says_what_gangs_spare(experiment, cli, tmp_path, gang, expected, said):
+    sets = f"resources.gang={gang}", "seeds=[0,1]"
+    made = plan(experiment(TEXT, *sets))
+    found = gangs.planned(made.trials.values(), None if gang == "auto" else int(gang))
+    sums = [sum(getattr(each, name) for each in found) for name in (
+        "apart", "together", "taught_apart", "taught_together"
+    )]  # fmt: skip
+    assert (len(found), *sums) == expected
+    options = [part for each in sets for part in ("--set", each)]
+    path = experiment.folder / "small.yaml"
+    printed = cli("plan", path, "--storage", tmp_path / "results", *options, cwd=tmp_path).stdout
+    assert said in printed if said else "together" not in printed
+    options.append("--json")
+    printed = cli("plan", path, "--storage", tmp_path / "results", *options, cwd=tmp_path).stdout
+    listed = json.loads(printed)["gangs"]
+    assert [each["trials"] for each in listed] == [[t.id for t in each.trials] for each in found]
+    assert sum(each["epochs"]["together"] for each in listed) == expected[2]
 
 
 def test_companions_have_the_same_teacher_first(experiment, tmp_path, monkeypatch):

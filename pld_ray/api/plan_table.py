@@ -106,9 +106,10 @@ def _gang_line(plan: Plan, done: set[str]) -> str:
         return ""
     apart, together = sum(gang.apart for gang in found), sum(gang.together for gang in found)
     line = (
-        f"gangs: {sum(len(gang.trials) for gang in found)} trials can step together in {len(found)}"
-        f", up to {max(len(gang.trials) for gang in found)} in one process: images are prepared "
-        f"for {together:,} instead of {apart:,} epochs"
+        f"{sum(len(gang.trials) for gang in found)} trials can step together in {len(found)} "
+        f"{'gangs' if len(found) > 1 else 'gang'} of up to "
+        f"{max(len(gang.trials) for gang in found)}: images are prepared for {together:,} instead "
+        f"of {apart:,} epochs"
     )
     taught = sum(gang.taught_apart for gang in found)
     if taught:

@@ -82,6 +82,11 @@ class Stream:
         self.scale = (1 / (255 * std)).to(device)
         self.shift = (-mean / std).to(device)
 
+    @property
+    def costly(self) -> bool:
+        """Whether it takes long to read or augment images, which is then done once if possible."""
+        return not isinstance(self.pixels["train"], np.ndarray) or bool(self.data.augment)
+
     def train(
         self, shares: Iterable[Ints], view: int
     ) -> Iterator[tuple[Tensor, Tensor | MixedLabels]]:

@@ -3,6 +3,9 @@
 bank.read(samples, view):  the chunk is in the store?      read it, and the next one meanwhile
                            nobody computes it?             compute it, keep it
                            another process computes it?    compute one of the next, or wait
+
+Where images cost time, such as files that are decoded, a chunk is not computed in advance: the
+teacher sees the batches on which the trials train (`begins`, `add`).
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -43,6 +46,23 @@ class Ledger(Protocol):
 
     def release(self, store: str, chunk: str, holder: str, computed: bool) -> None:
         """Say that the chunk is in the store, or could not be computed."""
+
+
+@dataclass
+class _Begun:
+    """A chunk that is computed from the batches on which trials train.
+
+    Attributes:
+        name: The name of the chunk.
+        left: Number of rows that are missing.
+        parts: The rows so far.
+        seconds: The time that they took.
+    """
+
+    name: str
+    left: int
+    parts: list[Array] = field(default_factory=list)
+    seconds: float = 0.0
 
 
 @dataclass
@@ -92,6 +112,7 @@ class Bank:
         self.logits: dict[int, tuple[Array, float]] = {}  # its chunks so far, their seconds
         self.orders: dict[int, Array] = {}
         self.unread: dict[tuple[int, int], int] = {}  # rows computed here and not yet read
+        self.begun: _Begun | None = None
         self.reader = ThreadPoolExecutor(1)
         self.ahead: dict[str, Future[tuple[Array, float] | None]] = {}  # chunks that it reads
 
@@ -130,6 +151,66 @@ class Bank:
                 order = torch.from_numpy(orders["order"])
             self._count(chunk, needed)
         return logits, order
+
+    def begins(self, samples: Ints, view: int) -> bool:
+        """Return whether `add` computes the logits of a batch, because its chunk is missing.
+
+        Args:
+            samples: Indices of the samples of a batch, int64 [B], in the order of the view.
+            view: The view.
+        """
+        if view != self.view:
+            self._open(view)
+        chunk, row = divmod(int(self.place[samples[0]]), self.spec.rows)
+        if self.begun is not None or row > 0 or chunk in self.logits:
+            return self.begun is not None
+        name = self._name(view, chunk)
+        if not self.store.missing_chunks([name]):
+            return False
+        if self.ledger is None or self.ledger.claim(self.store.uri, [name], self.holder, 0.0):
+            self.begun = _Begun(name, self._count_rows(chunk))
+            self.store.start_bank(self.key, self.about)
+        return self.begun is not None
+
+    def add(
+        self, samples: Ints, images: Tensor, with_order: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """Compute the logits of the next batch of the chunk that `begins` has begun.
+
+        Args:
+            samples: Indices of the samples, int64 [B].
+            images: Their images [B, channels, H, W].
+            with_order: Whether to return the teacher's order of the classes too.
+
+        Returns:
+            What `read` returns.
+        """
+        begun = self.begun
+        assert begun is not None
+        _ = self.teacher.module  # loaded before the clock runs
+        started = time.perf_counter()
+        with self.clock.host("teacher"):
+            rows = bank_format.pack(self.teacher(images).cpu().numpy(), self.row)
+        seconds = time.perf_counter() - started
+        self.clock.add("teacher_avoided", seconds * (self.readers - 1))
+        begun.parts.append(rows)
+        begun.left, begun.seconds = begun.left - len(rows), begun.seconds + seconds
+        if self.ledger is not None:
+            self.ledger.renew(self.store.uri, begun.name, self.holder)
+        if not begun.left:
+            content = bank_format.encode(np.concatenate(begun.parts), begun.seconds)
+            self.store.write_chunk(begun.name, content)
+            self.end(computed=True)
+        logits = torch.from_numpy(bank_format.unpack(rows, self.classes))
+        if not with_order or not bank_format.keeps_order(self.classes, self.spec.logits):
+            return logits, None
+        return logits, teacher_order(logits, torch.from_numpy(self.labels[samples]))
+
+    def end(self, computed: bool = False) -> None:
+        """Release the chunk that `begins` has begun, if there is one."""
+        if self.begun is not None and self.ledger is not None:
+            self.ledger.release(self.store.uri, self.begun.name, self.holder, computed)
+        self.begun = None
 
     def fill(self) -> None:
         """Compute every chunk that is missing and that no other process computes."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -343,31 +343,29 @@ def train_epoch(gang: Gang, runs: list[Run], epoch: int) -> None:
     global_batches = list(batches(samples, trial.batch_size, trial.drop_last))
     shares = [batch[shared.rank :: shared.world] for batch in global_batches]
     prepared = shared.stream.batches(shares, view)
-    targets = Targets(runs, shares, view)
-    for number, (batch, share) in enumerate(zip(global_batches, shares, strict=True)):
-        each = any(run.update.graphs is not None for run in runs)
-        for clock in (shared.clock, *(run.clock for run in runs)):
-            clock.step(number, shared.steps, each)
-        with shared.clock("data"):
-            ours = next(prepared)
-        targets.read()
-        if len(runs) > 1:
+    with closing(Targets(runs, shares, view)) as targets:
+        for number, (batch, share) in enumerate(zip(global_batches, shares, strict=True)):
+            each = any(run.update.graphs is not None for run in runs)
+            for clock in (shared.clock, *(run.clock for run in runs)):
+                clock.step(number, shared.steps, each)
             with shared.clock("data"):
-                ours = Batch((ours.images,), _as_they_are, ours.labels)
-            targets.compute(ours.images)
-        step = epoch * shared.steps + number
-        # The shares of a ragged batch differ by one sample. With these weights the mean of the
-        # workers' gradients is the gradient of the mean over the batch.
-        weight = len(share) * shared.world / len(batch)
-        for run in runs:
-            with gang.member(run.trial), nullcontext() if alone else run.own_random():
-                run.schedule.step_update(step)
-                with gang.room_for(run):
-                    run.losses.append(run.update(ours, targets.of(run), weight, step))
-        if len(gang.still(runs)) < len(runs):
+                ours = next(prepared)
+            if targets.read():
+                with shared.clock("data"):
+                    ours = Batch((ours.images,), _as_they_are, ours.labels)
+                targets.compute(ours.images)
+            step = epoch * shared.steps + number
+            # The shares of a ragged batch differ by one sample. With these weights the mean of the
+            # workers' gradients is the gradient of the mean over the batch.
+            weight = len(share) * shared.world / len(batch)
+            for run in runs:
+                with gang.member(run.trial), nullcontext() if alone else run.own_random():
+                    run.schedule.step_update(step)
+                    with gang.room_for(run):
+                        run.losses.append(run.update(ours, targets.of(run), weight, step))
             runs[:] = gang.still(runs)
-        if not runs:
-            return
+            if not runs:
+                return
 
 
 def _as_they_are(images: Tensor) -> Tensor:

@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Iterator
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from pld_ray.data.sampling import Ints
@@ -42,24 +41,35 @@ class Targets:
         self.runs = runs
         self.stored: dict[int, Stored] = {}  # of the batch, by the bank
         self.live: dict[int, Target] = {}  # of the batch, by the teacher
-        device = runs[0].shared.device
-        self.readers: dict[int, Iterator[Stored]] = {}
+        self.readers: dict[int, _Reader] = {}
         for bank in {id(run.bank): run.bank for run in runs}.values():
             if bank is not None:
                 readers = [run for run in runs if run.bank is bank]
                 bank.readers, ordered = len(readers), any(map(_needs_order, readers))
-                self.readers[id(bank)] = _stored(bank, ordered, shares, view, device)
+                self.readers[id(bank)] = _Reader(bank, ordered, shares, view, runs[0])
 
-    def read(self) -> None:
-        """Read the stored logits of the next batch."""
-        self.stored = {key: next(reader) for key, reader in self.readers.items()}
+    def read(self) -> bool:
+        """Read the stored logits of the next batch; return whether `compute` is needed."""
+        self.stored = {}
+        for key, reader in self.readers.items():
+            if (found := next(reader.batches)) is not None:
+                self.stored[key] = found
+        return len(self.runs) > 1 or len(self.stored) < len(self.readers)
+
+    def close(self) -> None:
+        """Release what was begun: no batch follows."""
+        for reader in self.readers.values():
+            reader.bank.end()
 
     def compute(self, images: Tensor) -> None:
-        """Compute the outputs of those teachers that at least two trials need.
+        """Compute missing logits of banks, and outputs of teachers that at least two trials need.
 
         Args:
             images: The images of the batch [B, channels, H, W].
         """
+        for key, reader in self.readers.items():
+            if key not in self.stored:
+                self.stored[key] = reader.add(images)
         users = Counter(id(run.live_teacher) for run in self.runs if run.live_teacher is not None)
         self.live = {}
         for key in (key for key, count in users.items() if count > 1):
@@ -95,28 +105,57 @@ def _outputs(teacher: Teacher, images: Tensor, logits: bool, features: bool) -> 
     return Target(logits=both[0], features=both[1])
 
 
-def _stored(
-    bank: Bank, ordered: bool, shares: list[Ints], view: int, device: torch.device
-) -> Iterator[Stored]:
-    """Yield the stored logits for each batch, and their order where it is kept.
-
-    On an accelerator, those of the whole view are copied at once, so that no step waits for a copy.
+class _Reader:
+    """Reads a bank batch by batch.
 
     Args:
         bank: The bank.
         ordered: Whether a trial needs the order of the classes.
         shares: The indices of samples of each batch, [B].
         view: The view of the images.
-        device: Where the logits are needed.
+        run: A trial that reads the bank.
 
-    Yields:
-        Logits, float32 [B, C], and the order [B, C] or None.
+    Attributes:
+        batches: For each batch, the logits, float32 [B, C], and the order [B, C] or None; or None
+            if `add` computes them.
     """
-    whole = device.type != "cpu" and 4 * len(bank.labels) * bank.classes <= ON_DEVICE
-    for part in [shares] if whole else [[share] for share in shares]:
-        read = bank.read(np.concatenate(part), view, ordered)
-        logits, ranking = (None if x is None else upload(x, device) for x in read)
-        lengths = [len(share) for share in part]
-        assert logits is not None
-        rankings = [None] * len(part) if ranking is None else ranking.split(lengths)
-        yield from zip(logits.split(lengths), rankings, strict=True)
+
+    def __init__(self, bank: Bank, ordered: bool, shares: list[Ints], view: int, run: Run) -> None:
+        self.bank, self.ordered, self.shares, self.view = bank, ordered, shares, view
+        self.shared, self.number = run.shared, -1
+        # The rows of a chunk are those of some batches, if all are trained on in the same order.
+        rows = bank.spec.order(view, len(bank.labels))
+        follows = np.array_equal(np.concatenate(shares), rows)
+        costly = run.shared.stream.costly
+        self.batches = self._with_images() if follows and costly else self._in_advance()
+
+    def add(self, images: Tensor) -> Stored:
+        """Compute the logits of the present batch, and their order where it is kept."""
+        return self._uploaded(*self.bank.add(self.shares[self.number], images, self.ordered))
+
+    def _with_images(self) -> Iterator[Stored | None]:
+        for number, share in enumerate(self.shares):
+            self.number = number
+            if self.bank.begins(share, self.view):
+                yield None
+            else:
+                yield self._uploaded(*self.bank.read(share, self.view, self.ordered))
+
+    def _in_advance(self) -> Iterator[Stored]:
+        """Yield the logits of each batch.
+
+        On an accelerator, those of the whole view are copied at once, so that no step waits for a
+        copy.
+        """
+        size = 4 * len(self.bank.labels) * self.bank.classes
+        whole = self.shared.device.type != "cpu" and size <= ON_DEVICE
+        for part in [self.shares] if whole else [[share] for share in self.shares]:
+            read = self.bank.read(np.concatenate(part), self.view, self.ordered)
+            logits, order = self._uploaded(*read)
+            lengths = [len(share) for share in part]
+            orders = [None] * len(part) if order is None else order.split(lengths)
+            yield from zip(logits.split(lengths), orders, strict=True)
+
+    def _uploaded(self, logits: Tensor, order: Tensor | None) -> Stored:
+        device = self.shared.device
+        return upload(logits, device), None if order is None else upload(order, device)
