@@ -212,6 +212,18 @@ def test_gangs_leave_work_for_all(experiment, tmp_path, monkeypatch, nodes, more
         assert sizes(search, len(expected)) == expected
 
 
+def test_two_drivers_leave_work_for_each_other(experiment, tmp_path, monkeypatch):
+    store = Store(tmp_path / "results")
+    more = "grid.loss=[ce, ls]", "grid.epochs=[2,3]"
+    with Claims(store.files) as first, Claims(store.files) as second:
+        assert first.drivers() == second.drivers() == 2
+        one = [{"CPU": 1.0}]
+        _, search = searcher(experiment, store, first, monkeypatch, one, *more)
+        _, other = searcher(experiment, store, second, monkeypatch, one, *more)
+        assert sizes(search, 1) == [2] and sizes(other, 1) == [2]
+    assert first.drivers() == 0
+
+
 @pytest.mark.parametrize(
     ("gang", "expected", "said"),
     [

@@ -95,6 +95,11 @@ class Claims:
         self.held.discard(trial_id)
         self.files.delete(self._path(trial_id, self.name))
 
+    def drivers(self) -> int:
+        """Return the number of live drivers of the store, with this one."""
+        names = {name.removesuffix(".json") for name in self.files.listed("drivers")}
+        return sum(map(self._alive, names | {self.name}))
+
     def _remove(self, dead: list[str]) -> None:
         """Delete what dead drivers left: first their claims, then their heartbeats."""
         claims = {f"claim-{driver}.json" for driver in dead}

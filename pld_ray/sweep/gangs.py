@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from pld_ray.config.parts import Resources
 from pld_ray.config.trial import Trial
 from pld_ray.sweep.resources import ResourceRequest
 
@@ -52,39 +51,28 @@ class Member:
         return self.name
 
 
-def companions(
+def join(
     first: Trial,
     ready: Iterable[Trial],
-    resources: Resources,
-    stream: Callable[[Trial], str],
-    share: Callable[[], float],
-    most: Callable[[str], int],
-) -> list[Trial]:
-    """Return the trials that can step with another one, in the order in which they should join.
+    largest: int,
+    room: float,
+    take: Callable[[Trial], bool],
+) -> dict[str, Trial]:
+    """Return the trials of a gang, by id: one that starts, and those that join it.
 
     Args:
         first: The trial that starts.
-        ready: Trials that could start now, without `first`.
-        resources: The resources of the trials.
-        stream: Returns what trials have in common that can step through one stream.
-        share: Returns the epochs that a gang may have, so that the cluster has work everywhere.
-        most: Returns the largest gang that a trial with this id may be in.
-
-    Returns:
-        Trials with the same stream. Those with the teacher of `first` come first.
+        ready: Trials that could join it, with the same stream. Those with the teacher of `first`
+            come first.
+        largest: The largest number of trials.
+        room: The epochs that the gang may have; infinity for no limit.
+        take: Claims a trial; returns whether it did.
     """
-    limit = resources.gang if isinstance(resources.gang, int) else None
-    largest = min(most(first.id), limit or most(first.id))
-    if largest == 1:
-        return []
-    key = stream(first)
-    found = [trial for trial in ready if most(trial.id) > 1 and stream(trial) == key]
-    found.sort(key=lambda trial: trial.teacher != first.teacher)
-    if limit is None:
-        room = share() - first.epochs
-        for number, trial in enumerate(found):
-            if trial.epochs / 2 > room:  # nearer to the share without it
-                found = found[:number]
-                break
+    found, room = {first.id: first}, room - first.epochs
+    for trial in sorted(ready, key=lambda trial: trial.teacher != first.teacher):
+        if len(found) >= largest or trial.epochs / 2 > room:  # it is nearer to the limit without it
+            break
+        if take(trial):
+            found[trial.id] = trial
             room -= trial.epochs
-    return found[: largest - 1]
+    return found

@@ -5,6 +5,7 @@ Free resources are counted here, because Tune does not see those of a nested Tor
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -19,7 +20,7 @@ from pld_ray.config.trial import Trial
 from pld_ray.store.claims import Claims
 from pld_ray.store.store import Store
 from pld_ray.sweep.early_stopping import EarlyStopping
-from pld_ray.sweep.gangs import Gang, companions
+from pld_ray.sweep.gangs import Gang, join
 from pld_ray.sweep.resources import ResourceRequest, need, nodes, resolved
 from pld_ray.sweep.retries import give_up_reason
 from pld_ray.sweep.search import DrawnTrial
@@ -117,28 +118,32 @@ class PlanSearcher(Searcher):
             taught: Ids of the trials that are not trained yet.
             now: The time.
         """
-        needs = self.needs[first.id]
+        needs, stream = self.needs[first.id], self._stream(first)
         taught_by = {_teacher(trial) for trial in self.waiting.values()}
+        ready = [t for t in self.waiting.values() if _teacher(t) not in taught]
 
         def joins(trial: Trial) -> bool:
             # A teacher for which others wait is not slowed down by trials for which none does.
             return (
-                _teacher(trial) not in taught
+                self._stream(trial) == stream
                 and self.needs[trial.id] == needs
+                and self._most(trial.id) > 1
                 and (trial.id in taught_by) == (first.id in taught_by)
             )
 
-        def share() -> float:
-            ready = (t for t in self.waiting.values() if _teacher(t) not in taught)
+        def take(trial: Trial) -> bool:
+            return self._take(trial.id, now) and self.waiting.pop(trial.id) is trial
+
+        largest, room = self._most(first.id), math.inf
+        companions = list(filter(joins, ready)) if largest > 1 else []
+        if isinstance(self.resources.gang, int):
+            largest = min(largest, self.resources.gang)
+        elif companions:
             left = first.epochs + sum(trial.epochs for trial in ready)
             left += sum(gang.epochs_left for gang in self.running.values())
-            return left / max(1, self.resources.concurrent or needs.groups_on(self.nodes))
-
-        ready = list(filter(joins, self.waiting.values()))
-        trials = {first.id: first}
-        for trial in companions(first, ready, self.resources, self._stream, share, self._most):
-            if self._take(trial.id, now):
-                trials[trial.id] = self.waiting.pop(trial.id)
+            groups = self.resources.concurrent or needs.groups_on(self.nodes)
+            room = left / max(1, groups) / max(1, self.claims.drivers())
+        trials = join(first, companions, largest, room, take)
         self.running[trial_id] = Gang(trials, needs, len(trials))
         return {
             "trials": [
