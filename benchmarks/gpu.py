@@ -109,6 +109,11 @@ def weights_file(name: str, images: Images, folder: str) -> Row:
     return {"name": name, "weights": str(file)}
 
 
+def _raise(trial: Trial, error: Exception | None) -> None:
+    if error is not None:
+        raise error
+
+
 class Epochs:
     """The epochs of a trial on random images, as the training loop does them.
 
@@ -146,10 +151,9 @@ class Epochs:
             settings["teacher_logits"] = "live"
         trial, store = Trial.model_validate(settings), Store(self.folder.name)
         shared = Shared(trial, images, store, None, lambda: None, device)
-        self.gang = Gang(
-            shared, lambda epochs: None, lambda trial, error: None, lambda trial: False
-        )
+        self.gang = Gang(shared, lambda epochs: None, _raise, lambda trial: False)
         self.run, self.device, self.epoch = set_up(trial, shared), device, 0
+        self.gang.runs.append(self.run)
 
     def seconds(self) -> float:
         """Train an epoch and return the seconds that it took."""
