@@ -12,8 +12,8 @@ Four parts. In each, the trials run alone and as gangs in one run, and their wei
     demo      the command `pld-ray run demo`, with resources.gang 1 and auto
     tiny      the same with a grid of 40 trials of an epoch of 200 images
 
-The first two run in this process, on one thread as a trial with one core has. The other two are
-whole commands, with the start of Ray.
+The first two run in this process on one core, as a trial has one if all cores are busy. The other
+two are whole commands on all cores, with the start of Ray.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ PAIRS = (
 FEATURES = ("at", "fitnet", "pkt", "rkd", "sp", "vid")
 TINY = """
 base: {data: {name: digits, limit: 200}, student: resnet8, epochs: 1, batch_size: 50}
-grid: {loss: ce, optimizer.lr: [RATES]}
+grid: {loss: [ce], optimizer.lr: [RATES]}
 """
 Row = dict[str, Any]
 
@@ -215,9 +215,13 @@ def main() -> None:
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    rows, console = [], Console(width=120)
+    rows, console, cores = [], Console(width=120), os.sched_getaffinity(0)
     with tempfile.TemporaryDirectory() as folder:
         for part in arguments.parts:
+            if part in ("features", "files"):
+                os.sched_setaffinity(0, {min(cores)})
+            else:
+                os.sched_setaffinity(0, cores)
             for row in PARTS[part](Path(folder), arguments.quick):
                 rows.append(row)
                 ratio = row["alone"] / row["gang"]

@@ -8,7 +8,7 @@ reads and writes. Taken from the paper: 100 epochs take 6 hours on 8 A100s (8 ho
 transformer) with a live teacher. Assumed: these hours are GPU time, in proportion to the
 operations, with factor 1 for the teacher's forward pass and 3 for the student's step. Trials are
 assigned to groups of 8 GPUs, the longest first. The longest trial that needs a bank computes it.
-Gangs are formed of trials with one stream, each with at most a group's share of the work.
+Gangs are formed as in a run: of trials with one stream, each with its share of the epochs.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ from pld_ray.data.encoded import EncodedImages
 from pld_ray.distill import bank_format, bank_plan
 from pld_ray.models.factory import create_model
 from pld_ray.store.store import Store
+from pld_ray.sweep.gangs import join
 
 IMAGES = images.Size(1_281_167, 50_000, 1000)
 IMAGE_BYTES = 110_000  # average size of an encoded training image
@@ -178,20 +179,16 @@ def with_bank(found: list[Job]) -> list[float]:
 
 
 def gangs(found: list[Job], groups: int) -> list[list[Job]]:
-    """Return the trials in gangs, so that each group of GPUs has work."""
-    share = sum(job.hours for job in found) / groups
-    streams: dict[str, list[Job]] = {}
-    for job in found:
-        streams.setdefault(stream_key(job.trial), []).append(job)
-    made: list[list[Job]] = []
-    for jobs in streams.values():
-        gang: list[Job] = []
-        for job in sorted(jobs, key=lambda job: str(job.trial.teacher)):
-            if gang and gang_hours([*gang, job]) > share:
-                made.append(gang)
-                gang = []
-            gang.append(job)
-        made.append(gang)
+    """Return the trials in gangs, each with its share of the epochs, as a run forms them."""
+    room = sum(job.trial.epochs for job in found) / groups
+    left = {job.trial.id: job for job in found}
+    made = []
+    while left:
+        first = left.pop(next(iter(left)))
+        key = stream_key(first.trial)
+        ready = [job.trial for job in left.values() if stream_key(job.trial) == key]
+        joined = join(first.trial, ready, len(found), room, lambda trial: True)
+        made.append([first, *(left.pop(name) for name in joined if name in left)])
     return made
 
 

@@ -1,7 +1,9 @@
 """Gangs on Ray: what goes together, the same bits as alone, and members that fall out."""
 
 import json
+import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
@@ -13,7 +15,7 @@ from pld_ray.config.planning import plan
 from pld_ray.store.claims import Claims
 from pld_ray.store.store import Store
 from pld_ray.sweep import checks, runner
-from pld_ray.sweep.gangs import Gang
+from pld_ray.sweep.gangs import Gang, join
 from pld_ray.sweep.progress import ProgressView
 from pld_ray.sweep.scheduling import PlanSearcher
 
@@ -63,6 +65,68 @@ def test_a_grid_runs_as_gangs_with_the_bits_of_trials_alone(local_ray, experimen
     for trial in made.trials.values():
         alone(trial, other)
         assert digest(store, trial) == digest(other, trial), trial.label
+
+
+@pytest.mark.slow
+def test_half_a_gang_moves_to_a_core_that_is_idle(local_ray, experiment, tmp_path, monkeypatch):
+    monkeypatch.setattr("pld_ray.sweep.scheduling.MOVE", 1.0)
+    monkeypatch.setattr(
+        "pld_ray.sweep.scheduling.join",
+        lambda first, ready, largest, room, take: join(first, ready, largest, math.inf, take),
+    )
+    made = plan(
+        experiment(TEXT, "grid.loss=[ce, ls]", "grid.optimizer.lr=[1e-3, 2e-3]", "epochs=40")
+    )
+    store, other = Store(tmp_path / "results"), Store(tmp_path / "alone")
+    failures, started = run(made, store)
+    assert failures == {} and store.finished(made.trials) == set(made.trials)
+    assert len(started[0]) == 4 and len(started) > 1
+    assert set(started[1]) < set(started[0])
+    for trial in made.trials.values():
+        alone(trial, other)
+        assert digest(store, trial) == digest(other, trial)
+        assert len(store.epochs(trial.id)) == 40
+    assert not list(Path(store.uri).glob("trials/*/claim-*"))
+
+
+def test_trials_that_move_wait_for_each_other(experiment, tmp_path, monkeypatch):
+    store = Store(tmp_path / "results")
+    more = "grid.loss=[ce, ls]", "grid.epochs=[10,20]"
+    with Claims(store.files) as claims:
+        nodes = [{"CPU": 1.0}]
+        _, search = searcher(experiment, store, claims, monkeypatch, nodes, *more)
+        asked = []
+        search.move = asked.append
+        keys = [each["id"] for each in search.suggest("a")["trials"]]
+        epochs = dict(zip(keys, (10, 20, 10, 20), strict=True))
+        assert {k: t.epochs for k, t in search.running["a"].trials.items()} == epochs
+        nodes[0]["CPU"] = 2.0  # another core is there
+        search.looked = -math.inf
+        assert search.suggest("b") is None and asked == []  # no epoch has ended yet
+        done = [{"id": key, "epoch": 1, "seconds": 0.3, "epochs": 20} for key in keys]
+        search.on_trial_result("a", {"epochs": done})
+        assert search.suggest("b") is None and asked == []  # 17 seconds are left: not worth it
+        for epoch in done:
+            epoch["seconds"] = 1.0
+        search.on_trial_result("a", {"epochs": done})
+        # 9, 19, 9 and 19 seconds are left: 28 in each half
+        assert search.suggest("b") is None and asked == [{keys[1], keys[0]}]
+        assert search.suggest("b") is None and len(asked) == 1
+        search.on_trial_result("a", {"ended": keys[0], "back": "moved"})
+        assert search.suggest("b") is None
+        search.on_trial_result("a", {"ended": keys[1], "back": "moved"})
+        moved = search.suggest("b")["trials"]
+        assert {each["id"] for each in moved} == {keys[0], keys[1]}
+        assert search.ended == [] and search.suggest("c") is None
+
+
+def test_a_trial_in_its_last_epoch_does_not_move():
+    trials = {name: SimpleNamespace(epochs=n) for name, n in zip("abc", (3, 9, 5), strict=True)}
+    gang = Gang(trials, None, 3, dict.fromkeys("abc", 2), {"a": 50.0, "b": 1.0, "c": 10.0})
+    assert gang.seconds_left == {"a": 50.0, "b": 7.0, "c": 30.0}  # 43.5 is half
+    assert gang.half() == {"c", "b"}
+    gang.done["c"] = 4
+    assert gang.half() == {"b"}  # 50, 7 and 10
 
 
 SUICIDAL = '''
@@ -301,7 +365,7 @@ def test_a_trial_without_memory_waits_for_a_smaller_gang(experiment, tmp_path, m
         _, search = searcher(experiment, store, claims, monkeypatch, [{"CPU": 1.0}], *more)
         keys = [each["id"] for each in search.suggest("a")["trials"]]
         for key in keys[2:]:
-            search.on_trial_result("a", {"ended": key, "no_room": "1"})
+            search.on_trial_result("a", {"ended": key, "back": "no room"})
         assert list(search.waiting) == keys[2:] and search.ended == []
         assert [search._most(key) for key in keys] == [4, 4, 3, 2]
         search.on_trial_complete("a", {})

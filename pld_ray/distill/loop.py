@@ -107,7 +107,8 @@ def train_gang(
         ledger: Keeps processes from computing the same teacher logits twice.
         alive: Called after every piece of work: a batch, or a forward pass of the teacher.
         device: Default: the CUDA device if there is one, else the CPU.
-        stopped: Called after every epoch of a trial: whether it stops there. It can continue later.
+        stopped: Called after every epoch of a trial but the last: whether it stops there. It can
+            continue later.
     """
     device = device or pick_device()
     use_deterministic(device)
@@ -271,6 +272,7 @@ class Gang:
             for run in runs:
                 keep_checkpoint(run)
             raise
+        runs = [run for run in runs if len(run.history) < run.trial.epochs]
         stops = [self.shared.rank == 0 and self.stopped(run.trial) for run in runs]
         for run, stop in zip(runs, self.agreed(stops), strict=True):
             if stop:

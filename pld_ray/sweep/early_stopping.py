@@ -52,6 +52,7 @@ class EarlyStopping(FIFOScheduler):
         self.spent: dict[str, float] = {}  # key -> seconds of training
         self.group_of: dict[str, str] = {}  # trial id -> key
         self.trials: dict[str, Trial] = {}
+        self.entered: set[str] = set()  # trials that their scheduler knows
         self.stopped: dict[str, str] = {}  # trial id -> scheduler or time_budget
         for each in {each.group.key: each for each in progress}.values():
             key = each.group.key
@@ -75,7 +76,10 @@ class EarlyStopping(FIFOScheduler):
         return budget is not None and self.spent[self.group_of[trial_id]] >= budget
 
     def _enter(self, trial_id: str) -> None:
-        """Add a trial to its scheduler, and report the epochs that it has in the store."""
+        """Add a trial to its scheduler, once, and report the epochs that it has in the store."""
+        if trial_id in self.entered:  # it comes from another gang
+            return
+        self.entered.add(trial_id)
         scheduler, member = self.schedulers[self.group_of[trial_id]], _Member(trial_id)
         scheduler.on_trial_add(None, member)
         for epoch in self.store.epochs(trial_id):

@@ -19,17 +19,44 @@ class Gang:
         needs: The resources that it has.
         size: The number of trials with which it started.
         done: The epochs that each of them has done, by id.
+        pace: The seconds of the last epoch of each, by id.
+        asked: Ids of trials that were asked to leave, because another process has room for them.
+        moved: Those that have left.
     """
 
     trials: dict[str, Trial]
     needs: ResourceRequest
     size: int
     done: dict[str, int] = field(default_factory=dict)
+    pace: dict[str, float] = field(default_factory=dict)
+    asked: set[str] = field(default_factory=set)
+    moved: dict[str, Trial] = field(default_factory=dict)
 
     @property
     def epochs_left(self) -> int:
         """The epochs that its trials have still to do."""
-        return sum(trial.epochs - self.done.get(key, 0) for key, trial in self.trials.items())
+        return sum(map(self._epochs_left, self.trials))
+
+    def _epochs_left(self, key: str) -> int:
+        return self.trials[key].epochs - self.done.get(key, 0)
+
+    @property
+    def seconds_left(self) -> dict[str, float]:
+        """The seconds that each trial still needs, by id; 0 before its first epoch."""
+        return {key: self._epochs_left(key) * self.pace.get(key, 0.0) for key in self.trials}
+
+    def half(self) -> set[str]:
+        """Return trials that need half of the seconds that are left, or a little less.
+
+        A trial in its last epoch stays.
+        """
+        seconds, found = self.seconds_left, set[str]()
+        room = sum(seconds.values()) / 2
+        for key in sorted(seconds, key=lambda key: -seconds[key]):
+            if 0 < seconds[key] <= room and self._epochs_left(key) > 1:
+                found.add(key)
+                room -= seconds[key]
+        return found
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,8 @@
 
 Every training process reports its progress to the LivenessMonitor, a Ray actor. A process that
 reports no step for `patience` seconds is killed with SIGKILL, because it may be stuck in C code or
-be stopped. Ray and Tune then handle it like any other process that dies.
+be stopped. Ray and Tune then handle it like any other process that dies. The answer to a report
+tells a process which of its trials shall leave, because another process has room for them.
 """
 
 from __future__ import annotations
@@ -50,13 +51,25 @@ class LivenessMonitor:
     def __init__(self, patience: float, store_uri: str) -> None:
         self.patience, self.store = patience, Store(store_uri)
         self.seen: dict[Process, tuple[list[str], float]] = {}  # trial ids, last report
+        self.leaving: set[str] = set()
         self.task: asyncio.Task[None] | None = None
 
-    async def alive(self, trial_ids: list[str], process: Process) -> None:
-        """Note the progress of a process; the first report starts its monitoring."""
+    async def alive(self, trial_ids: list[str], process: Process) -> set[str]:
+        """Note the progress of a process; the first report starts its monitoring.
+
+        Returns:
+            The ids of those trials that shall leave the process; each is told once.
+        """
         self.seen[process] = trial_ids, time.monotonic()
         if self.task is None:
             self.task = asyncio.create_task(self._look())
+        told = self.leaving & set(trial_ids)
+        self.leaving -= told
+        return told
+
+    async def move(self, trial_ids: set[str]) -> None:
+        """Ask trials to leave their process after an epoch."""
+        self.leaving |= trial_ids
 
     async def ended(self, process: Process) -> None:
         """Stop monitoring a process."""
@@ -103,12 +116,15 @@ def start_monitor(patience: float, store: Store) -> Any:
 
 
 @contextmanager
-def monitored(watch: Any, trial_ids: Collection[str]) -> Iterator[Callable[[], None]]:
+def monitored(
+    watch: Any, trial_ids: Collection[str], leaving: set[str]
+) -> Iterator[Callable[[], None]]:
     """Monitor this process during the `with` block.
 
     Args:
         watch: Handle of the LivenessMonitor. None turns monitoring off.
         trial_ids: Ids of the trials that this process trains; they may change.
+        leaving: Receives the ids of trials that shall leave the process.
 
     Yields:
         A function to call after every training step.
@@ -127,7 +143,8 @@ def monitored(watch: Any, trial_ids: Collection[str]) -> Iterator[Callable[[], N
         while not over.is_set():
             if steps[0] != told:
                 told = steps[0]
-                watch.alive.remote(sorted(trial_ids), process)
+                with suppress(ray.exceptions.RayError):  # the monitor is restarted
+                    leaving.update(ray.get(watch.alive.remote(sorted(trial_ids), process)))
             over.wait(EVERY)
 
     thread = threading.Thread(target=tell, daemon=True)

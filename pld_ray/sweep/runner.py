@@ -84,6 +84,7 @@ def run(
                 raise InputError(why)
         trials = [*pending.values(), *(each.group.cell.trial for each in progress)]
         monitor = start_monitor(resources.patience, store)
+        search.move = monitor.move.remote
         scratch = tempfile.mkdtemp(prefix="pld-ray-")
         trainable = tune.with_parameters(
             run_gang,

@@ -26,6 +26,7 @@ from pld_ray.sweep.retries import give_up_reason
 from pld_ray.sweep.search import DrawnTrial
 
 LOOK = 1.0  # seconds between two queries of the nodes, or two attempts to claim a trial
+MOVE = 20.0  # seconds of work that trials must have left to be worth moving to another process
 NODES_BACK = 600.0  # seconds to wait for lost nodes to come back
 
 
@@ -45,6 +46,7 @@ class PlanSearcher(Searcher):
         notes: How trials ended that neither failed nor finished here, by trial id.
         ended: Ids of trials that ended, of which the view does not know yet.
         look: Function that handles signals; see signals.py.
+        move: Function that asks trials to leave their gang; see liveness.py.
     """
 
     def __init__(
@@ -71,6 +73,7 @@ class PlanSearcher(Searcher):
         self.ended: list[str] = []
         self.asked: dict[str, float] = {}  # trial id -> when another driver was seen to run it
         self.look: Callable[[], None] = lambda: None
+        self.move: Callable[[set[str]], None] = lambda keys: None
         self.nodes = nodes()
         self.looked = time.monotonic()
         self.moved = time.monotonic()  # when a trial last ran, here or on another driver
@@ -101,6 +104,7 @@ class PlanSearcher(Searcher):
                 return self._start(trial_id, self.waiting.pop(key), taught, now)
         if any([self._draw() for _ in range(self._draws)]):
             return self.suggest(trial_id)
+        self._spread()
         if self.running or self.asked:
             self.moved = now
         elif self.waiting and now - self.moved > NODES_BACK:
@@ -153,6 +157,21 @@ class PlanSearcher(Searcher):
             "search": self.stopping is not None,
         }
 
+    def _spread(self) -> None:
+        """Ask half a gang to leave if there is room for another one and no trial that could start.
+
+        Those trials continue in a gang of their own.
+        """
+        if self.resources.gang != "auto" or any(gang.asked for gang in self.running.values()):
+            return
+        gangs = [gang for gang in self.running.values() if self._fits_beside(gang.needs)]
+        most = max(gangs, key=lambda gang: sum(gang.seconds_left.values()), default=None)
+        if most is None or not (half := most.half()):
+            return
+        if sum(most.seconds_left[key] for key in half) >= MOVE:
+            most.asked = half
+            self.move(half)
+
     def _stream(self, trial: Trial) -> str:
         """Return the `stream_key` of a trial, which is computed once."""
         if trial.id not in self.streams:
@@ -182,16 +201,23 @@ class PlanSearcher(Searcher):
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """Note the epochs of the trials of a gang, and how they end."""
         gang = self.running[trial_id]
-        gang.done |= {epoch["id"]: epoch["epoch"] for epoch in result.get("epochs", ())}
+        for epoch in result.get("epochs", ()):
+            gang.done[epoch["id"]], gang.pace[epoch["id"]] = epoch["epoch"], epoch["seconds"]
         if result.get("ended") not in gang.trials:
             return
         trial = gang.trials.pop(result["ended"])
-        if "no_room" in result:  # it waits for another gang, of those that had room here
+        gang.asked.discard(trial.id)
+        if result.get("back") == "moved":
+            gang.moved[trial.id] = trial
+        elif result.get("back"):  # it waits for another gang, no larger than this one has room for
             gang.size -= 1
             self.largest[trial.id] = max(1, gang.size)
             self.waiting[trial.id] = trial
         else:
             self._end(trial, result)
+        if not gang.asked:  # all that were asked have left or ended: they go on together
+            self.waiting |= gang.moved
+            gang.moved = {}
 
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
@@ -202,6 +228,7 @@ class PlanSearcher(Searcher):
         has then failed.
         """
         gang = self.running.pop(trial_id)
+        self.waiting |= gang.moved
         left = gang.trials
         if error and gang.size > 1:
             for key in left:

@@ -124,7 +124,7 @@ def _attempt(
     grouped = trials[0].workers > 1
     # When one worker of several dies, the others see only a broken connection: always try again.
     again = Exception if grouped else OSError
-    left = {trial.id for trial in trials}
+    left, leaving, moved = {trial.id for trial in trials}, set[str](), set[str]()
 
     def tell(trial: Trial, **facts: str) -> None:
         left.discard(trial.id)
@@ -132,10 +132,10 @@ def _attempt(
 
     def ended(trial: Trial, error: Exception | None) -> None:
         if error is None:
-            tell(trial)
+            tell(trial, **({"back": "moved"} if trial.id in moved else {}))
             return
         if isinstance(error, NoRoom):
-            tell(trial, no_room="its gang had no memory for it")
+            tell(trial, back="no room")
             return
         final, fault, reason = isinstance(error, TrainingError), _fault(error), _reason(error)
         if final or not (fault or isinstance(error, again)):
@@ -155,9 +155,12 @@ def _attempt(
         raise error
 
     def stopped(trial: Trial) -> bool:
-        return search and store.stopped(trial.id) is not None
+        if search and store.stopped(trial.id) is not None:
+            return True
+        moved.update(leaving & {trial.id})
+        return trial.id in moved
 
-    with monitored(monitor, left) as step:
+    with monitored(monitor, left, leaving) as step:
         try:
             found: Images = ray.get(images)
             found.check_visible()
