@@ -8,7 +8,8 @@ reads and writes. Taken from the paper: 100 epochs take 6 hours on 8 A100s (8 ho
 transformer) with a live teacher. Assumed: these hours are GPU time, in proportion to the
 operations, with factor 1 for the teacher's forward pass and 3 for the student's step. Trials are
 assigned to groups of 8 GPUs, the longest first. The longest trial that needs a bank computes it.
-Gangs are formed as in a run: of trials with one stream, each with its share of the epochs.
+Gangs are formed as in a run: of trials with one stream, each with its share of the epochs. The
+longest are split while other groups of GPUs are free.
 """
 
 from __future__ import annotations
@@ -192,6 +193,18 @@ def gangs(found: list[Job], groups: int) -> list[list[Job]]:
     return made
 
 
+def spread(made: list[list[Job]], gpus: int) -> list[list[Job]]:
+    """Return the gangs after halves have moved to groups of GPUs that were free, while it helps."""
+    while len(longest := max(made, key=gang_hours)) > 1:
+        longest.sort(key=lambda job: job.student)
+        moved = [*(gang for gang in made if gang is not longest), longest[::2], longest[1::2]]
+        before, after = (days(list(map(gang_hours, some)), gpus) for some in (made, moved))
+        if after >= before:
+            break
+        made = moved
+    return made
+
+
 def gang_hours(gang: list[Job]) -> float:
     """Return the GPU-hours of a gang, in which each teacher runs once in an epoch."""
     teachers: dict[str, float] = {}
@@ -288,7 +301,7 @@ def show(console: Console) -> None:
         "Cores, live", "Cores, bank", "Cores, gangs",
     )  # fmt: skip
     for gpus in (8, 64, 512):
-        made = gangs(found, gpus // GROUP)
+        made = spread(gangs(found, gpus // GROUP), gpus)
         took = [days(live, gpus), days(kept, gpus), days([gang_hours(gang) for gang in made], gpus)]
         shown = [epochs, epochs, sum(max(job.trial.epochs for job in gang) for gang in made)]
         shown[1] += sum(bank.views for bank in banks["float16"] if bank.split == "train")
