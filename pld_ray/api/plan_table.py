@@ -99,11 +99,8 @@ def _gangs(plan: Plan, done: set[str]) -> list[gangs.PlannedGang]:
     return gangs.planned(left, None if largest == "auto" else largest)
 
 
-def _gang_line(plan: Plan, done: set[str]) -> str:
-    """Return a line that says what gangs spare, or an empty string."""
-    found = _gangs(plan, done)
-    if not found:
-        return ""
+def _gang_line(found: list[gangs.PlannedGang]) -> str:
+    """Return a line that says what gangs spare."""
     apart, together = sum(gang.apart for gang in found), sum(gang.together for gang in found)
     line = (
         f"{sum(len(gang.trials) for gang in found)} trials can step together in {len(found)} "
@@ -152,7 +149,8 @@ def show(plan: Plan, store: Store, done: set[str]) -> None:
         store: The store with the records of finished trials.
         done: Ids of the finished trials.
     """
-    estimate = seconds(plan, store, done)
+    estimate, together = seconds(plan, store, done), _gangs(plan, done)
+    gang = {trial.id: n for n, each in enumerate(together, 1) for trial in each.trials}
     rows = []
     for key, trial in plan.trials.items():
         teacher = trial.teacher
@@ -160,8 +158,9 @@ def show(plan: Plan, store: Store, done: set[str]) -> None:
         role = "is a teacher" if key in plan.teacher_ids else taught_by or ""
         state = "done" if key in done else "to run"
         takes = duration(estimate[key]) if key in estimate else ""
-        rows.append((key, plan.labels[key], role, trial.epochs, state, takes))
-    print(aligned(("id", "trial", "teacher", "epochs", "state", "time"), rows))
+        row = (key, plan.labels[key], role, trial.epochs, str(gang.get(key, "")), state, takes)
+        rows.append(row)
+    print(aligned(("id", "trial", "teacher", "epochs", "gang", "state", "time"), rows))
     left = [key for key in plan.trials if key not in done]
     epochs = sum(plan.trials[key].epochs for key in left)
     print(
@@ -169,8 +168,8 @@ def show(plan: Plan, store: Store, done: set[str]) -> None:
         f"{len(plan.teacher_ids)}): {len(plan.trials) - len(left)} done, {len(left)} to run"
         + (f" ({epochs:,} epochs)" if left else "")
     )
-    if line := _gang_line(plan, done):
-        print(line)
+    if together:
+        print(_gang_line(together))
     known = [estimate[key] for key in left if key in estimate]
     if known:
         rest = (
