@@ -155,10 +155,11 @@ def epochs(*top1, every=2, of=6):
 
 
 def stops(stopping, trial, result):
-    """Whether a trial is stopped after an epoch; the gang itself never is."""
+    """Whether a trial is stopped after an epoch, and with it its gang."""
     told = {"epochs": [result | {"id": trial.id}]}
-    assert stopping.on_trial_result(None, TuneTrial(trial), told) == TrialScheduler.CONTINUE
+    decision = stopping.on_trial_result(None, TuneTrial(trial), told)
     assert (trial.id in stopping.stopped) == (stopping.store.stopped(trial.id) is not None)
+    assert (decision == TrialScheduler.STOP) == (trial.id in stopping.stopped)
     return trial.id in stopping.stopped
 
 
@@ -188,6 +189,18 @@ def test_asha_stops_a_trial_after_the_first_epoch_with_a_value(
     assert told(stopping, worst, epochs(0, 50, 0, 55, 0, 99)) == stopped
     assert told(stopping, better, epochs(0, 81, 0, 86, 0, 10)) is None  # the last is never stopped
     assert stopping.stopped == {worst.id: "asha"}
+
+
+@pytest.mark.parametrize("scheduler", ["asha", "median", "hyperband"])
+def test_epochs_after_a_stop_are_not_compared(experiment, tmp_path, scheduler):
+    store = Store(tmp_path / "results")
+    sets = f"search.scheduler={scheduler}", "search.time_budget=3"
+    progress, (trial, *_) = searched(experiment, store, *sets)
+    stopping = EarlyStopping(progress, store)
+    assert told(stopping, trial, epochs(0, 80, 0, 80)) == 3
+    for late in epochs(0, 0, 0, 80, 0)[3:]:
+        assert stops(stopping, trial, late)
+    assert stopping.spent == {progress[0].group.key: 5.0}
 
 
 def test_the_median_rule_compares_the_epochs_with_values(experiment, tmp_path):

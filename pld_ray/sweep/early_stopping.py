@@ -52,6 +52,7 @@ class EarlyStopping(FIFOScheduler):
         self.spent: dict[str, float] = {}  # key -> seconds of training
         self.group_of: dict[str, str] = {}  # trial id -> key
         self.trials: dict[str, Trial] = {}
+        self.over: set[str] = set()  # trials that ended or are stopped
         self.entered: set[str] = set()  # trials that their scheduler knows
         self.stopped: dict[str, str] = {}  # trial id -> scheduler or time_budget
         for each in {each.group.key: each for each in progress}.values():
@@ -97,17 +98,25 @@ class EarlyStopping(FIFOScheduler):
                 self._enter(settings["id"])
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        """Note in the store which trials of a gang are stopped after an epoch."""
+        """Note in the store which trials of a gang are stopped after an epoch.
+
+        Returns:
+            STOP if all of its trials are stopped, which ends its processes at once.
+        """
         for epoch in result.get("epochs", ()):
             if epoch["id"] in self.group_of and not result.get("done"):  # then Tune tells it again
                 self._epoch(tune_controller, epoch)
-        return TrialScheduler.CONTINUE
+        left = {settings["id"] for settings in trial.config["trials"]}
+        over = left and left <= self.stopped.keys()
+        return TrialScheduler.STOP if over else TrialScheduler.CONTINUE
 
     def _epoch(self, controller: Any, epoch: dict[str, Any]) -> None:
         """Ask the scheduler of a trial about an epoch; after its last one it is not stopped."""
         key, member = epoch["id"], _Member(epoch["id"])
         scheduler, group = self.schedulers[self.group_of[key]], self.groups[self.group_of[key]]
         self.spent[self.group_of[key]] += epoch["seconds"]
+        if key in self.over:  # several workers learn late that they are to stop
+            return
         scored, stops = self._scored(key, epoch), False
         if scored:
             stops = scheduler.on_trial_result(controller, member, epoch) == TrialScheduler.STOP
@@ -116,7 +125,9 @@ class EarlyStopping(FIFOScheduler):
             self.stop(key, "time_budget")
         elif not last and stops:
             self.stop(key, group.search.scheduler)
-        if scored and (last or key in self.stopped):
+        if last or key in self.stopped:
+            self.over.add(key)
+        if scored and key in self.over:
             scheduler.on_trial_complete(controller, member, epoch)
 
     def stop(self, trial_id: str, by: str) -> None:
