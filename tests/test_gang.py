@@ -27,7 +27,11 @@ base:
   batch_size: 32
 grid: {loss: [ce]}
 """
-DROPOUT = {"name": "mobilenetv3_small_050", "args": {"drop_rate": 0.3}}
+SMALL_VIT = {"img_size": 8, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2}
+DROPOUT = {
+    "name": "vit_tiny_patch16_224",
+    "args": SMALL_VIT | {"drop_rate": 0.3, "drop_path_rate": 0.2},
+}
 SGD = {"name": "sgd", "lr": 0.05, "momentum": 0.9}
 # students, losses, optimizers, schedules, epochs, averages: all that members may differ in
 MEMBERS = (
