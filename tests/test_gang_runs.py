@@ -12,9 +12,10 @@ from small import run as alone
 from pld_ray.api.session import keep_plugins
 from pld_ray.config import gangs
 from pld_ray.config.planning import plan
+from pld_ray.data import datasets
 from pld_ray.store.claims import Claims
 from pld_ray.store.store import Store
-from pld_ray.sweep import checks, runner
+from pld_ray.sweep import checks, runner, worker
 from pld_ray.sweep.gangs import Gang, join
 from pld_ray.sweep.progress import ProgressView
 from pld_ray.sweep.scheduling import PlanSearcher
@@ -395,3 +396,17 @@ def test_a_gang_that_dies_goes_on_in_halves(experiment, tmp_path, monkeypatch):
         search.on_trial_complete("e", {"done": True})
         assert search.suggest("f") == search.FINISHED
         assert not list(Path(store.uri).glob("trials/*/claim-*"))
+
+
+def test_a_trial_that_has_a_record_is_not_run_again(experiment, tmp_path, monkeypatch):
+    made, store = plan(experiment(TEXT, "grid.loss=[ce, ls]")), Store(tmp_path / "results")
+    done, left = (cell.trial for cell in made.cells)
+    alone(done, store)
+    said, attempted = [], []
+    monkeypatch.setattr(worker.tune, "report", said.append)
+    monkeypatch.setattr(worker, "_attempt", lambda trials, *more: attempted.extend(trials))
+    settings = [{"id": t.id, "trial": t.model_dump(mode="json")} for t in (done, left)]
+    images = {datasets.sharing_key(done.data): None}
+    config = {"trials": settings, "search": False}
+    worker.run_gang(config, images, store.uri, "", None, None)
+    assert said == [{"ended": done.id}] and attempted == [left]

@@ -45,6 +45,9 @@ def run_gang(
             store.fail(settings["id"], str(error), traceback.format_exc())
             tune.report({"ended": settings["id"], "failed": str(error)})
             continue
+        if store.record(trial.id) is not None:  # the process died before it could say so
+            tune.report({"ended": trial.id})
+            continue
         store.forget_failure(trial)
         trials.append(trial)
     if not trials:
