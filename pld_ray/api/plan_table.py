@@ -64,6 +64,7 @@ def for_programs(plan: Plan, store: Store, done: set[str]) -> dict[str, Any]:
         done: Ids of the finished trials.
     """
     estimate = seconds(plan, store, done)
+    ruled = {cell.trial.id: cell.rules for cell in plan.cells}
     rows = [
         {
             "id": key,
@@ -72,6 +73,10 @@ def for_programs(plan: Plan, store: Store, done: set[str]) -> dict[str, Any]:
             "done": key in done,
             "epochs": trial.epochs,
             "seconds": estimate.get(key),
+            "rules": [
+                {"rule": number, "set": plan.experiment.rules[number].set}
+                for number in ruled.get(key, ())
+            ],
             "trial": trial.model_dump(mode="json"),
         }
         for key, trial in plan.trials.items()

@@ -1,6 +1,6 @@
 """Experiments: from a YAML file or from Python, with its recipe and the overrides.
 
-recipe < base < grid < --set  ->  Trial (validated)  ->  Plan (unique, teachers first)
+recipe < base < grid < rules < --set  ->  Trial (validated)  ->  Plan (unique, teachers first)
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from pld_ray.config.grid import axis
 from pld_ray.config.merge import merge, named, nest
 from pld_ray.config.parts import Data, Model, Resources, Seeds
 from pld_ray.config.paths import absolute_paths, absolute_plugin
+from pld_ray.config.rules import Rule
 from pld_ray.config.search_space import Search
 from pld_ray.config.trial import SEEDS
 from pld_ray.config.validation import Part, sentence, validated
@@ -84,6 +85,8 @@ class Experiment(Part, metaclass=_Sentences):
         recipe: The name of a YAML file in `recipes/` whose settings `base` overrides.
         base: The settings of a trial that all trials share.
         grid: The fields that vary, and their values (see `planning.plan`).
+        rules: Settings for those cells that have other settings, such as another learning rate for
+            some networks. They override `base` and `grid`.
         plugins: Python files, or names of installed packages, with losses, networks and datasets of
             your own (see `pld_ray.plugins`).
         reference: The method with which tables, statistics and figures compare the others: the
@@ -107,6 +110,7 @@ class Experiment(Part, metaclass=_Sentences):
     plugins: list[str] = []
     base: dict[str, Any] = {}
     grid: dict[str, list[Any]] = {}
+    rules: list[Rule] = []
     reference: str = ""
     seeds: Annotated[
         Annotated[list[Annotated[int, Field(ge=0, lt=SEEDS)]], Tag("<list>")]

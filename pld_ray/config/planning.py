@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 from pydantic import Field
 
 from pld_ray import plugins
+from pld_ray.config import rules
 from pld_ray.config.experiment import Experiment
 from pld_ray.config.grid import axis, each_loss
 from pld_ray.config.merge import merge, named, nest
@@ -60,10 +61,12 @@ class Cell(NamedTuple):
     Attributes:
         trial: The trial to run.
         teacher: The name of the teacher in the grid, even if the trial's loss needs no teacher.
+        rules: The numbers of the rules of the experiment that set fields of the trial.
     """
 
     trial: Trial
     teacher: str | None
+    rules: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -180,7 +183,29 @@ def plan(experiment: Experiment) -> Plan:
     cells: list[Cell] = []
     for settings in combinations(experiment):
         cells += build(experiment, settings, experiment.all_seeds)
+    check_rules(experiment, cells)
     return Plan(experiment, tuple(cells))
+
+
+def check_rules(experiment: Experiment, cells: Iterable[Cell]) -> None:
+    """Raise InputError for a rule that sets what varies, or that applies to none of the cells."""
+    varied = {f for key, values in experiment.grid.items() for f in axis(key, values, "")[0]}
+    searched = set() if experiment.search is None else set(experiment.search.space)
+    for number, rule in enumerate(experiment.rules):
+        for field in rule.set:
+            where = "grid" if field in varied else "search.space" if field in searched else None
+            if where is not None:
+                raise InputError(
+                    f"{experiment.name}: rules[{number}].set.{field}: {where} varies this field: "
+                    "expected a field that does not vary"
+                )
+    unused = set(range(len(experiment.rules))) - {n for cell in cells for n in cell.rules}
+    if unused and experiment.miniature_of is None:  # a miniature has other networks
+        number = min(unused)
+        raise InputError(
+            f"{experiment.name}: rules[{number}].when is {experiment.rules[number].when}: no cell "
+            "has these settings: expected fields and values of this experiment"
+        )
 
 
 def combinations(experiment: Experiment) -> list[Settings]:
@@ -254,16 +279,24 @@ def build(
     raw = merge(experiment.base, base)
     if "seed" in raw or any(field == "seed" for field, _ in settings):
         raise InputError(f"{experiment.name}: seed: set seeds beside base instead, a list")
-    for field, value in [*settings, *experiment.overrides.items()]:
+    overrides = list(experiment.overrides.items())
+    raw, applied = rules.apply(experiment.rules, _merged(raw, [*settings, *overrides]))
+    raw = _merged(raw, overrides if applied else [])
+    taught = _teacher(raw.pop("teacher", None), raw, experiment)
+    cell = _cell(raw, taught, experiment)
+    return [Cell(cell.trial.with_seed(seed), cell.teacher, applied) for seed in seeds]
+
+
+def _merged(raw: dict[str, Any], settings: Settings) -> dict[str, Any]:
+    """Merge fields over settings; a field `loss.PARAMETER` that the loss has not is left out."""
+    for field, value in settings:
         first, _, parameter = field.partition(".")
         if first == "loss" and parameter and parameter != "name":
             name = (named("loss", raw.get("loss")) or {}).get("name")
             if name in REGISTRY and parameter not in REGISTRY[name].model_fields:
                 continue
         raw = merge(raw, nest(field, value))
-    taught = _teacher(raw.pop("teacher", None), raw, experiment)
-    cell = _cell(raw, taught, experiment)
-    return [Cell(cell.trial.with_seed(seed), cell.teacher) for seed in seeds]
+    return raw
 
 
 def _teacher(entry: Any, raw: dict[str, Any], experiment: Experiment) -> dict[str, Any]:

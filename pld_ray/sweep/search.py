@@ -18,7 +18,7 @@ from typing import Any
 
 from pld_ray.config.experiment import Experiment
 from pld_ray.config.parts import ON_THE_FLY
-from pld_ray.config.planning import Cell, Plan, Settings, build, combinations
+from pld_ray.config.planning import Cell, Plan, Settings, build, check_rules, combinations
 from pld_ray.config.search_space import METRICS, Point, Range, Search, Tried, points, suggest
 from pld_ray.config.trial import Trial
 from pld_ray.errors import InputError, nearest
@@ -257,6 +257,7 @@ def groups(experiment: Experiment) -> list[SearchCell]:
             if field not in experiment.overrides:
                 space[field] = values
         found.append(SearchCell(experiment, settings, space))
+    check_rules(experiment, [each.cell for each in found])
     return found
 
 

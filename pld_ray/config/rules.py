@@ -1,0 +1,67 @@
+"""Rules of an experiment: settings that depend on other settings of a cell.
+
+rules:
+  - {when: {student: [mobilenetv2_cifar, shufflenet*]}, set: {optimizer.lr: 0.01}}
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+from typing import Any
+
+from pydantic import Field
+
+from pld_ray.config.merge import merge, named, nest
+from pld_ray.config.validation import Part
+
+
+class Rule(Part):
+    """Settings for those cells of an experiment that have other settings.
+
+    Attributes:
+        when: The fields of a cell that decide, and for each the value or the list of values with
+            which the rule applies. A network, loss, optimizer, schedule or dataset is given by its
+            name. Texts may have the wildcards * and ?. All fields must fit.
+        set: The fields that the rule sets, and their values.
+    """
+
+    when: dict[str, Any] = Field(min_length=1)
+    set: dict[str, Any] = Field(min_length=1)
+
+    def applies(self, raw: Mapping[str, Any]) -> bool:
+        """Return whether the rule applies to a cell with these settings."""
+        return all(_fits(_value(raw, field), wanted) for field, wanted in self.when.items())
+
+
+def _value(raw: Any, field: str) -> Any:
+    """Return the value of a dotted field, None if it is not set; the name of a named entry."""
+    parts = field.split(".")
+    for number, part in enumerate(parts):
+        raw = named(parts[0], raw.get(part)) if number == 0 else raw.get(part)
+        if number + 1 < len(parts) and not isinstance(raw, dict):
+            return None
+    return raw.get("name") if isinstance(raw, dict) else raw
+
+
+def _fits(value: Any, wanted: Any) -> bool:
+    """Return whether a value is the wanted one, or one of a list of them."""
+    each = wanted if isinstance(wanted, list) else [wanted]
+    if isinstance(value, str):
+        return any(isinstance(one, str) and fnmatchcase(value, one) for one in each)
+    return value in each
+
+
+def apply(rules: list[Rule], raw: dict[str, Any]) -> tuple[dict[str, Any], tuple[int, ...]]:
+    """Apply rules to the settings of a cell; later rules win.
+
+    All rules look at the settings as they are before any rule.
+
+    Returns:
+        The settings, and the numbers of the rules that applied.
+    """
+    found = tuple(number for number, rule in enumerate(rules) if rule.applies(raw))
+    for number in found:
+        for field, value in rules[number].set.items():
+            raw = merge(raw, nest(field, value))
+    return raw, found

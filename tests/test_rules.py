@@ -1,0 +1,126 @@
+"""Rules: settings of cells that depend on their other settings."""
+
+import json
+
+import pytest
+
+from pld_ray.config.planning import plan
+from pld_ray.errors import InputError
+from pld_ray.store.store import Store
+from pld_ray.sweep import search
+
+TEXT = """
+base:
+  data: {name: digits, limit: 100}
+  teacher: {name: wrn_16_2, train: {epochs: 1}}
+  optimizer: {name: sgd, lr: 0.05}
+  epochs: 2
+grid:
+  student: [resnet8, resnet20, wrn_16_1_like]
+  loss: [ce, {name: dkd, beta: 2}, {name: kd, temperature: [1, 4]}]
+rules:
+RULES
+""".replace("wrn_16_1_like", "wrn_40_1")
+
+
+def cells(experiment, *rules, sets=()):
+    text = TEXT.replace("RULES", "\n".join(f"  - {rule}" for rule in rules))
+    made = plan(experiment(text, *sets))
+    return {
+        (c.trial.student.name, c.trial.loss.name, getattr(c.trial.loss, "temperature", None)): c
+        for c in made.cells
+    }
+
+
+SLOW = "{when: {student: 'resnet*'}, set: {optimizer.lr: 0.01}}"
+
+
+def test_a_rule_sets_fields_where_it_applies(experiment):
+    found = cells(experiment, SLOW)
+    assert len(found) == 12
+    for (student, *_), cell in found.items():
+        assert cell.trial.optimizer.lr == (0.05 if student == "wrn_40_1" else 0.01)
+        assert cell.trial.optimizer.name == "sgd"
+        assert cell.rules == (() if student == "wrn_40_1" else (0,))
+        assert cell.teacher == "wrn_16_2"
+    teacher = found["resnet8", "dkd", 4.0].trial.teacher
+    assert teacher.optimizer.lr == 0.05  # a rule is of the cells
+
+
+def test_all_fields_must_fit_and_later_rules_win(experiment):
+    rules = (
+        "{when: {student: [resnet8, resnet20]}, set: {optimizer.lr: 0.01, batch_size: 64}}",
+        "{when: {student: resnet20, loss: dkd}, set: {loss.beta: 8, optimizer.lr: 0.02}}",
+        "{when: {loss.temperature: [4, 8], loss: 'k?'}, set: {epochs: 3}}",
+        "{when: {batch_size: 64, student: wrn_40_1}, set: {ema: 0.9}}",
+    )
+    with pytest.raises(InputError, match=r"rules\[3\].when is .*: no cell has these settings"):
+        cells(experiment, *rules)  # rules look at the settings before any rule
+    found = cells(experiment, *rules[:3])
+    dkd = found["resnet20", "dkd", 4.0]
+    assert (dkd.trial.loss.beta, dkd.trial.optimizer.lr, dkd.trial.batch_size) == (8, 0.02, 64)
+    assert dkd.rules == (0, 1)
+    assert found["resnet8", "dkd", 4.0].trial.loss.beta == 2
+    epochs = {key: cell.trial.epochs for key, cell in found.items()}
+    assert {key for key, n in epochs.items() if n == 3} == {
+        (student, "kd", 4.0) for student in ("resnet8", "resnet20", "wrn_40_1")
+    }
+
+
+def test_set_overrides_rules(experiment):
+    found = cells(experiment, SLOW, sets=("optimizer.lr=0.5", "loss.temperature=3"))
+    assert {cell.trial.optimizer.lr for cell in found.values()} == {0.5}
+    assert found["resnet8", "ce", None].rules == (0,)
+
+
+@pytest.mark.parametrize(
+    ("rule", "said"),
+    [
+        ("{when: {student: resnet9}, set: {epochs: 1}}", r"rules\[0\].when is .*no cell has these"),
+        (
+            "{when: {loss: ce}, set: {student: resnet8}}",
+            r"rules\[0\].set.student: grid varies this",
+        ),
+        ("{when: {loss: ce}, set: {optimizer.rate: 1}}", "optimizer.rate: unknown field"),
+        ("{when: {loss: ce}, set: {}}", r"rules.0.set|rules\[0\].set|rules.set"),
+        ("{when: {loss: ce}}", "rules.*set"),
+        ("{if: {loss: ce}, set: {epochs: 1}}", "rules.*if: unknown field"),
+    ],
+)
+def test_bad_rules(experiment, rule, said):
+    with pytest.raises(InputError, match=said):
+        cells(experiment, rule)
+
+
+def test_a_plan_says_which_rule_set_what(experiment, cli, tmp_path):
+    cells(experiment, SLOW, "{when: {loss: dkd}, set: {loss.beta: 8}}")
+    path = experiment.folder / "small.yaml"
+    printed = cli("plan", path, "--json", "--storage", tmp_path / "results", cwd=tmp_path).stdout
+    found = {
+        (row["trial"]["student"]["name"], row["trial"]["loss"]["name"]): row["rules"]
+        for row in json.loads(printed)["trials"]
+        if not row["teacher"]
+    }
+    slow, beta = {"rule": 0, "set": {"optimizer.lr": 0.01}}, {"rule": 1, "set": {"loss.beta": 8}}
+    assert found["resnet8", "dkd"] == [slow, beta] and found["resnet20", "ce"] == [slow]
+    assert found["wrn_40_1", "dkd"] == [beta] and found["wrn_40_1", "kd"] == []
+
+
+def test_rules_apply_in_searches_and_miniatures(experiment, tmp_path):
+    more = (
+        "search={algorithm: random, num_trials: 2, space: {epochs: {choice: [3, 4]}}}",
+        "seeds=[]",
+    )
+    text = TEXT.replace("RULES", f"  - {SLOW}")
+    store = Store(tmp_path)
+    for each in search.look(experiment(text, *more), store):
+        slow = each.group.cell.trial.student.name != "wrn_40_1"
+        rates = {drawn.trial.optimizer.lr for drawn in each.drawn}
+        assert rates == {0.01 if slow else 0.05}
+    wrong = text.replace("optimizer.lr: 0.01", "epochs: 9")
+    with pytest.raises(InputError, match=r"rules\[0\].set.epochs: search.space varies this field"):
+        search.look(experiment(wrong, *more), store)
+    from pld_ray.config.experiment import load_experiment
+
+    small = plan(load_experiment(experiment(text, name="whole"), smoke=True))
+    assert {cell.trial.epochs for cell in small.cells} == {2}
