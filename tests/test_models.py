@@ -1,3 +1,5 @@
+import pkgutil
+
 import pytest
 import timm
 import torch
@@ -5,35 +7,83 @@ from safetensors.torch import save_file
 
 from pld_ray.config.parts import Model, Weights
 from pld_ray.errors import InputError
+from pld_ray.models import networks
 from pld_ray.models.checks import check_model
 from pld_ray.models.factory import create_model, load_teacher
 
-LITERATURE = {  # parameters for 100 classes, in millions, as the CRD and mdistiller papers count
-    "resnet20": 0.278,
-    "resnet56": 0.862,
-    "resnet8x4": 1.234,
-    "resnet32x4": 7.434,
-    "wrn_40_1": 0.570,
-    "wrn_40_2": 2.255,
-    "mobilenetv2_cifar": 0.813,
-    "resnet50_cifar": 23.705,
+PARAMETERS = {  # for 100 classes, counted on the networks of the CRD and mdistiller repositories
+    "resnet20": 278_324,
+    "resnet32": 472_756,
+    "resnet44": 667_188,
+    "resnet56": 861_620,
+    "resnet110": 1_736_564,
+    "resnet8x4": 1_233_540,
+    "resnet32x4": 7_433_860,
+    "wrn_16_1": 180_916,
+    "wrn_16_2": 703_284,
+    "wrn_40_1": 569_780,
+    "wrn_40_2": 2_255_156,
+    "resnet18_cifar": 11_220_132,
+    "resnet50_cifar": 23_705_252,
+    "mobilenetv2_cifar": 812_836,
+    "vgg8_cifar": 3_965_028,
+    "vgg11_cifar": 9_277_284,
+    "vgg13_cifar": 9_462_180,
+    "vgg16_cifar": 14_774_436,
+    "vgg19_cifar": 20_086_692,
+    "shufflenetv1": 949_258,
+    "shufflenetv2": 1_355_528,
 }
 
 
-@pytest.mark.parametrize("name", LITERATURE)
-def test_parameter_counts_match_the_literature(name):
+def shufflenetv2_parameters(*widths: int) -> int:
+    """Sum the convolutions, two numbers per channel of a norm, and the classifier."""
+    inputs, total = 24, 24 * 3 + 2 * 24
+    for width, units in zip(widths[:3], (3, 7, 3), strict=True):
+        half = width // 2
+        total += (9 + 2 + half) * inputs + 2 * half  # the left branch of the first unit
+        total += inputs * half + 2 * half + (9 + 2) * half + half * half + 2 * half
+        total += units * (2 * (half * half + 2 * half) + (9 + 2) * half)
+        inputs = width
+    return total + (inputs + 2) * widths[3] + (widths[3] + 1) * 100
+
+
+# One more block in each stage of a ResNet has two 3x3 convolutions and their norms.
+BLOCKS = sum(2 * (9 * width**2 + 2 * width) for width in (16, 32, 64))
+DERIVED = {
+    "resnet8": 278_324 - 2 * BLOCKS,
+    "resnet14": 278_324 - BLOCKS,
+    "shufflenetv2_x0_5": shufflenetv2_parameters(48, 96, 192, 1024),
+    "shufflenetv2_x1_5": shufflenetv2_parameters(176, 352, 704, 1024),
+    "shufflenetv2_x2_0": shufflenetv2_parameters(224, 488, 976, 2048),
+}
+
+
+@pytest.mark.parametrize(("name", "count"), [*PARAMETERS.items(), *DERIVED.items()])
+def test_parameter_counts_match_the_literature(name, count):
     with torch.device("meta"):
         network = create_model(Model(name=name), 100, 3, 32)
-    parameters = sum(x.numel() for x in network.parameters())
-    assert round(parameters / 1e6, 3) == LITERATURE[name]
+    assert sum(x.numel() for x in network.parameters()) == count
 
 
-@pytest.mark.parametrize(
-    "name", ["resnet8", "resnet32", "resnet110", "wrn_16_2", "mobilenetv2_cifar", "resnet8x4"]
-)
-def test_cifar_networks_are_timm_models_of_any_size(name):
+def test_counts_are_derived_as_those_of_the_literature():
+    assert shufflenetv2_parameters(116, 232, 464, 1024) == PARAMETERS["shufflenetv2"]
+    assert PARAMETERS["resnet20"] + 2 * BLOCKS == PARAMETERS["resnet32"]
+
+
+def test_every_shipped_network_has_a_count_and_a_name_that_timm_lacks():
+    files = [module.name for module in pkgutil.iter_modules(networks.__path__)]
+    names = [name for file in files for name in timm.list_models(module=file)]
+    assert sorted(names) == sorted([*PARAMETERS, *DERIVED])
+    assert hasattr(timm.models, "vgg11") and hasattr(timm.models, "resnet18")
+    assert not [name for name in names if hasattr(timm.models, name)]
+
+
+@pytest.mark.parametrize("size", [16, 5])
+@pytest.mark.parametrize("name", sorted([*PARAMETERS, *DERIVED]))
+def test_cifar_networks_are_timm_models_of_any_size(name, size):
     model = timm.create_model(name, num_classes=7, in_chans=1).eval()
-    x = torch.zeros(2, 1, 16, 16)
+    x = torch.zeros(2, 1, size, size)
     assert model(x).shape == (2, 7)
     features = model.forward_head(model.forward_features(x), pre_logits=True)
     torch.testing.assert_close(model.get_classifier()(features), model(x))
@@ -44,6 +94,8 @@ def test_the_depth_in_the_name_is_the_number_of_weighted_layers():
         "resnet20": 20,
         "resnet56": 56,
         "resnet8x4": 8,
+        "resnet14": 14,
+        "resnet18_cifar": 18,
         "resnet50_cifar": 50,
     }.items():
         model = timm.create_model(name)

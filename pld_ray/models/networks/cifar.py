@@ -1,9 +1,12 @@
-"""The CIFAR networks of the distillation literature, registered with timm.
+"""CIFAR networks of the distillation literature: ResNet, Wide ResNet, MobileNetV2, and their parts.
 
 They are the networks of the CRD and mdistiller repositories, and their first weights are drawn from
 the same distributions. After this module is imported, timm's
 `create_model("resnet8x4", num_classes=100)` finds them. They take any image size and number of
-channels.
+channels. VGG and ShuffleNet are in `cifar_vgg` and `cifar_shufflenet`.
+
+timm has ImageNet networks called resnet18, resnet50, vgg11 and so on. A name that timm has keeps
+timm's meaning: the CIFAR networks of these families end in "_cifar".
 """
 
 from __future__ import annotations
@@ -25,6 +28,8 @@ class CifarNet(nn.Module):
         width: Number of channels after the head.
         classes: Number of classes.
         taps: Indices of the stages whose features losses compare, counted from 0. Default: all.
+        he_normal: Whether the weights of convolutions are drawn from a normal distribution of
+            variance 2 / (k^2 outputs), and their biases are 0. Otherwise they stay torch's default.
     """
 
     def __init__(
@@ -35,6 +40,7 @@ class CifarNet(nn.Module):
         width: int,
         classes: int,
         taps: list[int] | None = None,
+        he_normal: bool = True,
     ) -> None:
         super().__init__()
         self.stem = stem
@@ -46,8 +52,10 @@ class CifarNet(nn.Module):
         self.num_classes = classes
         self.taps = taps or list(range(len(stages)))
         for module in self.modules():
-            if isinstance(module, nn.Conv2d):
+            if he_normal and isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
 
     def get_classifier(self) -> nn.Module:
         """Return the last linear layer."""
@@ -101,7 +109,7 @@ def _conv(inputs: int, outputs: int, size: int, stride: int = 1, groups: int = 1
     return nn.Conv2d(inputs, outputs, size, stride, size // 2, groups=groups, bias=False)
 
 
-def _conv_bn(inputs: int, outputs: int, size: int, stride: int = 1, groups: int = 1) -> list[Any]:
+def conv_bn(inputs: int, outputs: int, size: int, stride: int = 1, groups: int = 1) -> list[Any]:
     """Create a convolution and its batch normalisation."""
     return [_conv(inputs, outputs, size, stride, groups), nn.BatchNorm2d(outputs)]
 
@@ -125,7 +133,7 @@ class Residual(nn.Module):
         self.main = nn.Sequential(*main)
         same = stride == 1 and inputs == outputs
         self.shortcut = (
-            nn.Identity() if same else nn.Sequential(*_conv_bn(inputs, outputs, 1, stride))
+            nn.Identity() if same else nn.Sequential(*conv_bn(inputs, outputs, 1, stride))
         )
         self.act = nn.ReLU() if act else nn.Identity()
 
@@ -147,7 +155,7 @@ class PreActivation(nn.Module):
         super().__init__()
         self.pre = nn.Sequential(nn.BatchNorm2d(inputs), nn.ReLU())
         self.main = nn.Sequential(
-            *_conv_bn(inputs, outputs, 3, stride), nn.ReLU(), _conv(outputs, outputs, 3)
+            *conv_bn(inputs, outputs, 3, stride), nn.ReLU(), _conv(outputs, outputs, 3)
         )
         self.shortcut = None if inputs == outputs else _conv(inputs, outputs, 1, stride)
 
@@ -159,23 +167,23 @@ class PreActivation(nn.Module):
 
 def _basic(inputs: int, outputs: int, stride: int) -> Residual:
     """Create a ResNet block of two 3x3 convolutions."""
-    main = [*_conv_bn(inputs, outputs, 3, stride), nn.ReLU(), *_conv_bn(outputs, outputs, 3)]
+    main = [*conv_bn(inputs, outputs, 3, stride), nn.ReLU(), *conv_bn(outputs, outputs, 3)]
     return Residual(inputs, outputs, stride, main, act=True)
 
 
 def _bottleneck(inputs: int, outputs: int, stride: int) -> Residual:
     """Create a ResNet bottleneck block of 1x1, 3x3 and 1x1 convolutions."""
     middle = outputs // 4
-    main = [*_conv_bn(inputs, middle, 1), nn.ReLU(), *_conv_bn(middle, middle, 3, stride)]
-    main += [nn.ReLU(), *_conv_bn(middle, outputs, 1)]
+    main = [*conv_bn(inputs, middle, 1), nn.ReLU(), *conv_bn(middle, middle, 3, stride)]
+    main += [nn.ReLU(), *conv_bn(middle, outputs, 1)]
     return Residual(inputs, outputs, stride, main, act=True)
 
 
 def _inverted(inputs: int, outputs: int, stride: int, expansion: int) -> nn.Module:
     """Create an inverted residual block of MobileNetV2."""
     wide = inputs * expansion
-    main = [*_conv_bn(inputs, wide, 1), nn.ReLU(), *_conv_bn(wide, wide, 3, stride, groups=wide)]
-    main += [nn.ReLU(), *_conv_bn(wide, outputs, 1)]
+    main = [*conv_bn(inputs, wide, 1), nn.ReLU(), *conv_bn(wide, wide, 3, stride, groups=wide)]
+    main += [nn.ReLU(), *conv_bn(wide, outputs, 1)]
     if stride == 1 and inputs == outputs:
         return Residual(inputs, outputs, stride, main, act=False)
     return nn.Sequential(*main)
@@ -197,7 +205,7 @@ def _resnet(depth: int, wide: int, num_classes: int, in_chans: int) -> CifarNet:
     stem = 16 if wide == 1 else 32
     widths = [16 * wide, 32 * wide, 64 * wide]
     stages = _stages(_basic, stem, widths, [(depth - 2) // 6] * 3)
-    first = nn.Sequential(*_conv_bn(in_chans, stem, 3), nn.ReLU())
+    first = nn.Sequential(*conv_bn(in_chans, stem, 3), nn.ReLU())
     return CifarNet(first, stages, nn.Identity(), widths[-1], num_classes)
 
 
@@ -211,10 +219,17 @@ def _wrn(depth: int, wide: int, num_classes: int, in_chans: int) -> CifarNet:
     return network
 
 
+def _resnet18(num_classes: int, in_chans: int) -> CifarNet:
+    """Create ResNet-18 with a 3x3 stem of stride 1 and no max-pooling."""
+    stages = _stages(_basic, 64, [64, 128, 256, 512], [2, 2, 2, 2])
+    stem = nn.Sequential(*conv_bn(in_chans, 64, 3), nn.ReLU())
+    return CifarNet(stem, stages, nn.Identity(), 512, num_classes)
+
+
 def _resnet50(num_classes: int, in_chans: int) -> CifarNet:
     """Create ResNet-50 with a 3x3 stem of stride 1 and no max-pooling."""
     stages = _stages(_bottleneck, 64, [256, 512, 1024, 2048], [3, 4, 6, 3])
-    stem = nn.Sequential(*_conv_bn(in_chans, 64, 3), nn.ReLU())
+    stem = nn.Sequential(*conv_bn(in_chans, 64, 3), nn.ReLU())
     return CifarNet(stem, stages, nn.Identity(), 2048, num_classes)
 
 
@@ -230,8 +245,8 @@ def _mobilenetv2(num_classes: int, in_chans: int) -> CifarNet:
         blocks += [_inverted(width, width, 1, expansion) for _ in range(depth - 1)]
         stages.append(nn.Sequential(*blocks))
         inputs = width
-    stem = nn.Sequential(*_conv_bn(in_chans, 16, 3, 2), nn.ReLU())
-    head = nn.Sequential(*_conv_bn(inputs, 1280, 1), nn.ReLU())
+    stem = nn.Sequential(*conv_bn(in_chans, 16, 3, 2), nn.ReLU())
+    head = nn.Sequential(*conv_bn(inputs, 1280, 1), nn.ReLU())
     # Compare the last stage of each resolution, as in the CRD repository. These are four stages,
     # as many as ResNet-50 has.
     network = CifarNet(stem, stages, head, 1280, num_classes, taps=[1, 2, 4, 6])
@@ -240,7 +255,7 @@ def _mobilenetv2(num_classes: int, in_chans: int) -> CifarNet:
     return network
 
 
-def _register(name: str, doc: str, make: Any, *shape: int) -> None:
+def register(name: str, doc: str, make: Any, *shape: int) -> None:
     """Register `make(*shape)` with timm, which can then load its weights like any other's."""
 
     def entry(pretrained: bool = False, **kwargs: Any) -> CifarNet:
@@ -249,26 +264,34 @@ def _register(name: str, doc: str, make: Any, *shape: int) -> None:
         )
         return build_model_with_cfg(partial(make, *shape), name, pretrained, **kwargs)
 
-    entry.__name__, entry.__doc__, entry.__module__ = name, doc, __name__
+    entry.__name__, entry.__doc__, entry.__module__ = name, doc, make.__module__
     register_model(entry)
 
 
-_register("resnet8", "ResNet-8 for 32x32 images.", _resnet, 8, 1)
-_register("resnet20", "ResNet-20 for 32x32 images.", _resnet, 20, 1)
-_register("resnet32", "ResNet-32 for 32x32 images.", _resnet, 32, 1)
-_register("resnet56", "ResNet-56 for 32x32 images.", _resnet, 56, 1)
-_register("resnet110", "ResNet-110 for 32x32 images.", _resnet, 110, 1)
-_register("resnet8x4", "ResNet-8 with four times the channels.", _resnet, 8, 4)
-_register("resnet32x4", "ResNet-32 with four times the channels.", _resnet, 32, 4)
-_register("wrn_16_2", "Wide ResNet of depth 16, width 2.", _wrn, 16, 2)
-_register("wrn_40_1", "Wide ResNet of depth 40, width 1.", _wrn, 40, 1)
-_register("wrn_40_2", "Wide ResNet of depth 40, width 2.", _wrn, 40, 2)
-_register(
+register("resnet8", "ResNet-8 for 32x32 images.", _resnet, 8, 1)
+register("resnet14", "ResNet-14 for 32x32 images.", _resnet, 14, 1)
+register("resnet20", "ResNet-20 for 32x32 images.", _resnet, 20, 1)
+register("resnet32", "ResNet-32 for 32x32 images.", _resnet, 32, 1)
+register("resnet44", "ResNet-44 for 32x32 images.", _resnet, 44, 1)
+register("resnet56", "ResNet-56 for 32x32 images.", _resnet, 56, 1)
+register("resnet110", "ResNet-110 for 32x32 images.", _resnet, 110, 1)
+register("resnet8x4", "ResNet-8 with four times the channels.", _resnet, 8, 4)
+register("resnet32x4", "ResNet-32 with four times the channels.", _resnet, 32, 4)
+register("wrn_16_1", "Wide ResNet of depth 16, width 1.", _wrn, 16, 1)
+register("wrn_16_2", "Wide ResNet of depth 16, width 2.", _wrn, 16, 2)
+register("wrn_40_1", "Wide ResNet of depth 40, width 1.", _wrn, 40, 1)
+register("wrn_40_2", "Wide ResNet of depth 40, width 2.", _wrn, 40, 2)
+register(
+    "resnet18_cifar",
+    "ResNet-18 with a 3x3 stem of stride 1 and no max-pooling, for 32x32 images.",
+    _resnet18,
+)
+register(
     "resnet50_cifar",
     "ResNet-50 with a 3x3 stem of stride 1 and no max-pooling, for 32x32 images.",
     _resnet50,
 )
-_register(
+register(
     "mobilenetv2_cifar",
     """MobileNetV2 of half width (Sandler et al. 2018), expansion 6, for 32x32 images.
 
