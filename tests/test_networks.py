@@ -126,7 +126,9 @@ REFERENCES = [
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("name", "reference", "depths", "size"), REFERENCES, ids=str)
+@pytest.mark.parametrize(
+    ("name", "reference", "depths", "size"), REFERENCES, ids=[row[0] for row in REFERENCES]
+)
 def test_networks_against_their_operations(name, reference, depths, size):
     generator = torch.Generator().manual_seed(0)
     args = RELU if name == "mobilenetv1_100" else {}
