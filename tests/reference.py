@@ -115,5 +115,41 @@ def dkd(student, teacher, labels, tau, ce_weight, alpha, beta):
     return ce_weight * cross_entropy(student, labels) + tau**2 * np.mean(values)
 
 
+def log_softmax(z):
+    return z - np.logaddexp.reduce(z)
+
+
+def nkd_rows(student, teacher, labels, tau, ce_weight, gamma):
+    """NKD's losses [B] and gradients [B, C], class by class."""
+    values, gradients = np.zeros(len(student)), np.zeros(student.shape)
+    for i, (s, t, y) in enumerate(zip(student, teacher, labels, strict=True)):
+        log_q, weight = log_softmax(s), ce_weight + softmax(t)[y]
+        values[i] = -weight * log_q[y]
+        for c in range(len(s)):
+            gradients[i, c] = weight * (np.exp(log_q[c]) - (c == y))
+        rest = [c for c in range(len(s)) if c != y]
+        others_p, others_q = softmax(t[rest] / tau), log_softmax(s[rest] / tau)
+        for c, a, log_b in zip(rest, others_p, others_q, strict=True):
+            values[i] -= gamma * tau**2 * a * log_b
+            gradients[i, c] += gamma * tau * (np.exp(log_b) - a)
+    return values, gradients
+
+
+def ttm_rows(student, teacher, labels, tau, ce_weight, beta, weighted):
+    """The losses [B] and gradients [B, C] of TTM, and of WTTM if weighted."""
+    values, gradients = np.zeros(len(student)), np.zeros(student.shape)
+    for i, (s, t, y) in enumerate(zip(student, teacher, labels, strict=True)):
+        powers, log_q = np.exp(log_softmax(t) / tau), log_softmax(s)
+        total = sum(powers)
+        weight = beta * (total if weighted else 1)
+        values[i] = -ce_weight * log_q[y]
+        for c in range(len(s)):
+            p = powers[c] / total
+            values[i] += weight * p * (np.log(p) - log_q[c]) if p > 0 else 0
+            gradients[i, c] = weight * (np.exp(log_q[c]) - p)
+            gradients[i, c] += ce_weight * (np.exp(log_q[c]) - (c == y))
+    return values, gradients
+
+
 def standardize(logits):
     return (logits - logits.mean(1, keepdims=True)) / logits.std(1, ddof=1, keepdims=True)

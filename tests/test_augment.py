@@ -17,7 +17,16 @@ from pld_ray.data.stream import Stream
 from pld_ray.data.workers import transform
 from pld_ray.distill.distiller import Distiller
 from pld_ray.errors import InputError
-from pld_ray.losses import CELoss, DISTLoss, DKDLoss, FitNetLoss, KDLoss
+from pld_ray.losses import (
+    CELoss,
+    DISTLoss,
+    DKDLoss,
+    FitNetLoss,
+    KDLoss,
+    NKDLoss,
+    TTMLoss,
+    WTTMLoss,
+)
 from pld_ray.models.factory import create_model
 from pld_ray.store.store import Store
 
@@ -139,7 +148,16 @@ def small(seed):
 
 @pytest.mark.parametrize(
     "loss",
-    [CELoss(), KDLoss(ce_weight=0.5), DISTLoss(), DKDLoss(), FitNetLoss()],
+    [
+        CELoss(),
+        KDLoss(ce_weight=0.5),
+        DISTLoss(),
+        DKDLoss(),
+        NKDLoss(3.0),
+        TTMLoss(),
+        WTTMLoss(),
+        FitNetLoss(),
+    ],
     ids=lambda x: x.name,
 )
 def test_the_loss_of_mixed_images_is_the_mean_with_both_labels(loss):

@@ -6,6 +6,7 @@ import reference
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small import cells, run
 from torch.nn import functional as F
 
 import pld_ray
@@ -17,10 +18,14 @@ from pld_ray.losses import (
     KDLoss,
     LabelSmoothingLoss,
     ListMLELoss,
+    NKDLoss,
     PLDLoss,
     PListMLELoss,
+    TTMLoss,
+    WTTMLoss,
     create_loss,
 )
+from pld_ray.store.store import Store
 
 
 def logits(batch=7, classes=6, seed=0, scale=2.0):
@@ -51,7 +56,19 @@ def test_pld_gradient_is_the_papers_closed_form(tau):
     np.testing.assert_allclose(x.grad.sum(1).numpy(), 0, atol=1e-12)
 
 
-@pytest.mark.parametrize("loss", [PLDLoss(), KDLoss(1.0), DISTLoss(), DKDLoss()], ids=type)
+def rows(loss, student, teacher, labels, dtype=torch.float64):
+    """The losses [B] and the gradient of their sum [B, C]."""
+    s, t = (torch.tensor(x, dtype=dtype) for x in (student, teacher))
+    loss.reduction = "none"
+    values = loss(s.requires_grad_(), t, torch.tensor(labels))
+    values.sum().backward()
+    return values.detach().numpy(), s.grad.numpy()
+
+
+MASKED = [PLDLoss(), KDLoss(1.0), DISTLoss(), DKDLoss(), NKDLoss(), TTMLoss(), WTTMLoss()]
+
+
+@pytest.mark.parametrize("loss", MASKED, ids=type)
 def test_classes_that_the_teacher_masks_weigh_nothing(loss):
     student, teacher, _ = logits()
     labels = np.zeros(len(student), int)
@@ -61,6 +78,9 @@ def test_classes_that_the_teacher_masks_weigh_nothing(loss):
         KDLoss: lambda: reference.kd(student, teacher, labels, 1.0, 0.1, "forward_kl"),
         DISTLoss: lambda: reference.dist(student, teacher, labels, 4.0, 1.0, 2.0, 2.0),
         DKDLoss: lambda: reference.dkd(student, teacher, labels, 4.0, 1.0, 1.0, 8.0),
+        NKDLoss: lambda: reference.nkd_rows(student, teacher, labels, 1, 1, 1.5)[0].mean(),
+        TTMLoss: lambda: reference.ttm_rows(student, teacher, labels, 10, 1, 45, False)[0].mean(),
+        WTTMLoss: lambda: reference.ttm_rows(student, teacher, labels, 5, 1, 4, True)[0].mean(),
     }[type(loss)]
     if isinstance(loss, DISTLoss):  # a class of no variance has no correlation, here 0
         with np.errstate(invalid="ignore"):
@@ -78,6 +98,9 @@ ALL = [
     DISTLoss(),
     DISTLoss(standardize="teacher"),
     DKDLoss(),
+    NKDLoss(3.0, 0.5, 3.5),
+    TTMLoss(),
+    WTTMLoss(),
     PLDLoss(2.0),
     PLDLoss(standardize="both"),
     ListMLELoss(),
@@ -205,6 +228,112 @@ def test_dkd_and_its_warmup():
     assert apply(warming, *args) == pytest.approx(ce + (expected - ce) * 5 / 20, rel=1e-10)
 
 
+MATCHING = {False: TTMLoss, True: WTTMLoss}
+
+
+@given(
+    st.integers(1, 9),
+    st.integers(2, 12),
+    st.integers(0, 10**6),
+    st.floats(0.2, 20),
+    st.sampled_from([0.0, 0.3, 1.0]),
+)
+@settings(max_examples=60, deadline=None)
+def test_nkd_ttm_and_wttm_are_the_loops(batch, classes, seed, tau, ce_weight):
+    args = logits(batch, classes, seed)
+    pairs = [(NKDLoss(tau, ce_weight, 3.5), reference.nkd_rows(*args, tau, ce_weight, 3.5))]
+    for weighted, kind in MATCHING.items():
+        expected = reference.ttm_rows(*args, tau, ce_weight, 4.0, weighted)
+        pairs.append((kind(tau, ce_weight, 4.0), expected))
+    for loss, (values, gradients) in pairs:
+        found = rows(loss, *args)
+        np.testing.assert_allclose(found[0], values, rtol=1e-9, atol=1e-12)
+        np.testing.assert_allclose(found[1], gradients, rtol=1e-9, atol=1e-11)
+
+
+def test_nkd_is_dkds_term_of_the_other_classes_plus_its_entropy():
+    student, teacher, labels = logits()
+    nkd = rows(NKDLoss(3.0, 0.0, 2.0), student, teacher, labels)
+    dkd = rows(DKDLoss(3.0, 0.0, 0.0, 2.0), student, teacher, labels)
+    p = np.array([reference.softmax(t)[y] for t, y in zip(teacher, labels, strict=True)])
+    ce = rows(CELoss(), student, teacher, labels)
+    np.testing.assert_allclose(nkd[1], dkd[1] + p[:, None] * ce[1], atol=1e-12)
+
+
+def test_high_temperatures_compare_centred_logits_or_even_distributions():
+    student, teacher, labels = logits()
+    tau, gamma = 1e5, 2.0
+    _, slope = rows(NKDLoss(tau, 0.0, gamma), student, teacher, labels)
+    for i, (s, t, y) in enumerate(zip(student, teacher, labels, strict=True)):
+        p, q = reference.softmax(t), reference.softmax(s)
+        expected = p[y] * (q - np.eye(6)[y])
+        rest = [c for c in range(6) if c != y]
+        expected[rest] += gamma / 5 * ((s - s[rest].mean()) - (t - t[rest].mean()))[rest]
+        np.testing.assert_allclose(slope[i], expected, atol=1e-3)
+    even = np.array([-np.log(6) - np.log(reference.softmax(s)).mean() for s in student])
+    for weight, kind in ((1, TTMLoss), (6, WTTMLoss)):
+        found, _ = rows(kind(1e9, 0.0, 2.0), student, teacher, labels)
+        np.testing.assert_allclose(found, 2 * weight * even, rtol=1e-6)
+
+
+def test_a_teacher_that_is_sure_of_the_label_leaves_cross_entropy():
+    student, teacher, labels = logits()
+    teacher[np.arange(7), labels] = 1e4
+    ce, slope = rows(CELoss(), student, teacher, labels)
+    for loss, factor in ((NKDLoss(gamma=0.0), 2), (TTMLoss(4.0), 46), (WTTMLoss(4.0), 5)):
+        found = rows(loss, student, teacher, labels)
+        np.testing.assert_allclose(found[0], factor * ce, rtol=1e-12)
+        np.testing.assert_allclose(found[1], factor * slope, rtol=1e-12, atol=1e-12)
+    for tau in (1.0, 4.0):  # the teacher's other classes still count
+        found = rows(NKDLoss(tau), student, teacher, labels)
+        for x, expected in zip(
+            found, reference.nkd_rows(student, teacher, labels, tau, 1, 1.5), strict=True
+        ):
+            np.testing.assert_allclose(x, expected, rtol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("left", ["two classes", "all others masked"])
+def test_no_other_class_is_left(left, dtype):
+    """The term of the other classes is 0, with two classes and where the teacher masks them."""
+    student, teacher, labels = logits(classes=2 if left == "two classes" else 6)
+    if left == "all others masked":
+        known = teacher[np.arange(7), labels]
+        teacher[:] = -np.inf
+        teacher[np.arange(7), labels] = known
+    p = np.array([reference.softmax(t)[y] for t, y in zip(teacher, labels, strict=True)])
+    ce, slope = rows(CELoss(), student, teacher, labels)
+    found = rows(NKDLoss(3.0), student, teacher, labels, dtype)
+    np.testing.assert_allclose(found[0], (1 + p) * ce, rtol=1e-5)
+    np.testing.assert_allclose(found[1], (1 + p)[:, None] * slope, rtol=1e-4, atol=1e-6)
+    found = rows(DKDLoss(1.0, 0.0, 1.0, 8.0), student, teacher, labels, dtype)
+    forward = [
+        reference.kl(reference.softmax(t), reference.softmax(s))
+        for s, t in zip(student, teacher, strict=True)
+    ]
+    np.testing.assert_allclose(found[0], forward, rtol=1e-5, atol=1e-6)
+    if left == "all others masked":
+        for weighted, kind in MATCHING.items():
+            expected = reference.ttm_rows(student, teacher, labels, 2.0, 1.0, 4.0, weighted)
+            found = rows(kind(2.0, 1.0, 4.0), student, teacher, labels, dtype)
+            np.testing.assert_allclose(found[0], expected[0], rtol=1e-5)
+            np.testing.assert_allclose(found[0], 5 * ce, rtol=1e-5)
+
+
+@pytest.mark.parametrize("tau", [1.0, 4.0])
+def test_large_logits_in_float32(tau):
+    student, teacher, labels = logits(scale=1e4)
+    student, teacher = (x.astype("f4").astype("f8") for x in (student, teacher))
+    pairs = [(NKDLoss(tau), reference.nkd_rows(student, teacher, labels, tau, 1.0, 1.5))]
+    for weighted, kind in MATCHING.items():
+        expected = reference.ttm_rows(student, teacher, labels, tau, 1.0, 4.0, weighted)
+        pairs.append((kind(tau, 1.0, 4.0), expected))
+    for loss, (values, gradients) in pairs:
+        found = rows(loss, student, teacher, labels, torch.float32)
+        np.testing.assert_allclose(found[0], values, rtol=1e-5)
+        np.testing.assert_allclose(found[1], gradients, rtol=1e-3, atol=1e-4)
+
+
 def test_two_classes_by_hand():
     # student (0, 0): q = (1/2, 1/2). teacher (ln 3, 0): p = (3/4, 1/4). label 0
     args = np.array([[0.0, 0.0]]), np.array([[math.log(3), 0.0]]), np.array([0])
@@ -293,6 +422,16 @@ def test_parameters_are_checked():
             PLDLoss(**wrong)
     with pytest.raises(ValueError, match=r"pld: temperature is -1\.0: Input should be greater"):
         PLDLoss(temperature=-1.0)
+    for name in ("nkd", "ttm", "wttm"):
+        factor = "gamma" if name == "nkd" else "beta"
+        for field, value, said in (
+            ("temperature", 0.0, "greater than 0"),
+            ("ce_weight", -0.1, "greater than or equal to 0"),
+            (factor, -1.0, "greater than or equal to 0"),
+            (factor, math.inf, "finite number"),
+        ):
+            with pytest.raises(ValueError, match=f"{name}: {field} is {value}: .* {said}"):
+                create_loss(name, **{field: value})
     with pytest.raises(ValueError, match="divergence"):
         KDLoss(divergence="kl")
     with pytest.raises(ValueError, match="ce_weight"):
@@ -300,5 +439,13 @@ def test_parameters_are_checked():
 
 
 def test_losses_are_importable_from_the_package():
-    for name in ("PLDLoss", "KDLoss", "DISTLoss", "DKDLoss", "ListMLELoss", "PListMLELoss"):
-        assert issubclass(getattr(pld_ray, name), torch.nn.Module)
+    names = ["PLD", "KD", "DIST", "DKD", "NKD", "TTM", "WTTM", "ListMLE", "PListMLE"]
+    for name in names:
+        assert issubclass(getattr(pld_ray, f"{name}Loss"), torch.nn.Module)
+
+
+def test_nkd_ttm_and_wttm_train_in_a_trial(tmp_path, experiment):
+    store, matching = Store(tmp_path), "temperature: 4, beta: 2"
+    methods = f"[nkd, {{name: ttm, {matching}}}, {{name: wttm, {matching}}}]"
+    for trial in cells(experiment, f"grid.loss={methods}", "data.limit=600", "epochs=4"):
+        assert run(trial, store)["metrics"]["top1"] > 30  # of 10 classes

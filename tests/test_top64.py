@@ -16,7 +16,16 @@ from pld_ray.data.images import Size
 from pld_ray.data.sampling import order
 from pld_ray.distill import bank_format, bank_plan
 from pld_ray.errors import InputError
-from pld_ray.losses import DISTLoss, DKDLoss, KDLoss, PLDLoss, teacher_order
+from pld_ray.losses import (
+    DISTLoss,
+    DKDLoss,
+    KDLoss,
+    NKDLoss,
+    PLDLoss,
+    TTMLoss,
+    WTTMLoss,
+    teacher_order,
+)
 from pld_ray.store.store import Store
 
 
@@ -326,6 +335,71 @@ def test_dkd_is_bounded(temperature, label):
                 assert (moved <= temperature**2 * bound * odds + 1e-3).all()
     if label == "outside":
         assert (change > most_others * temperature / 2)[most_others > 0.01].any()
+
+
+@pytest.mark.parametrize("label", ["inside", "outside"])
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+def test_nkd_is_bounded(temperature, label):
+    case = cases(temperature, label)
+    rows, at = np.arange(len(case.p)), case.labels.numpy()
+    others = np.ones(case.p.shape, bool)
+    others[rows, at] = False
+    masses = [(x * (case.rest & others)).sum(1) / (x * others).sum(1) for x in (case.p, case.q)]
+    most_others = np.maximum(*masses)
+    off = np.abs(softmax(case.t.numpy())[rows, at] - softmax(case.u.numpy())[rows, at])
+    if label == "inside":
+        assert off == pytest.approx(0, abs=ROUNDING)
+    gamma = 1.5
+    loss = NKDLoss(temperature, 0.0, gamma, reduction="none")
+    for student in students(case):
+        before, slope, after, other = both(loss, student, case)
+        step = np.logaddexp.reduce(student, 1) - student[rows, at]
+        bound = off * step + gamma * temperature * most_others * spread(student, others)
+        assert (np.abs(after - before) <= bound + 1e-3).all()
+        change = np.abs(other - slope).sum(1)
+        assert (change <= 2 * off + 2 * gamma * temperature * most_others + 1e-4).all()
+    assert (change > gamma * temperature * most_others)[most_others > 0.01].any()
+
+
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+def test_ttm_is_bounded(temperature):
+    case = cases(temperature, "inside")
+    most, beta = np.maximum(case.mass_p, case.mass_q), 3.0
+    loss = TTMLoss(temperature, 0.0, beta, reduction="none")
+    flat, _, constant, _ = both(loss, np.zeros(case.p.shape), case)
+    for student in students(case):
+        before, slope, after, other = both(loss, student, case)
+        moved = np.abs((after - before) - (constant - flat))
+        assert (moved <= beta * most * spread(student) + ROUNDING * 100).all()
+        change = np.abs(other - slope).sum(1)
+        assert (change <= 2 * beta * most + ROUNDING * 10).all()
+    assert (change > beta * most)[most > 0.01].any()
+
+
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+def test_wttm_is_bounded(temperature):
+    case = cases(temperature, "inside")
+    beta, powers = 3.0, [softmax(x.numpy()) ** (1 / temperature) for x in (case.t, case.u)]
+    tails = [(x * case.rest).sum(1) for x in powers]
+    if temperature >= 1:  # known from the bank alone
+        assert (tails[0] <= tails[1] * (1 + ROUNDING)).all()
+        assert tails[1] == pytest.approx(case.mass_q * powers[1].sum(1), rel=ROUNDING)
+    most = np.maximum(*tails)
+    constants = []  # what does not depend on the student
+    for x in powers:
+        q = x / x.sum(1, keepdims=True)
+        constants.append(beta * (x * np.log(np.where(q > 0, q, 1))).sum(1))
+    loss = WTTMLoss(temperature, 0.0, beta, reduction="none")
+    for student in students(case):
+        before, slope, after, other = both(loss, student, case)
+        moved = np.abs((after - constants[1]) - (before - constants[0]))
+        least = np.min(student, 1, where=case.rest, initial=np.inf)
+        steps = np.logaddexp.reduce(student, 1) - least
+        assert (moved <= beta * most * steps + 1e-3).all()
+        change = np.abs(other - slope).sum(1)
+        assert (change <= 2 * beta * most + 1e-3).all()
+    if temperature >= 1:
+        assert (change > beta * most)[most > 0.01].any()
 
 
 @pytest.mark.parametrize("label", ["inside", "outside"])
