@@ -314,3 +314,86 @@ def test_train_alone_reports_its_epochs(experiment, tmp_path):
     seen = []
     train(trial, load(trial.data), Store(tmp_path / "results"), seen.append)
     assert [epoch["epoch"] for epoch in seen] == [1, 2, 3] and seen[0]["id"] == trial.id
+
+
+CARELESS = '''
+"""Code that changes what it is given, and that draws random numbers."""
+
+import torch
+from timm.models import register_model
+from torch import nn
+from torch.nn import functional as F
+
+from pld_ray import DistillationLoss, register_loss, register_metric
+
+
+@register_loss("careless", label="Careless")
+class Careless(DistillationLoss):
+    """KD that changes its inputs and fails if it is told so."""
+
+    def __init__(self, fails: bool = False, **options):
+        super().__init__(**options)
+        self.fails = fails
+
+    def set_epoch(self, epoch):
+        self.weight = 0.5 + float(torch.rand(()))
+
+    def losses(self, student, teacher, labels, kept):
+        if self.fails and len(labels) > 8:
+            torch.set_grad_enabled(False)
+            raise ValueError("in the middle")
+        teacher.sub_(teacher.amax(1, keepdim=True)).mul_(0.5)
+        found = F.kl_div(student.log_softmax(1), teacher.softmax(1), reduction="none").sum(1)
+        found = found + self.weight * F.cross_entropy(student, labels.clone(), reduction="none")
+        labels.add_(1).remainder_(10)
+        return found
+
+
+@register_metric("lucky")
+def lucky(student, labels, teacher):
+    """The accuracy of noisy logits."""
+    return ((student + torch.rand_like(student)).argmax(1) == labels).double()
+
+
+class Halving(nn.Module):
+    def __init__(self, num_classes, in_chans):
+        super().__init__()
+        self.num_classes, self.fc = num_classes, nn.Linear(64 * in_chans, num_classes)
+
+    def forward(self, x):
+        return self.fc(F.dropout(x.mul_(0.5).flatten(1), 0.5, training=True))
+
+
+@register_model
+def halving(pretrained=False, num_classes=10, in_chans=1, **kwargs):
+    return Halving(num_classes, in_chans)
+'''
+
+
+def test_code_of_plugins_changes_nothing_for_others(experiment):
+    (experiment.folder / "careless.py").write_text(CARELESS)
+    text = "plugins: [./careless.py]\n" + SMALL
+    base = plan(experiment(text, "loss=kd")).cells[0].trial.model_dump(mode="json")
+    digest = plan(experiment(text, "loss=careless")).cells[0].trial.plugins
+    careless = {"loss": {"name": "careless"}, "plugins": digest, "metrics": ["lucky"]}
+    several = [
+        careless,
+        {},
+        {"teacher_logits": "live"},
+        careless | {"teacher_logits": "live"},
+        {"teacher_logits": "live", "student": {"name": "halving"}, "plugins": digest},
+        {"loss": "ce", "teacher": None, "metrics": ["lucky"], "plugins": digest},
+        careless | {"loss": {"name": "careless", "fails": True}},
+    ]
+    trials = [Trial.model_validate(base | changes) for changes in several]
+    stores = alone, gang = [Store(experiment.folder / name) for name in ("alone", "together")]
+    for store in stores:
+        run(trials[0].teacher, store)
+    ended = together(trials, gang)
+    failed = trials.pop()
+    assert str(ended.pop(failed.id)) == "in the middle" and set(ended.values()) == {None}
+    same(trials, alone, gang)
+    for trial in trials:
+        for one, other in zip(*(store.epochs(trial.id) for store in stores), strict=True):
+            assert one.get("lucky") == other.get("lucky")
+    assert torch.is_grad_enabled()

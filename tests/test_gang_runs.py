@@ -15,9 +15,11 @@ from pld_ray.config.planning import plan
 from pld_ray.data import datasets
 from pld_ray.store.claims import Claims
 from pld_ray.store.store import Store
-from pld_ray.sweep import checks, runner, worker
+from pld_ray.sweep import checks, runner, search, worker
+from pld_ray.sweep.early_stopping import EarlyStopping
 from pld_ray.sweep.gangs import Gang, join
 from pld_ray.sweep.progress import ProgressView
+from pld_ray.sweep.retries import RetryOnProgress
 from pld_ray.sweep.scheduling import PlanSearcher
 
 TEXT = """
@@ -95,35 +97,35 @@ def test_trials_that_move_wait_for_each_other(experiment, tmp_path, monkeypatch)
     more = "grid.loss=[ce, ls]", "grid.epochs=[10,20]"
     with Claims(store.files) as claims:
         nodes = [{"CPU": 1.0}]
-        _, search = searcher(experiment, store, claims, monkeypatch, nodes, *more)
+        _, suggested = searcher(experiment, store, claims, monkeypatch, nodes, *more)
         asked = []
-        search.move = asked.append
-        keys = [each["id"] for each in search.suggest("a")["trials"]]
+        suggested.move = asked.append
+        keys = [each["id"] for each in suggested.suggest("a")["trials"]]
         epochs = dict(zip(keys, (10, 20, 10, 20), strict=True))
-        assert {k: t.epochs for k, t in search.running["a"].trials.items()} == epochs
+        assert {k: t.epochs for k, t in suggested.running["a"].trials.items()} == epochs
         nodes[0]["CPU"] = 2.0  # another core is there
         search.looked = -math.inf
-        assert search.suggest("b") is None and asked == []  # no epoch has ended yet
+        assert suggested.suggest("b") is None and asked == []  # no epoch has ended yet
         done = [{"id": key, "epoch": 1, "seconds": 0.3, "epochs": 20} for key in keys]
-        search.on_trial_result("a", {"epochs": done})
-        assert search.suggest("b") is None and asked == []  # 17 seconds are left: not worth it
+        suggested.on_trial_result("a", {"epochs": done})
+        assert suggested.suggest("b") is None and asked == []  # 17 seconds are left: not worth it
         for epoch in done:
             epoch["seconds"] = 1.0
-        search.on_trial_result("a", {"epochs": done})
+        suggested.on_trial_result("a", {"epochs": done})
         # 9, 19, 9 and 19 seconds are left: 28 in each half
-        assert search.suggest("b") is None and asked == [{keys[1], keys[0]}]
-        assert search.suggest("b") is None and len(asked) == 1
-        search.on_trial_result("a", {"ended": keys[0], "back": "moved"})
-        assert search.suggest("b") is None
-        search.on_trial_result("a", {"ended": keys[1], "back": "moved"})
-        moved = search.suggest("b")["trials"]
+        assert suggested.suggest("b") is None and asked == [{keys[1], keys[0]}]
+        assert suggested.suggest("b") is None and len(asked) == 1
+        suggested.on_trial_result("a", {"ended": keys[0], "back": "moved"})
+        assert suggested.suggest("b") is None
+        suggested.on_trial_result("a", {"ended": keys[1], "back": "moved"})
+        moved = suggested.suggest("b")["trials"]
         assert {each["id"] for each in moved} == {keys[0], keys[1]}
-        assert search.ended == [] and search.suggest("c") is None
+        assert suggested.ended == [] and suggested.suggest("c") is None
 
 
 def test_a_trial_in_its_last_epoch_does_not_move():
     trials = {name: SimpleNamespace(epochs=n) for name, n in zip("abc", (3, 9, 5), strict=True)}
-    gang = Gang(trials, None, 3, dict.fromkeys("abc", 2), {"a": 50.0, "b": 1.0, "c": 10.0})
+    gang = Gang(trials, None, dict.fromkeys("abc", 2), {"a": 50.0, "b": 1.0, "c": 10.0})
     assert gang.seconds_left == {"a": 50.0, "b": 7.0, "c": 30.0}  # 43.5 is half
     assert gang.half() == {"c", "b"}
     gang.done["c"] = 4
@@ -273,8 +275,8 @@ def test_gangs_leave_work_for_all(experiment, tmp_path, monkeypatch, nodes, more
     text = TEXT.replace("[ce, kd, pld, at, fitnet, rkd]", "[ce, ls], epochs: [1, 2, 3, 4, 5, 6]")
     store = Store(tmp_path / "results")
     with Claims(store.files) as claims:
-        _, search = searcher(experiment, store, claims, monkeypatch, nodes, *more, text=text)
-        assert sizes(search, len(expected)) == expected
+        _, suggested = searcher(experiment, store, claims, monkeypatch, nodes, *more, text=text)
+        assert sizes(suggested, len(expected)) == expected
 
 
 def test_two_drivers_leave_work_for_each_other(experiment, tmp_path, monkeypatch):
@@ -283,9 +285,9 @@ def test_two_drivers_leave_work_for_each_other(experiment, tmp_path, monkeypatch
     with Claims(store.files) as first, Claims(store.files) as second:
         assert first.drivers() == second.drivers() == 2
         one = [{"CPU": 1.0}]
-        _, search = searcher(experiment, store, first, monkeypatch, one, *more)
+        _, suggested = searcher(experiment, store, first, monkeypatch, one, *more)
         _, other = searcher(experiment, store, second, monkeypatch, one, *more)
-        assert sizes(search, 1) == [2] and sizes(other, 1) == [2]
+        assert sizes(suggested, 1) == [2] and sizes(other, 1) == [2]
     assert first.drivers() == 0
 
 
@@ -326,21 +328,23 @@ def test_companions_have_the_same_teacher_first(experiment, tmp_path, monkeypatc
     )
     store = Store(tmp_path / "results")
     with Claims(store.files) as claims:
-        made, search = searcher(experiment, store, claims, monkeypatch, [{"CPU": 1.0}], text=text)
-        teachers = search.suggest("teachers")["trials"]
+        made, suggested = searcher(
+            experiment, store, claims, monkeypatch, [{"CPU": 1.0}], text=text
+        )
+        teachers = suggested.suggest("teachers")["trials"]
         assert {each["id"] for each in teachers} == made.teacher_ids
         for each in teachers:
             monkeypatch.setattr(
                 store, "record", lambda key: {} if key in made.teacher_ids else None
             )
-            search.on_trial_result("teachers", {"ended": each["id"]})
-        search.on_trial_complete("teachers", {})
-        search.resources = search.resources.model_copy(update={"gang": 2})
+            suggested.on_trial_result("teachers", {"ended": each["id"]})
+        suggested.on_trial_complete("teachers", {})
+        suggested.resources = suggested.resources.model_copy(update={"gang": 2})
         for name in ("a", "b"):
-            config = search.suggest(name)
+            config = suggested.suggest(name)
             trials = [made.trials[each["id"]] for each in config["trials"]]
             assert len({trial.teacher.id for trial in trials}) == 1 and len(trials) == 2
-            search.on_trial_complete(name, {})
+            suggested.on_trial_complete(name, {})
 
 
 def test_students_start_when_their_teacher_ends_and_its_gang_goes_on(
@@ -348,35 +352,35 @@ def test_students_start_when_their_teacher_ends_and_its_gang_goes_on(
 ):
     store = Store(tmp_path / "results")
     with Claims(store.files) as claims:
-        made, search = searcher(experiment, store, claims, monkeypatch, TWO, "grid.loss=[kd]")
-        teacher = search.suggest("a")["trials"][0]["id"]
-        assert search.suggest("b") is None
-        search.running["a"] = Gang(
-            {teacher: made.trials[teacher], "x": made.trials[teacher]}, search.needs[teacher], 2
+        made, suggested = searcher(experiment, store, claims, monkeypatch, TWO, "grid.loss=[kd]")
+        teacher = suggested.suggest("a")["trials"][0]["id"]
+        assert suggested.suggest("b") is None
+        suggested.running["a"] = Gang(
+            {teacher: made.trials[teacher], "x": made.trials[teacher]}, suggested.needs[teacher]
         )
         monkeypatch.setattr(store, "record", lambda key: {} if key == teacher else None)
-        search.on_trial_result("a", {"ended": teacher})
-        assert search.suggest("b")["trials"][0]["id"] == made.cells[0].trial.id
+        suggested.on_trial_result("a", {"ended": teacher})
+        assert suggested.suggest("b")["trials"][0]["id"] == made.cells[0].trial.id
 
 
 def test_a_trial_without_memory_waits_for_a_smaller_gang(experiment, tmp_path, monkeypatch):
     more = "grid.loss=[ce, ls]", "grid.epochs=[1,2]"
     store = Store(tmp_path / "results")
     with Claims(store.files) as claims:
-        _, search = searcher(experiment, store, claims, monkeypatch, [{"CPU": 1.0}], *more)
-        keys = [each["id"] for each in search.suggest("a")["trials"]]
+        _, suggested = searcher(experiment, store, claims, monkeypatch, [{"CPU": 1.0}], *more)
+        keys = [each["id"] for each in suggested.suggest("a")["trials"]]
         for key in keys[2:]:
-            search.on_trial_result("a", {"ended": key, "back": "no room"})
-        assert list(search.waiting) == keys[2:] and search.ended == []
-        assert [search._most(key) for key in keys] == [4, 4, 3, 2]
-        search.on_trial_complete("a", {})
-        assert [each["id"] for each in search.suggest("b")["trials"]] == keys[2:]
+            suggested.on_trial_result("a", {"ended": key, "back": "no room"})
+        assert list(suggested.waiting) == keys[2:] and suggested.ended == []
+        assert [suggested._most(key) for key in keys] == [4, 4, 3, 2]
+        suggested.on_trial_complete("a", {})
+        assert [each["id"] for each in suggested.suggest("b")["trials"]] == keys[2:]
 
 
 def test_a_gang_that_dies_goes_on_in_halves(experiment, tmp_path, monkeypatch):
     store = Store(tmp_path / "results")
     with Claims(store.files) as claims:
-        _, search = searcher(
+        _, suggested = searcher(
             experiment,
             store,
             claims,
@@ -385,16 +389,16 @@ def test_a_gang_that_dies_goes_on_in_halves(experiment, tmp_path, monkeypatch):
             "grid.loss=[ce, ls]",
             "grid.epochs=[1,2]",
         )
-        assert sizes(search, 1) == [4]
-        search.on_trial_complete("0", None, error=True)
-        assert search.failures == {} and len(search.waiting) == 4
+        assert sizes(suggested, 1) == [4]
+        suggested.on_trial_complete("0", None, error=True)
+        assert suggested.failures == {} and len(suggested.waiting) == 4
         for name, size in (("b", 2), ("c", 1), ("d", 1)):
-            assert len(search.suggest(name)["trials"]) == size
-            search.on_trial_complete(name, None, error=True)
-        assert len(search.failures) == 2 and "(3 times in epoch 1)" in str(search.failures)
-        assert len(search.suggest("e")["trials"]) == 2
-        search.on_trial_complete("e", {"done": True})
-        assert search.suggest("f") == search.FINISHED
+            assert len(suggested.suggest(name)["trials"]) == size
+            suggested.on_trial_complete(name, None, error=True)
+        assert len(suggested.failures) == 2 and "(3 times in epoch 1)" in str(suggested.failures)
+        assert len(suggested.suggest("e")["trials"]) == 2
+        suggested.on_trial_complete("e", {"done": True})
+        assert suggested.suggest("f") == suggested.FINISHED
         assert not list(Path(store.uri).glob("trials/*/claim-*"))
 
 
@@ -410,3 +414,74 @@ def test_a_trial_that_has_a_record_is_not_run_again(experiment, tmp_path, monkey
     config = {"trials": settings, "search": False}
     worker.run_gang(config, images, store.uri, "", None, None)
     assert said == [{"ended": done.id}] and attempted == [left]
+
+
+def test_a_trial_that_was_stopped_does_not_return_when_its_gang_dies(
+    experiment, tmp_path, monkeypatch
+):
+    store = Store(tmp_path / "results")
+    made = experiment(ASHA)
+    progress = search.look(made, store)
+    stopping = EarlyStopping(progress, store)
+    trials = {drawn.trial.id: drawn.trial for drawn in progress[0].drawn}
+    for room in ("scheduling", "resources"):
+        monkeypatch.setattr(f"pld_ray.sweep.{room}.nodes", lambda: [{"CPU": 1.0}])
+    with Claims(store.files) as claims:
+        searcher = PlanSearcher(dict(trials), made.resources, store, claims, stopping)
+        keys = [each["id"] for each in searcher.suggest("a")["trials"]]
+        assert keys == list(trials)
+        stopping.stop(keys[1], "asha")
+        searcher.on_trial_complete("a", None, error=True)
+        assert list(searcher.waiting) == [key for key in keys if key != keys[1]]
+        assert searcher.notes == {keys[1]: "stopped by asha"} and searcher.ended == [keys[1]]
+        assert store.stopped(keys[1])["by"] == "asha"
+        # a failure is told although a stop was noted before it
+        searcher.suggest("b")
+        stopping.stop(keys[0], "asha")
+        store.fail(keys[0], "the training loss is nan", final=True)
+        searcher.on_trial_result("b", {"ended": keys[0], "failed": "the training loss is nan"})
+        assert searcher.failures == {keys[0]: "the training loss is nan"}
+
+
+def test_students_of_a_teacher_that_failed_do_not_start(experiment, tmp_path, monkeypatch):
+    store = Store(tmp_path / "results")
+    with Claims(store.files) as claims:
+        made, searcher_ = searcher(experiment, store, claims, monkeypatch, [{"CPU": 1.0}])
+        (teacher,) = (each["id"] for each in searcher_.suggest("a")["trials"])
+        searcher_.on_trial_complete("a", None, error=True)
+        config = searcher_.suggest("b")
+        labels = {made.trials[each["id"]].loss.name for each in config["trials"]}
+        assert labels == {"ce"}
+        assert searcher_.suggest("c") == searcher_.FINISHED
+        assert searcher_.failures.keys() == {
+            key for key, trial in made.trials.items() if trial.teacher or key == teacher
+        }
+
+
+def test_a_drawn_trial_that_fails_before_it_starts_is_told(experiment, tmp_path):
+    made = plan(experiment(TEXT, "grid.loss=[ce]"))
+    trial = made.cells[0].trial
+    drawn = search.DrawnTrial({}, trial, "open", 0, None, 0, 0.0)
+    waiting = SimpleNamespace(
+        drawn=[drawn], ended=[trial.id], failures={trial.id: "its teacher failed"}, notes={}
+    )
+    view = ProgressView(made, {}, Console(quiet=True))
+    runner._Follow(view, waiting).on_experiment_end([])
+    assert view.failed == 1 and waiting.drawn == waiting.ended == []
+
+
+def test_failures_are_counted_anew_when_a_trial_ends():
+    retries = RetryOnProgress()
+    trial = SimpleNamespace(
+        config={"trials": [{"id": "a"}, {"id": "b"}]},
+        run_metadata=SimpleNamespace(num_failures=0),
+        max_failures=None,
+    )
+    retries.on_trial_start(0, [], trial)
+    assert trial.max_failures == 1  # then it goes on in halves
+    trial.run_metadata.num_failures = 1
+    retries.on_trial_result(0, [], trial, {"epochs": [{"id": "a", "epoch": 1}]})
+    assert trial.max_failures == 2
+    trial.config["trials"] = trial.config["trials"][:1]
+    retries.on_trial_result(0, [], trial, {"ended": "b"})
+    assert trial.max_failures == 3  # the other one is alone now

@@ -42,6 +42,15 @@ class Batch:
         """Make the images."""
         return self.make(*self.given)
 
+    def copy(self) -> Batch:
+        """Return a batch whose tensors are copies."""
+        labels = self.labels
+        if isinstance(labels, MixedLabels):
+            copied: Tensor | MixedLabels = MixedLabels(*(part.clone() for part in labels))
+        else:
+            copied = labels.clone()
+        return Batch(tuple(x.clone() for x in self.given), self.make, copied)
+
 
 class Stream:
     """Batches of normalised images on a device.

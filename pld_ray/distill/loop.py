@@ -173,6 +173,7 @@ class Gang:
                 if len(run.history) == run.trial.epochs:
                     with self.member(run.trial):
                         keep_record(run)
+                    if run in self.runs:
                         self.leave(run.trial)
                         self.ended(run.trial, None)
             if self.runs:
@@ -189,7 +190,7 @@ class Gang:
         """Do an epoch of the trials that are furthest behind; the others wait for them."""
         epoch = min(len(run.history) for run in self.runs)
         runs = [run for run in self.runs if len(run.history) == epoch]
-        started = time.perf_counter()
+        started, alone = time.perf_counter(), len(runs) == 1
         train_epoch(self, runs, epoch)
         runs = self.still(runs)
         trained = self._shares(runs, started)
@@ -200,7 +201,7 @@ class Gang:
                 share_buffers(run)
         started = time.perf_counter()
         due = [run for run in self.still(runs) if run.trial.validates(epoch + 1)]
-        found = self.validate(due) if due else {}
+        found = self.validate(due, alone) if due else {}
         validated = self._shares(self.still(due), started)
         for run in self.still(runs):
             parts = _added(trained[run], validated.get(run, {}))
@@ -219,17 +220,23 @@ class Gang:
             )
         self.keep_and_report(self.still(runs))
 
-    def validate(self, runs: list[Run]) -> dict[Run, dict[str, float]]:
-        """Return the metrics of trials on the validation images; each batch is prepared once."""
+    def validate(self, runs: list[Run], alone: bool) -> dict[Run, dict[str, float]]:
+        """Return the metrics of trials on the validation images; each batch is prepared once.
+
+        Args:
+            runs: The trials.
+            alone: Whether only one trial was trained in the epoch.
+        """
         found: dict[Run, dict[str, float]] = {}
         for run in runs:
             run.best_student.eval()
         for number, (images, labels) in enumerate(val_batches(self.shared)):
             for run in self.still(runs):
-                with self.member(run.trial):
-                    evaluate_batch(run, number, images, labels)
+                with self.member(run.trial), nullcontext() if alone else run.own_random():
+                    given = images.clone() if run.own_code and not alone else images
+                    evaluate_batch(run, number, given, labels)
         for run in self.still(runs):
-            with self.member(run.trial):
+            with self.member(run.trial), nullcontext() if alone else run.own_random():
                 found[run] = scores(run)
         return found
 
@@ -320,6 +327,7 @@ class Gang:
         Workers that train together can only go on together: an error that not all of them have
         ends all of their trials.
         """
+        gradients = torch.is_grad_enabled()
         try:
             yield
         except Exception as error:
@@ -332,6 +340,8 @@ class Gang:
             except Exception as final:
                 self.final = final
                 raise
+        finally:
+            torch.set_grad_enabled(gradients)
 
 
 def train_epoch(gang: Gang, runs: list[Run], epoch: int) -> None:
@@ -363,8 +373,11 @@ def train_epoch(gang: Gang, runs: list[Run], epoch: int) -> None:
             for run in runs:
                 with gang.member(run.trial), nullcontext() if alone else run.own_random():
                     run.schedule.step_update(step)
+                    given = ours, targets.of(run)
+                    if run.own_code and not alone:
+                        given = given[0].copy(), given[1].copy()
                     with gang.room_for(run):
-                        run.losses.append(run.update(ours, targets.of(run), weight, step))
+                        run.losses.append(run.update(*given, weight, step))
             runs[:] = gang.still(runs)
             if not runs:
                 return

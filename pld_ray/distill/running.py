@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from pld_ray import plugins
 from pld_ray.config.trial import Trial
 from pld_ray.data.images import Images
 from pld_ray.data.sampling import batches, order, random_bits
@@ -137,6 +138,12 @@ class Run:
         return self.distiller.student if self.ema is None else self.ema.module
 
     @property
+    def own_code(self) -> bool:
+        """Whether its student or loss is code of a plug-in, which may change what it is given."""
+        names = {("network", self.trial.student.name), ("loss", self.trial.loss.name)}
+        return bool(plugins.used(names))
+
+    @property
     def live_teacher(self) -> Teacher | None:
         """The teacher if its network runs in every step, else None."""
         return self.teacher if self.distiller.teacher is not None else None
@@ -144,10 +151,10 @@ class Run:
     def begin(self, epoch: int) -> None:
         """Prepare an epoch (from 0): its random numbers, the loss, and the mode of the modules."""
         seed_epoch(self.trial.seed, epoch + 1, self.shared.rank)
-        self.random = _random_state(self.shared.device)
         self.distiller.set_epoch(epoch)
         self.distiller.train()
         self.losses = []
+        self.random = _random_state(self.shared.device)
 
     @contextmanager
     def own_random(self) -> Iterator[None]:

@@ -63,6 +63,11 @@ class Target(NamedTuple):
         known = () if self.features is None else (*self.features.stages, self.features.pooled)
         return self.logits, self.order, *known
 
+    def copy(self) -> Target:
+        """Return a target whose tensors are copies."""
+        copied: Any = (None if x is None else x.clone() for x in self.tensors())
+        return Target.from_tensors(*copied)
+
     @staticmethod
     def from_tensors(logits: Tensor | None, order: Tensor | None, *known: Tensor) -> Target:
         """Return the target of which `tensors` made a tuple."""

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 import numpy as np
 from torch import Tensor
 
+from pld_ray import plugins
 from pld_ray.data.sampling import Ints
 from pld_ray.data.stream import upload
 from pld_ray.distill.bank import Bank
@@ -69,7 +70,7 @@ class Targets:
         """
         for key, reader in self.readers.items():
             if key not in self.stored:
-                self.stored[key] = reader.add(images)
+                self.stored[key] = reader.add(_for(reader.bank.teacher, images))
         users = Counter(id(run.live_teacher) for run in self.runs if run.live_teacher is not None)
         self.live = {}
         for key in (key for key, count in users.items() if count > 1):
@@ -78,7 +79,8 @@ class Targets:
             teacher = runs[0].live_teacher
             assert teacher is not None
             with runs[0].shared.clock(LIVE):
-                self.live[key] = _outputs(teacher, images, False in compared, True in compared)
+                given = _for(teacher, images)
+                self.live[key] = _outputs(teacher, given, False in compared, True in compared)
 
     def of(self, run: Run) -> Target:
         """Return what is known for a trial."""
@@ -89,6 +91,12 @@ class Targets:
         if run.distiller.compares_features:
             return Target(features=found.features)
         return Target(logits=found.logits)
+
+
+def _for(teacher: Teacher, images: Tensor) -> Tensor:
+    """Return the images for a teacher; a copy for code of a plug-in, which may change them."""
+    name = (teacher.trial.teacher_name or "").partition(".")[0]
+    return images.clone() if plugins.used({("network", name)}) else images
 
 
 def _needs_order(run: Run) -> bool:

@@ -17,7 +17,6 @@ class Gang:
     Attributes:
         trials: Those of its trials that have not ended, by id.
         needs: The resources that it has.
-        size: The number of trials with which it started.
         done: The epochs that each of them has done, by id.
         pace: The seconds of the last epoch of each, by id.
         asked: Ids of trials that were asked to leave, because another process has room for them.
@@ -26,7 +25,6 @@ class Gang:
 
     trials: dict[str, Trial]
     needs: ResourceRequest
-    size: int
     done: dict[str, int] = field(default_factory=dict)
     pace: dict[str, float] = field(default_factory=dict)
     asked: set[str] = field(default_factory=set)

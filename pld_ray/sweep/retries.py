@@ -30,11 +30,13 @@ class RetryOnProgress(Callback):
     def on_trial_result(
         self, iteration: int, trials: Any, trial: Any, result: dict[str, Any], **_: Any
     ) -> None:
-        """Count the failures of a gang anew when one of its trials has finished another epoch."""
+        """Count the failures of a gang anew when a trial gets further, or has ended."""
         for epoch in result.get("epochs", ()):
             if epoch["epoch"] > self.furthest.get(epoch["id"], 0):
                 self.furthest[epoch["id"]] = epoch["epoch"]
                 self._allow(trial)
+        if "ended" in result:
+            self._allow(trial)
 
     def _allow(self, trial: Any) -> None:
         retries = RETRIES if len(trial.config["trials"]) == 1 else 1

@@ -211,9 +211,7 @@ class _Follow(Callback):
         return {}  # Tune pickles callbacks to restore an experiment, which is never done here
 
     def on_trial_start(self, iteration: int, trials: Any, trial: Any, **_: Any) -> None:
-        while self.search.drawn:
-            drawn = self.search.drawn.pop()
-            self.view.add(drawn.trial, drawn.label)
+        self._add_drawn()
         for number, settings in enumerate(trial.config["trials"]):
             key = settings["id"]
             self.view.start(key)
@@ -258,8 +256,15 @@ class _Follow(Callback):
                 for logger in self.loggers:
                     logger.end(member)
 
+    def _add_drawn(self) -> None:
+        """Tell the view which trials a search has drawn."""
+        while self.search.drawn:
+            drawn = self.search.drawn.pop()
+            self.view.add(drawn.trial, drawn.label)
+
     def _end(self) -> None:
-        """Tell the view which trials ended."""
+        """Tell the view which trials ended; some end before they start."""
+        self._add_drawn()
         while self.search.ended:
             key = self.search.ended.pop(0)
             self.view.end(key, self.search.failures.get(key), self.search.notes.get(key))

@@ -124,7 +124,8 @@ class PlanSearcher(Searcher):
         """
         needs, stream = self.needs[first.id], self._stream(first)
         taught_by = {_teacher(trial) for trial in self.waiting.values()}
-        ready = [t for t in self.waiting.values() if _teacher(t) not in taught]
+        blocked = taught | self.failures.keys()
+        ready = [t for t in self.waiting.values() if _teacher(t) not in blocked]
 
         def joins(trial: Trial) -> bool:
             # A teacher for which others wait is not slowed down by trials for which none does.
@@ -132,6 +133,7 @@ class PlanSearcher(Searcher):
                 self._stream(trial) == stream
                 and self.needs[trial.id] == needs
                 and self._most(trial.id) > 1
+                and not (self.stopping and self.stopping.out_of_budget(trial.id))
                 and (trial.id in taught_by) == (first.id in taught_by)
             )
 
@@ -148,7 +150,7 @@ class PlanSearcher(Searcher):
             groups = self.resources.concurrent or needs.groups_on(self.nodes)
             room = left / max(1, groups) / max(1, self.claims.drivers())
         trials = join(first, companions, largest, room, take)
-        self.running[trial_id] = Gang(trials, needs, len(trials))
+        self.running[trial_id] = Gang(trials, needs)
         return {
             "trials": [
                 {"id": key, "trial": trial.model_dump(mode="json")} for key, trial in trials.items()
@@ -210,8 +212,7 @@ class PlanSearcher(Searcher):
         if result.get("back") == "moved":
             gang.moved[trial.id] = trial
         elif result.get("back"):  # it waits for another gang, no larger than this one has room for
-            gang.size -= 1
-            self.largest[trial.id] = max(1, gang.size)
+            self.largest[trial.id] = max(1, len(gang.trials))
             self.waiting[trial.id] = trial
         else:
             self._end(trial, result)
@@ -230,11 +231,13 @@ class PlanSearcher(Searcher):
         gang = self.running.pop(trial_id)
         self.waiting |= gang.moved
         left = gang.trials
-        if error and gang.size > 1:
-            for key in left:
-                self.largest[key] = (len(left) + 1) // 2
-            self.waiting = left | self.waiting
-            return
+        if error and len(left) > 1:
+            stopped = self.stopping.stopped if self.stopping else {}
+            back = {key: trial for key, trial in left.items() if key not in stopped}
+            self.largest |= dict.fromkeys(back, (len(back) + 1) // 2)
+            self.waiting = back | self.waiting
+            left = {key: left[key] for key in left.keys() & stopped.keys()}
+            error = False
         for trial in left.values():
             self._end(trial, {}, error)
 
@@ -260,7 +263,7 @@ class PlanSearcher(Searcher):
                 failure = self.store.failure(trial.id) or {}
                 if error:
                     self.failed(trial.id, failure.get("reason", "its process died"))
-                elif by is not None:
+                elif by is not None and "failed" not in facts:
                     self.notes[trial.id] = f"stopped by {by.replace('_', ' ')}"
                 elif lacking:
                     self.failures[trial.id] = f"{lacking} (also alone on its GPU)"
@@ -279,7 +282,7 @@ class PlanSearcher(Searcher):
 
     def _may_return(self, gang: Gang) -> bool:
         """Return whether trials of a gang may have to be tried again."""
-        return gang.size > 1 or any(map(self._may_have_more, gang.trials.values()))
+        return len(gang.trials) > 1 or any(map(self._may_have_more, gang.trials.values()))
 
     def failed(self, key: str, reason: str) -> None:
         """Note that all attempts of a trial have failed for this reason."""

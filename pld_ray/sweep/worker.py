@@ -45,7 +45,8 @@ def run_gang(
             store.fail(settings["id"], str(error), traceback.format_exc())
             tune.report({"ended": settings["id"], "failed": str(error)})
             continue
-        if store.record(trial.id) is not None:  # the process died before it could say so
+        over = config["search"] and store.stopped(trial.id) is not None
+        if over or store.record(trial.id) is not None:  # the process died before it could say so
             tune.report({"ended": trial.id})
             continue
         store.forget_failure(trial)
