@@ -233,7 +233,7 @@ class Gang:
         for number, (images, labels) in enumerate(val_batches(self.shared)):
             for run in self.still(runs):
                 with self.member(run.trial), nullcontext() if alone else run.own_random():
-                    given = images.clone() if run.own_code and not alone else images
+                    given = images.clone() if not alone and run.own_code else images
                     evaluate_batch(run, number, given, labels)
         for run in self.still(runs):
             with self.member(run.trial), nullcontext() if alone else run.own_random():
@@ -374,7 +374,7 @@ def train_epoch(gang: Gang, runs: list[Run], epoch: int) -> None:
                 with gang.member(run.trial), nullcontext() if alone else run.own_random():
                     run.schedule.step_update(step)
                     given = ours, targets.of(run)
-                    if run.own_code and not alone:
+                    if not alone and run.own_code:
                         given = given[0].copy(), given[1].copy()
                     with gang.room_for(run):
                         run.losses.append(run.update(*given, weight, step))
