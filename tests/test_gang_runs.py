@@ -24,7 +24,7 @@ from pld_ray.sweep.scheduling import PlanSearcher
 
 TEXT = """
 base:
-  data: {name: digits, pad: 1, limit: 101}
+  data: {name: digits, pad: 1, image_size: 8, limit: 101}
   student: resnet8
   teacher: {name: wrn_16_2, train: {epochs: 1}}
   epochs: 2
@@ -162,7 +162,11 @@ class Suicidal(DistillationLoss):
 '''
 SUICIDAL_GRID = """
 plugins: [./suicidal.py]
-base: {data: {name: digits, limit: 101}, student: resnet8, epochs: 2, batch_size: 32}
+base:
+  data: {name: digits, image_size: 8, limit: 101}
+  student: resnet8
+  epochs: 2
+  batch_size: 32
 grid:
   loss: [{name: suicidal, kills: KILLS}, ce, {name: ls}, {name: ce, weight: 1}]
 resources: {concurrent: 1}
@@ -209,7 +213,7 @@ def test_a_member_that_always_kills_fails_alone_and_the_others_finish(
 
 ASHA = """
 base:
-  data: {name: digits, pad: 1, limit: 101}
+  data: {name: digits, pad: 1, image_size: 8, limit: 101}
   student: resnet8
   loss: ce
   epochs: 4
@@ -320,6 +324,46 @@ def test_a_plan_says_what_gangs_spare(experiment, cli, tmp_path, gang, expected,
     listed = json.loads(printed)["gangs"]
     assert [each["trials"] for each in listed] == [[t.id for t in each.trials] for each in found]
     assert sum(each["epochs"]["together"] for each in listed) == expected[2]
+
+
+@pytest.mark.parametrize(
+    ("more", "together"),
+    [
+        ([], [["at", "fitnet", "rkd"]]),  # one teacher runs for them; the others read its logits
+        (["base.teacher.logits=live"], [["kd", "pld", "at", "fitnet", "rkd"]]),
+        (["base.data.augment=[randaugment]"], [["ce", "kd", "pld", "at", "fitnet", "rkd"]]),
+        (["base.data.image_size=16"], [["ce", "kd", "pld", "at", "fitnet", "rkd"]]),
+        (["resources.gang=4"], [["ce", "kd", "pld", "at"], ["fitnet", "rkd"]]),
+        (["resources.gang=1"], []),
+    ],
+)
+def test_gangs_are_formed_where_they_share_what_costs_time(experiment, more, together):
+    text = TEXT.replace("image_size: 8, ", "").replace("pad: 1, ", "")
+    made = plan(experiment(text, *more))
+    size = made.experiment.resources.gang
+    found = gangs.planned(made.trials.values(), None if size == "auto" else size)
+    assert [[trial.loss.name for trial in each.trials] for each in found] == together
+
+
+def test_brief_trials_join_as_soon_as_one_has_ended(experiment, tmp_path, monkeypatch):
+    text = TEXT.replace("image_size: 8, ", "")
+    store = Store(tmp_path / "results")
+    with Claims(store.files) as claims:
+        more = "grid.loss=[ce]", "grid.optimizer.lr=[1e-3, 2e-3, 3e-3, 4e-3, 5e-3, 6e-3]"
+        _, suggested = searcher(
+            experiment, store, claims, monkeypatch, [{"CPU": 1.0}], *more, text=text
+        )
+        sizes = []
+        for name, pace in (("a", 0.51), ("b", 0.49), ("c", 0.6)):  # seconds of 2 epochs
+            keys = [each["id"] for each in suggested.suggest(name)["trials"]]
+            sizes.append(len(keys))
+            for key in keys:
+                done = {"id": key, "epoch": 2, "seconds": pace, "epochs": 2}
+                suggested.on_trial_result(name, {"epochs": [done]})
+                suggested.on_trial_result(name, {"ended": key})
+            suggested.on_trial_complete(name, {})
+        assert sizes == [1, 1, 4]
+        assert suggested.brief == set()  # those of the last gang took longer
 
 
 def test_companions_have_the_same_teacher_first(experiment, tmp_path, monkeypatch):

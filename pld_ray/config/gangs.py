@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from pld_ray import plugins
 from pld_ray.config.trial import Trial
 
 SAME = (
@@ -28,6 +29,33 @@ def stream_key(trial: Trial) -> str:
         return trial.id
     settings = trial.settings | {"seed": trial.seed}
     return json.dumps([settings[field] for field in SAME])
+
+
+def gang_key(trial: Trial, auto: bool) -> tuple[str, str]:
+    """Return what the trials of a gang have in common.
+
+    Args:
+        trial: A trial.
+        auto: Whether they must also share something that costs time: images that take long to
+            prepare, or a teacher whose network runs in every step. If they share neither, a gang
+            has no use, and single trials keep all cores busy for longer.
+    """
+    stream = stream_key(trial)
+    if not auto or _prepares_long(trial):
+        return stream, ""
+    if trial.teacher is not None and trial.runs_teacher:
+        return stream, trial.teacher.model_dump_json()
+    return stream, trial.id
+
+
+def _prepares_long(trial: Trial) -> bool:
+    """Return whether images take long to read or augment, as far as the settings say it.
+
+    With `image_size`, they may be files that are decoded for each batch.
+    """
+    data = trial.data
+    own = plugins.used({("dataset", data.name.partition(":")[0])})
+    return bool(data.augment or data.image_size or own)
 
 
 @dataclass(frozen=True)
@@ -56,13 +84,14 @@ def planned(trials: Iterable[Trial], largest: int | None = None) -> list[Planned
 
     Args:
         trials: The trials that are to run.
-        largest: The largest number of trials in a gang; None for no limit.
+        largest: The largest number of trials in a gang; None for no limit, but only gangs that
+            share something that costs time.
     """
     trials = list(trials)
     teachers = {t.teacher.id for t in trials if isinstance(t.teacher, Trial)}
-    alike: dict[tuple[str, bool], list[Trial]] = defaultdict(list)
+    alike: dict[tuple[tuple[str, str], bool], list[Trial]] = defaultdict(list)
     for trial in trials:
-        alike[stream_key(trial), trial.id in teachers].append(trial)
+        alike[gang_key(trial, largest is None), trial.id in teachers].append(trial)
     found = []
     for group in alike.values():
         size = largest or len(group)

@@ -267,8 +267,8 @@ class Resources(Part):
         concurrent: The number of gangs that run at once, even if they do not fit yet, for clusters
             that grow on request; by default as many as fit. A trial alone is a gang of one.
         gang: The largest number of trials that step through one stream of images in one process,
-            which prepares each batch once and runs each teacher once for them. "auto" keeps all
-            cores and GPUs busy; 1 gives each trial a process of its own.
+            which prepares each batch once and runs each teacher once for them. "auto" does so where
+            that saves time, and keeps all cores and GPUs busy; 1 gives each trial its own process.
         patience: The seconds without a step after which a worker is considered hung.
     """
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from ray.tune.search import Searcher
 
-from pld_ray.config.gangs import stream_key
+from pld_ray.config.gangs import gang_key
 from pld_ray.config.parts import Resources
 from pld_ray.config.trial import Trial
 from pld_ray.store.claims import Claims
@@ -26,6 +26,8 @@ from pld_ray.sweep.retries import give_up_reason
 from pld_ray.sweep.search import DrawnTrial
 
 LOOK = 1.0  # seconds between two queries of the nodes, or two attempts to claim a trial
+BRIEF = 1.0
+"""Seconds of a trial that is not worth a start of its own: a start takes 0.15 s."""
 MOVE = 20.0  # seconds of work that trials must have left to be worth moving to another process
 NODES_BACK = 600.0  # seconds to wait for lost nodes to come back
 
@@ -66,7 +68,8 @@ class PlanSearcher(Searcher):
         self.needs = {key: need(trial, self.resources) for key, trial in pending.items()}
         self.running: dict[str, Gang] = {}  # by Tune's trial id
         self.alone: set[str] = set()  # trials that ran out of memory and get a GPU of their own
-        self.streams: dict[str, str] = {}
+        self.keys: dict[str, tuple[str, str]] = {}  # trial id -> its `gang_key`
+        self.brief: set[str] = set()  # streams of which the last trial that ended was brief
         self.largest: dict[str, int] = {}  # trial id -> the largest gang that it may be in
         self.failures: dict[str, str] = {}
         self.notes: dict[str, str] = {}
@@ -122,7 +125,7 @@ class PlanSearcher(Searcher):
             taught: Ids of the trials that are not trained yet.
             now: The time.
         """
-        needs, stream = self.needs[first.id], self._stream(first)
+        needs, key = self.needs[first.id], self._key(first)
         taught_by = {_teacher(trial) for trial in self.waiting.values()}
         blocked = taught | self.failures.keys()
         ready = [t for t in self.waiting.values() if _teacher(t) not in blocked]
@@ -130,7 +133,7 @@ class PlanSearcher(Searcher):
         def joins(trial: Trial) -> bool:
             # A teacher for which others wait is not slowed down by trials for which none does.
             return (
-                self._stream(trial) == stream
+                self._key(trial) == key
                 and self.needs[trial.id] == needs
                 and self._most(trial.id) > 1
                 and not (self.stopping and self.stopping.out_of_budget(trial.id))
@@ -174,11 +177,12 @@ class PlanSearcher(Searcher):
             most.asked = half
             self.move(half)
 
-    def _stream(self, trial: Trial) -> str:
-        """Return the `stream_key` of a trial, which is computed once."""
-        if trial.id not in self.streams:
-            self.streams[trial.id] = stream_key(trial)
-        return self.streams[trial.id]
+    def _key(self, trial: Trial) -> tuple[str, str]:
+        """Return what a trial has in common with those that can join it."""
+        if trial.id not in self.keys:
+            self.keys[trial.id] = gang_key(trial, self.resources.gang == "auto")
+        stream, shared = self.keys[trial.id]
+        return stream, "" if stream in self.brief else shared
 
     def _most(self, key: str) -> int:
         """Return the largest gang that a trial may be in."""
@@ -209,6 +213,7 @@ class PlanSearcher(Searcher):
             return
         trial = gang.trials.pop(result["ended"])
         gang.asked.discard(trial.id)
+        self._note_length(trial, gang.pace.get(trial.id))
         if result.get("back") == "moved":
             gang.moved[trial.id] = trial
         elif result.get("back"):  # it waits for another gang, no larger than this one has room for
@@ -219,6 +224,15 @@ class PlanSearcher(Searcher):
         if not gang.asked:  # all that were asked have left or ended: they go on together
             self.waiting |= gang.moved
             gang.moved = {}
+
+    def _note_length(self, trial: Trial, pace: float | None) -> None:
+        """Note whether trials with the stream of one that ended are brief, by its last epoch."""
+        if pace is not None:
+            stream, _ = self._key(trial)
+            if pace * trial.epochs < BRIEF:
+                self.brief.add(stream)
+            else:
+                self.brief.discard(stream)
 
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
