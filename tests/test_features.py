@@ -7,18 +7,23 @@ import pytest
 import timm
 import torch
 from small import run
+from torch import nn
 from torch.nn import functional as F
 
 from pld_ray import losses
 from pld_ray.config.planning import plan
 from pld_ray.config.trial import Trial
 from pld_ray.data.datasets import load
+from pld_ray.distill.device import autocast
+from pld_ray.distill.distiller import Distiller
 from pld_ray.distill.loop import train
+from pld_ray.distill.steps import Target
+from pld_ray.distill.teacher import _cast_weights
 from pld_ray.errors import InputError
-from pld_ray.losses import Features
+from pld_ray.losses import FeatureLoss, Features
 from pld_ray.losses.features import _same_size
 from pld_ray.models.checks import check_features
-from pld_ray.models.features import WithFeatures
+from pld_ray.models.features import WithFeatures, check_further
 from pld_ray.store.store import Store
 
 SHAPES = [(4, 8, 8), (6, 4, 4)], [(8, 4, 4), (6, 4, 4)]  # of student and teacher: channels, h, w
@@ -301,6 +306,99 @@ def test_taps(name, sizes):
     torch.testing.assert_close(logits, network(x))
     assert [(f.shape[1], f.shape[2]) for f in features.stages] == sizes
     torch.testing.assert_close(network.get_classifier()(features.pooled), logits)
+
+
+class Further(FeatureLoss):
+    """The distance between the maps before a ReLU, and the logits by the teacher's classifier."""
+
+    name, further = "further", frozenset(["preact"])
+
+    def __init__(self):
+        super().__init__(ce_weight=0.0)
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def borrow(self, teacher):
+        self.norms = len(teacher.norms)
+        self.constant("weight", teacher.classifier.weight)
+        self.constant("bias", teacher.classifier.bias)
+
+    def distance(self, student, teacher):
+        pairs = self._pairs(*(Features(x.further["preact"], x.pooled) for x in (student, teacher)))
+        self.seen = [x.dtype for x in (*pairs[0], student.pooled)], teacher.pooled.requires_grad
+        logits = F.linear(teacher.pooled, self.weight, self.bias)
+        return self.scale * sum(F.mse_loss(*pair) for pair in pairs) + logits.mean()
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_loss_gets_further_features_and_borrows_constants_of_the_teacher(precision):
+    torch.manual_seed(0)
+    student, teacher = (timm.create_model("resnet8", num_classes=10) for _ in range(2))
+    if precision == "bfloat16":
+        _cast_weights(teacher)
+    x, y = torch.randn(4, 3, 8, 8), torch.arange(4)
+    loss = Further()
+    distiller = Distiller(student.eval(), teacher, loss, precision=precision)
+    distiller.connect(x)
+    assert loss.norms == 3 and loss.weight.dtype == loss.bias.dtype == torch.float32
+    assert loss.weight.data_ptr() != teacher.fc.weight.data_ptr()
+    assert list(loss.state_dict()) == ["scale"]  # nothing borrowed is saved or trained
+    assert distiller.learnt_by_loss() == [loss.scale]
+    assert {name for name in distiller.state_dict() if name.startswith("loss")} == {"loss.scale"}
+    value = distiller(x, y)
+    value.backward()
+    assert loss.seen == ([torch.float32] * 3, False)
+    with torch.no_grad(), autocast(x.device, precision):
+        maps = [[] for _ in range(2)]
+        for network, found in ((student, maps[0]), (teacher, maps[1])):
+            stage = network.stem(x)
+            for blocks in network.stages:
+                (block,) = blocks
+                found.append(block.main(stage) + block.shortcut(stage))
+                stage = found[-1].relu()
+        pooled = stage.mean((2, 3))
+    expected = sum((a.double() - b.double()).square().mean() for a, b in zip(*maps, strict=True))
+    classifier = teacher.fc.weight.double(), teacher.fc.bias.double()
+    expected += F.linear(pooled.double(), *classifier).mean()
+    assert value.item() == pytest.approx(expected.item(), rel=1e-4)
+    assert student.stem[0].weight.grad.any() and teacher.fc.weight.grad is None
+    assert loss.to("meta").weight.is_meta
+
+
+def test_networks_without_a_last_relu_are_told():
+    def make(student, teacher):
+        networks = (timm.create_model(name, num_classes=10) for name in (student, teacher))
+        return Distiller(*networks, Further())
+
+    said = "further needs feature maps before a ReLU, which {} does not give: expected a CIFAR netw"
+    for name in ("mobilenetv2_cifar", "mobilenetv1_100", "convnext_atto"):
+        for pair in ((name, "resnet8"), ("resnet8", name)):
+            with pytest.raises(InputError, match=said.format(name)):
+                make(*pair)
+    silu = timm.create_model("resnet18", num_classes=10, act_layer="silu")
+    with pytest.raises(InputError, match=said.format("resnet18")):
+        check_further(Further(), silu)
+    wrong = Further()
+    wrong.further = frozenset(["logit"])
+    with pytest.raises(InputError, match="further: further has 'logit': expected 'preact'"):
+        check_further(wrong, silu)
+
+
+@pytest.mark.parametrize("logits", [None, torch.arange(6.0).reshape(2, 3)])
+def test_all_tensors_of_a_target_go_through_a_graph(logits):
+    maps = [torch.full((2, 1, n, n), float(n)) for n in (4, 2, 1)]
+    further = {"preact": maps[:2], "other": [-maps[0]]}
+    target = Target(logits, None, Features(maps[1:], maps[0].flatten(1), further))
+    tensors = target.tensors()
+    assert sum(x is not None for x in tensors) == 6 + (logits is not None)
+    again = target.with_tensors(tuple(None if x is None else x + 1 for x in tensors))
+    assert again.order is None and (again.logits is None) == (logits is None)
+    assert again.features.further.keys() == further.keys()
+    torch.testing.assert_close(again.features.further["other"][0], 1 - maps[0])
+    torch.testing.assert_close(again.features.stages, [x + 1 for x in maps[1:]])
+    copied = target.copy()
+    copied.features.further["preact"][0].zero_()
+    assert maps[0].all()
+    assert Target().tensors() == (None, None, None) and Target().copy() == Target()
 
 
 SMALL = """

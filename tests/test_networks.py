@@ -10,20 +10,44 @@ from pld_ray.config.parts import Model
 from pld_ray.errors import InputError
 from pld_ray.models.checks import check_model
 from pld_ray.models.factory import create_model
-from pld_ray.models.features import WithFeatures, probe_features
+from pld_ray.models.features import (
+    WithFeatures,
+    has_preactivations,
+    probe_features,
+    teacher_layers,
+)
 
 
 class Layers:
-    """The convolutions of a network and their batch norms, in the order of their creation."""
+    """The convolutions of a network and their batch norms, in the order of their creation.
+
+    `maps` are the stem and the stages, `before` the same before their last ReLU.
+    """
 
     def __init__(self, network):
         kinds = nn.Conv2d, nn.BatchNorm2d
         self.left = [module for module in network.modules() if isinstance(module, kinds)]
+        self.maps, self.before = [], []
 
     def conv_bn(self, x, stride=1, groups=1):
         """The next convolution, padded to keep the size at stride 1, and the next norm."""
-        conv, norm = self.left.pop(0), self.left.pop(0)
-        x = F.conv2d(x, conv.weight, conv.bias, stride, conv.weight.shape[2] // 2, 1, groups)
+        return self.norm(self.conv(x, stride, groups))
+
+    def conv(self, x, stride=1, groups=1):
+        conv = self.left.pop(0)
+        return F.conv2d(x, conv.weight, conv.bias, stride, conv.weight.shape[2] // 2, 1, groups)
+
+    def relu(self, x):
+        """ReLU, of which the last one before a tap is remembered."""
+        self.last = x
+        return x.relu()
+
+    def tap(self, x):
+        self.maps.append(x)
+        self.before.append(self.last)
+
+    def norm(self, x):
+        norm = self.left.pop(0)
         mean, var, weight, bias = (
             value[:, None, None]
             for value in (norm.running_mean, norm.running_var, norm.weight, norm.bias)
@@ -38,20 +62,20 @@ def shuffle(x, groups):
 
 
 def vgg(layers, x, depths):
-    large, maps = x.shape[2] == 64, []
+    large = x.shape[2] == 64
     for block, depth in enumerate(depths):
         for _ in range(depth):
-            x = layers.conv_bn(x).relu()
-        maps.append(x)
+            x = layers.relu(layers.conv_bn(x))
+        layers.tap(x)
         if block < 3 or (block == 3 and large):
             rows, columns = (x.shape[i] // 2 for i in (2, 3))
             x = x.unflatten(3, (columns, 2)).unflatten(2, (rows, 2)).amax((3, 5))
-    return maps, x
+    return x
 
 
 def shufflenetv1(layers, x, _):
-    x = layers.conv_bn(x).relu()
-    maps = [x]
+    x = layers.relu(layers.conv_bn(x))
+    layers.tap(x)
     for units in (4, 8, 4):
         for unit in range(units):
             groups = 1 if x.shape[1] == 24 else 3
@@ -63,16 +87,16 @@ def shufflenetv1(layers, x, _):
                 nine = [F.pad(x, (1, 1, 1, 1))[:, :, i:, j:] for i in range(3) for j in range(3)]
                 rows, columns = (size // 2 for size in x.shape[2:])
                 pool = sum(y[:, :, ::2, ::2][:, :, :rows, :columns] for y in nine) / 9
-                x = torch.cat([main, pool], 1).relu()
+                x = layers.relu(torch.cat([main, pool], 1))
             else:
-                x = (main + x).relu()
-        maps.append(x)
-    return maps, x
+                x = layers.relu(main + x)
+        layers.tap(x)
+    return x
 
 
 def shufflenetv2(layers, x, _):
-    x = layers.conv_bn(x).relu()
-    maps = [x]
+    x = layers.relu(layers.conv_bn(x))
+    layers.tap(x)
     for units in (4, 8, 4):
         for unit in range(units):
             stride = 2 if unit == 0 else 1
@@ -81,31 +105,73 @@ def shufflenetv2(layers, x, _):
                 left = layers.conv_bn(layers.conv_bn(left, 2, groups=x.shape[1])).relu()
             right = layers.conv_bn(right).relu()
             right = layers.conv_bn(right, stride, groups=right.shape[1])
-            x = shuffle(torch.cat([left, layers.conv_bn(right).relu()], 1), 2)
-        maps.append(x)
-    return maps, layers.conv_bn(x).relu()
+            # nothing before the last ReLU of the left branch is kept
+            x = shuffle(layers.relu(torch.cat([left, layers.conv_bn(right)], 1)), 2)
+        layers.tap(x)
+    return layers.conv_bn(x).relu()
 
 
-def resnet18(layers, x, _):
-    x = layers.conv_bn(x).relu()
-    maps = [x]
-    for stage in range(4):
-        for block in range(2):
-            down = stage > 0 and block == 0
-            main = layers.conv_bn(layers.conv_bn(x, 2 if down else 1).relu())
-            x = (main + (layers.conv_bn(x, 2) if down else x)).relu()
+def resnet(layers, x, depths, convs=2):
+    """Blocks of two or three convolutions; `depths` of four stages, or three of CIFAR networks."""
+    for stage, depth in enumerate(depths):
+        for block in range(depth):
+            stride = 2 if stage > 0 and block == 0 else 1
+            main = x
+            for number in range(convs):
+                last, strided = number == convs - 1, number == convs - 2
+                main = layers.conv_bn(main, stride if strided else 1)
+                main = main if last else main.relu()
+            projects = main.shape != x.shape
+            x = layers.relu(main + (layers.conv_bn(x, stride) if projects else x))
+        layers.tap(x)
+    return x
+
+
+def cifar_resnet(layers, x, depths, convs=2):
+    x = layers.relu(layers.conv_bn(x))
+    layers.tap(x)
+    return resnet(layers, x, depths, convs)
+
+
+def imagenet_resnet(layers, x, depths, convs=2):
+    x = layers.relu(layers.conv_bn(x, 2))
+    layers.tap(x)
+    return resnet(layers, F.max_pool2d(x, 3, 2, 1), depths, convs)
+
+
+def resnet50(layers, x, depths):
+    return cifar_resnet(layers, x, depths, 3)
+
+
+def imagenet_resnet50(layers, x, depths):
+    return imagenet_resnet(layers, x, depths, 3)
+
+
+def wrn(layers, x, depths):
+    maps = [x := layers.conv(x)]
+    for stage, depth in enumerate(depths):
+        for block in range(depth):
+            pre = layers.relu(layers.norm(x))
+            if block == 0:
+                layers.before.append(layers.last)  # of the stage before
+            stride = 2 if stage > 0 and block == 0 else 1
+            main = layers.conv(layers.conv_bn(pre, stride).relu())
+            x = main + (layers.conv(pre, stride) if main.shape != x.shape else x)
         maps.append(x)
-    return maps, x
+    layers.maps = maps
+    x = layers.relu(layers.norm(x))
+    layers.before.append(layers.last)
+    return x
 
 
 def mobilenetv1(layers, x, _):
-    x, maps = layers.conv_bn(x, 2).relu(), []
+    x = layers.conv_bn(x, 2).relu()
     for strides in ([1], [2, 1], [2, 1], [2, 1, 1, 1, 1, 1], [2, 1]):
         for stride in strides:
             x = layers.conv_bn(x, stride, groups=x.shape[1]).relu()
-            x = layers.conv_bn(x).relu()
-        maps.append(x)
-    return maps, x
+            x = layers.relu(layers.conv_bn(x))
+        layers.tap(x)
+    return x
 
 
 RELU = {"act_layer": "relu"}  # timm's has ReLU6
@@ -120,7 +186,14 @@ REFERENCES = [
     ("shufflenetv1", shufflenetv1, None, 32),
     ("shufflenetv2", shufflenetv2, None, 32),
     ("shufflenetv2_x2_0", shufflenetv2, None, 32),
-    ("resnet18_cifar", resnet18, None, 32),
+    ("resnet18_cifar", cifar_resnet, [2, 2, 2, 2], 32),
+    ("resnet50_cifar", resnet50, [3, 4, 6, 3], 32),
+    ("resnet8x4", cifar_resnet, [1, 1, 1], 32),
+    ("resnet20", cifar_resnet, [3, 3, 3], 32),
+    ("wrn_16_1", wrn, [2, 2, 2], 32),
+    ("wrn_16_2", wrn, [2, 2, 2], 32),
+    ("resnet34", imagenet_resnet, [3, 4, 6, 3], 64),
+    ("resnet50", imagenet_resnet50, [3, 4, 6, 3], 64),
     ("mobilenetv1_100", mobilenetv1, None, 64),
 ]
 
@@ -141,9 +214,14 @@ def test_networks_against_their_operations(name, reference, depths, size):
             norm.running_mean.normal_(generator=generator)
     x = torch.randn(2, 3, size, size, generator=generator, dtype=torch.float64)
     layers = Layers(network)
-    maps, last = reference(layers, x, depths)
+    last = reference(layers, x, depths)
+    maps = layers.maps
     assert not layers.left
-    logits, features = WithFeatures(network)(x.to(memory_format=torch.channels_last))
+    further = frozenset(["preact"] if has_preactivations(network) else [])
+    assert bool(further) == (name != "mobilenetv1_100")
+    logits, features = WithFeatures(network, further)(x.to(memory_format=torch.channels_last))
+    for before in features.further.values():
+        torch.testing.assert_close(before, layers.before[1:], rtol=1e-9, atol=1e-9)
     pooled = last.mean((2, 3))
     linear = network.get_classifier()
     torch.testing.assert_close(features.stages, maps[1:], rtol=1e-9, atol=1e-9)
@@ -151,6 +229,53 @@ def test_networks_against_their_operations(name, reference, depths, size):
     torch.testing.assert_close(logits, pooled @ linear.weight.T + linear.bias)
     if hasattr(network, "stem"):  # a CIFAR network
         torch.testing.assert_close(network.stem(x), maps[0], rtol=1e-9, atol=1e-9)
+
+
+WITH_PREACT = ["resnet14", "resnet8x4", "wrn_16_2", "vgg8_cifar", "shufflenetv1", "shufflenetv2"]
+WITH_PREACT += ["resnet18_cifar", "resnet18", "resnet26", "resnet26d", "seresnet18"]
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", WITH_PREACT)
+def test_maps_before_a_relu_change_no_bit_of_anything_else(name, training):
+    torch.manual_seed(0)
+    network = create_model(Model(name=name), 10, 3, 32).train(training)
+    state = {key: value.clone() for key, value in network.state_dict().items()}
+    x = torch.randn(4, 3, 32, 32).to(memory_format=torch.channels_last)
+    found = []
+    for further in (frozenset(), frozenset(["preact"])):
+        network.load_state_dict(state)
+        logits, features = WithFeatures(network, further)(x)
+        maps = [*features.stages, features.pooled, *features.further.get("preact", [])]
+        gradients = torch.autograd.grad(logits.square().sum(), network.parameters())
+        found.append([logits, *maps, *gradients, *network.state_dict().values()])
+        assert len(features.further.get("preact", [])) in (0, len(features.stages))
+    plain, more = found
+    extra = len(more) - len(plain)
+    del more[2 + extra : 2 + 2 * extra]
+    assert extra == len(WithFeatures(network).stages)
+    assert all(torch.equal(a, b) for a, b in zip(plain, more, strict=True))
+
+
+def test_norms_are_those_that_the_relus_follow():
+    for name, places in {
+        "resnet14": "stages.0.1.main.4 stages.1.1.main.4 stages.2.1.main.4",
+        "resnet50_cifar": " ".join(
+            f"stages.{i}.{n - 1}.main.7" for i, n in enumerate([3, 4, 6, 3])
+        ),
+        "wrn_16_2": "stages.1.0.pre.0 stages.2.0.pre.0 head.0",
+        "vgg13_cifar": "stages.0.5 stages.1.5 stages.2.5 stages.3.5",
+        "resnet18": " ".join(f"layer{i}.1.bn2" for i in (1, 2, 3, 4)),
+        "resnet50": "layer1.2.bn3 layer2.3.bn3 layer3.5.bn3 layer4.2.bn3",
+        "shufflenetv1": "",
+        "shufflenetv2": "",
+    }.items():
+        network = timm.create_model(name, num_classes=10)
+        layers = teacher_layers(network, frozenset(["preact"]))
+        assert layers.norms == [network.get_submodule(place) for place in places.split()]
+        assert all(isinstance(norm, nn.BatchNorm2d) for norm in layers.norms)
+        assert layers.classifier is network.get_classifier()
+        assert teacher_layers(network).norms == []
 
 
 def test_mobilenetv1_of_timm_is_that_of_the_literature_but_for_relu6():

@@ -19,7 +19,12 @@ from pld_ray.distill.device import Precision, autocast
 from pld_ray.losses.features import FeatureLoss, Features
 from pld_ray.losses.plackett_luce import PLDLoss
 from pld_ray.losses.registry import CLASSES, REGISTRY
-from pld_ray.models.features import WithFeatures, probe_features
+from pld_ray.models.features import (
+    WithFeatures,
+    check_further,
+    probe_features,
+    teacher_layers,
+)
 
 
 class FrozenTeacher(nn.Module):
@@ -57,16 +62,23 @@ class FrozenTeacher(nn.Module):
         """Return the logits [B, C] of images [B, channels, H, W]."""
         return check_logits("teacher", self._run(self.network, images)).float()
 
-    def features(self, images: Tensor) -> Features:
-        """Return the features that losses compare, of images [B, channels, H, W]."""
-        return self._run(WithFeatures(self.network), images)[1]
+    def features(self, images: Tensor, further: frozenset[str] = frozenset()) -> Features:
+        """Return the features that losses compare, of images [B, channels, H, W].
 
-    def logits_and_features(self, images: Tensor) -> tuple[Tensor, Features]:
+        Args:
+            images: [B, channels, H, W].
+            further: The features beyond `stages` and `pooled`, as in `FeatureLoss.further`.
+        """
+        return self._run(WithFeatures(self.network, further), images)[1]
+
+    def logits_and_features(
+        self, images: Tensor, further: frozenset[str] = frozenset()
+    ) -> tuple[Tensor, Features]:
         """Return what `forward` and `features` return, to the bit.
 
         One pass gives both, unless the first call finds that its logits are not those of `forward`.
         """
-        logits, features = self._run(WithFeatures(self.network), images)
+        logits, features = self._run(WithFeatures(self.network, further), images)
         if self.one_pass:
             return logits.float(), features
         expected = self(images)
@@ -151,13 +163,18 @@ class Distiller(nn.Module):
             raise ValueError(
                 f"{type(self.loss).__name__} compares features: expected a teacher network"
             )
+        if isinstance(self.loss, FeatureLoss) and teacher is not None:
+            for network in (student, teacher.network):
+                check_further(self.loss, network)
         self.connected = not self.compares_features
         self.clock: Callable[[str], AbstractContextManager[None]] = _untimed
         self._use_student()
 
     def _use_student(self) -> None:
         """Make the network of the forward pass from the student."""
-        network = WithFeatures(self.student) if self.compares_features else self.student
+        network = self.student
+        if self.compares_features:
+            network = WithFeatures(self.student, self.loss.further)
         # In a tuple, so that the student's weights are not registered twice.
         self._network: tuple[Any, nn.Module] = (network, self.student)
 
@@ -175,9 +192,10 @@ class Distiller(nn.Module):
         if self.connected:
             return
         assert self.teacher is not None and isinstance(self.loss, FeatureLoss)
-        one = images[:1]
+        one, networks = images[:1], (self.student, self.teacher.network)
         with autocast(one.device, self.precision):  # in which the teacher's weights may be
-            features = [probe_features(net, one) for net in (self.student, self.teacher.network)]
+            features = [probe_features(net, one, self.loss.further) for net in networks]
+        self.loss.borrow(teacher_layers(self.teacher.network, self.loss.further))
         self.loss.connect(*features)
         self.loss.to(one.device)
         self.connected = True
@@ -252,7 +270,7 @@ class Distiller(nn.Module):
             target = teacher_features
             if target is None:
                 with self.clock("teacher"):
-                    target = self.teacher.features(images)
+                    target = self.teacher.features(images, self.loss.further)
         elif target is None and self.needs_teacher:
             if self.teacher is None:
                 raise ValueError(

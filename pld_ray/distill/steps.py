@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_structure, tree_unflatten
 
 from pld_ray import plugins
 from pld_ray.config.trial import Trial
@@ -59,19 +60,17 @@ class Target(NamedTuple):
     features: Features | None = None
 
     def tensors(self) -> Given:
-        """Return the tensors in one tuple, which `from_tensors` takes."""
-        known = () if self.features is None else (*self.features.stages, self.features.pooled)
-        return self.logits, self.order, *known
+        """Return the tensors in one tuple, which `with_tensors` takes."""
+        return tuple(tree_leaves(self))
+
+    def with_tensors(self, tensors: Given) -> Target:
+        """Return a target of this structure with other tensors."""
+        made: Target = tree_unflatten(tensors, tree_structure(self))
+        return made
 
     def copy(self) -> Target:
         """Return a target whose tensors are copies."""
-        copied: Any = (None if x is None else x.clone() for x in self.tensors())
-        return Target.from_tensors(*copied)
-
-    @staticmethod
-    def from_tensors(logits: Tensor | None, order: Tensor | None, *known: Tensor) -> Target:
-        """Return the target of which `tensors` made a tuple."""
-        return Target(logits, order, Features([*known[:-1]], known[-1]) if known else None)
+        return self.with_tensors(tuple(None if x is None else x.clone() for x in self.tensors()))
 
 
 class CudaGraphs:
@@ -220,7 +219,7 @@ class Steps:
 
         def step(*given: Any) -> Tensor:
             tensors, parts = given[:first], given[first:last]
-            logits, order, features = Target.from_tensors(*given[last:])
+            logits, order, features = target.with_tensors(given[last:])
             labels = MixedLabels(*parts) if len(parts) > 1 else parts[0]
             with self.clock("data"):
                 images = batch.make(*tensors)

@@ -20,6 +20,7 @@ from pld_ray.distill.bank import Bank
 from pld_ray.distill.running import Run
 from pld_ray.distill.steps import Target
 from pld_ray.distill.teacher import Teacher
+from pld_ray.losses.features import FeatureLoss, Features
 
 ON_DEVICE = 2**28
 """Bytes of the teacher's logits of a view that are copied to the device at once."""
@@ -75,12 +76,14 @@ class Targets:
         self.live = {}
         for key in (key for key, count in users.items() if count > 1):
             runs = [run for run in self.runs if id(run.live_teacher) == key]
-            compared = {run.distiller.compares_features for run in runs}
+            losses = [run.distiller.loss for run in runs]
+            further = [loss.further for loss in losses if isinstance(loss, FeatureLoss)]
             teacher = runs[0].live_teacher
             assert teacher is not None
             with runs[0].shared.clock(LIVE):
                 given = _for(teacher, images)
-                self.live[key] = _outputs(teacher, given, False in compared, True in compared)
+                logits, union = len(further) < len(runs), frozenset().union(*further)
+                self.live[key] = _outputs(teacher, given, logits, union if further else None)
 
     def of(self, run: Run) -> Target:
         """Return what is known for a trial."""
@@ -88,9 +91,11 @@ class Targets:
             logits, order = self.stored[id(run.bank)]
             return Target(logits, order if _needs_order(run) else None)
         found = self.live.get(id(run.live_teacher), Target())
-        if run.distiller.compares_features:
-            return Target(features=found.features)
-        return Target(logits=found.logits)
+        if found.features is not None and run.distiller.compares_features:
+            stages, pooled, further = found.features
+            own = {name: further[name] for name in run.distiller.loss.further}
+            return Target(features=Features(stages, pooled, own))
+        return Target() if run.distiller.compares_features else Target(logits=found.logits)
 
 
 def _for(teacher: Teacher, images: Tensor) -> Tensor:
@@ -103,13 +108,22 @@ def _needs_order(run: Run) -> bool:
     return run.trial.loss.needs_order
 
 
-def _outputs(teacher: Teacher, images: Tensor, logits: bool, features: bool) -> Target:
-    """Compute the logits of a teacher, its features, or both."""
-    if not features:
+def _outputs(
+    teacher: Teacher, images: Tensor, logits: bool, further: frozenset[str] | None
+) -> Target:
+    """Compute the logits of a teacher, its features, or both.
+
+    Args:
+        teacher: The teacher.
+        images: The images of the batch [B, channels, H, W].
+        logits: Whether the logits are needed.
+        further: The features beyond `stages` and `pooled`; None if no features are needed.
+    """
+    if further is None:
         return Target(logits=teacher(images))
     if not logits:
-        return Target(features=teacher.module.features(images))
-    both = teacher.module.logits_and_features(images)
+        return Target(features=teacher.module.features(images, further))
+    both = teacher.module.logits_and_features(images, further)
     return Target(logits=both[0], features=both[1])
 
 

@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, ClassVar, NamedTuple
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 
 from pld_ray.losses.parameters import Weight
@@ -34,28 +35,47 @@ class Features(NamedTuple):
     Attributes:
         stages: Feature maps [B, channels, h, w] of the stages, without the stem.
         pooled: Input of the last linear layer [B, width].
+        further: What else a loss asks for, by the names in `FeatureLoss.further`.
     """
 
     stages: list[Tensor]
     pooled: Tensor
+    further: dict[str, list[Tensor]] = {}
+
+
+class TeacherLayers(NamedTuple):
+    """Layers of a frozen teacher, of which a loss may copy constants.
+
+    Attributes:
+        classifier: The last layer, which maps the pooled features [B, width] to logits [B, C]. Its
+            weights are bfloat16 if the teacher computes in bfloat16.
+        norms: The batch norm before the last ReLU of each stage. Empty if the network has none, or
+            if the loss does not ask for "preact".
+    """
+
+    classifier: nn.Module
+    norms: list[nn.Module]
 
 
 class FeatureLoss(nn.Module, ABC):
     """Base class of losses on features: ce_weight CE + distance(student, teacher).
 
     The loss is a mean over the batch and is computed in float32. Only the student and the learnable
-    parts of the loss receive gradients. `connect` and the forward pass raise ValueError if the
-    features cannot be compared.
+    parts of the loss receive gradients. `borrow`, `connect` and the forward pass raise ValueError
+    if the features cannot be compared.
 
     Args:
         ce_weight: Weight of the cross-entropy with the labels, at least 0.
 
     Attributes:
         name: The name of the loss in YAML; `register_loss` sets it.
+        further: Names of what the loss needs in `Features.further`, from each of the two networks:
+            "preact", the stages before their last ReLU.
         notes: Messages for the user, as in `DistillationLoss`.
     """
 
     name = ""
+    further: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self, ce_weight: float) -> None:
         super().__init__()
@@ -64,6 +84,25 @@ class FeatureLoss(nn.Module, ABC):
 
     def notice(self, teacher: Tensor) -> None:
         """Do nothing. Losses on logits inspect the teacher logits here."""
+
+    def borrow(self, teacher: TeacherLayers) -> None:
+        """Copy constants of the frozen teacher, before `connect`. By default, there are none.
+
+        Keep them with `constant`, so that they are neither trained nor saved.
+
+        Args:
+            teacher: Layers of the teacher.
+
+        Raises:
+            ValueError: The teacher has not what the loss needs.
+        """
+
+    def constant(self, name: str, value: Tensor) -> None:
+        """Keep a float32 copy of a tensor as an attribute that moves with the loss.
+
+        It gets no gradients, and `state_dict` is without it.
+        """
+        self.register_buffer(name, value.detach().float().clone(), persistent=False)
 
     def connect(self, student: Features, teacher: Features) -> None:
         """Create the learnable parts of the loss for features of these shapes.
@@ -101,13 +140,9 @@ class FeatureLoss(nn.Module, ABC):
         """
         # A caller's autocast would compute the distances, and their gradients, in bfloat16.
         with torch.autocast(student_logits.device.type, enabled=False):
-            distance = self.distance(
-                Features([stage.float() for stage in student.stages], student.pooled.float()),
-                Features(
-                    [stage.detach().float() for stage in teacher.stages],
-                    teacher.pooled.detach().float(),
-                ),
-            )
+            given: Any = tree_map(Tensor.float, student)
+            constant: Any = tree_map(lambda x: x.detach().float(), teacher)
+            distance = self.distance(given, constant)
             return self.ce_weight * F.cross_entropy(student_logits.float(), labels) + distance
 
     def _pairs(self, student: Features, teacher: Features) -> list[tuple[Tensor, Tensor]]:

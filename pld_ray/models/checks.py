@@ -14,7 +14,7 @@ from pld_ray.config.trial import Trial
 from pld_ray.errors import InputError
 from pld_ray.losses import FeatureLoss, LossParams, create_loss
 from pld_ray.models.factory import create_model
-from pld_ray.models.features import probe_features
+from pld_ray.models.features import check_further, probe_features, teacher_layers
 from pld_ray.models.weights import fit_weights
 
 ONE_IMAGE = "more than 1 value per channel"
@@ -78,16 +78,16 @@ def check_features(
     assert teacher is not None
     shape = classes, channels, image_size
     with torch.device("meta"):
-        features = [
-            probe_features(
-                create_model(model, *shape), torch.zeros(batch, channels, image_size, image_size)
-            )
-            for model in (trial.student, teacher)
-        ]
         loss = create_loss(trial.loss)
         assert isinstance(loss, FeatureLoss)
+        images = torch.zeros(batch, channels, image_size, image_size)
+        networks = [create_model(model, *shape) for model in (trial.student, teacher)]
+        for network in networks:
+            check_further(loss, network)
+        features = [probe_features(network, images, loss.further) for network in networks]
         try:
             with plugins.errors_told(f"loss {trial.loss.name}"):
+                loss.borrow(teacher_layers(networks[1], loss.further))
                 loss.connect(*features)
                 loss.distance(*features)
         except InputError:

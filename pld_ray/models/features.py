@@ -6,10 +6,12 @@ import math
 from typing import Any
 
 import torch
+from timm.models.resnet import ResNet
 from torch import Tensor, nn
 
 from pld_ray.errors import InputError
-from pld_ray.losses.features import Features
+from pld_ray.losses.features import FeatureLoss, Features, TeacherLayers
+from pld_ray.models import timm_resnet
 
 
 def feature_stages(network: nn.Module) -> list[int]:
@@ -42,29 +44,85 @@ def feature_stages(network: nn.Module) -> list[int]:
     return [i for i, reduction in enumerate(reductions) if reduction > 2]
 
 
+def has_preactivations(network: nn.Module) -> bool:
+    """Return whether a network gives its stages before their last ReLU."""
+    if isinstance(network, ResNet):
+        return timm_resnet.is_plain(network)
+    return bool(getattr(network, "has_preactivations", False))
+
+
 class WithFeatures(nn.Module):
     """A network whose forward pass returns its features beside its logits.
 
     Args:
         network: A timm network, or one with the same methods `forward_intermediates`,
             `forward_head` and `get_classifier`. Its weights and their names stay as they are.
+        further: The features to return beyond `stages` and `pooled`. "preact" needs a ResNet of
+            timm, or a network with the attribute `has_preactivations` and the methods
+            `forward_preactivations` and `last_norms` of `CifarNet`.
     """
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, network: nn.Module, further: frozenset[str] = frozenset()) -> None:
         super().__init__()
         self.network = network
         self.stages = feature_stages(network)
+        self.further = further
 
     def forward(self, x: Tensor) -> tuple[Tensor, Features]:
         """Return the logits [B, C] and the features of images [B, channels, H, W]."""
         network: Any = self.network
-        last, stages = network.forward_intermediates(x, indices=self.stages)
+        further = {}
+        if "preact" in self.further:
+            if isinstance(network, ResNet):
+                found = timm_resnet.forward_preactivations(network, x, self.stages)
+            else:
+                found = network.forward_preactivations(x, self.stages)
+            last, stages, further["preact"] = found
+        else:
+            last, stages = network.forward_intermediates(x, indices=self.stages)
         pooled = network.forward_head(last, pre_logits=True)
-        return network.get_classifier()(pooled), Features(stages, pooled)
+        return network.get_classifier()(pooled), Features(stages, pooled, further)
+
+
+def check_further(loss: FeatureLoss, network: nn.Module) -> None:
+    """Check that a network gives the further features that a loss needs.
+
+    Raises:
+        InputError: It does not, or the loss asks for something else.
+    """
+    if unknown := sorted(loss.further - {"preact"}):
+        raise InputError(f"{loss.name}: further has {unknown[0]!r}: expected 'preact'")
+    if "preact" in loss.further and not has_preactivations(network):
+        raise InputError(
+            f"{loss.name} needs feature maps before a ReLU, which {_name(network)} does not give: "
+            "expected a CIFAR network other than mobilenetv2_cifar, or a ResNet of timm with ReLU, "
+            "such as resnet18"
+        )
+
+
+def _name(network: nn.Module) -> str:
+    """Return the name that timm knows a network by, or else its class."""
+    known = getattr(network, "pretrained_cfg", None) or {}
+    return known.get("architecture") or f"model family {type(network).__name__}"
+
+
+def teacher_layers(network: nn.Module, further: frozenset[str] = frozenset()) -> TeacherLayers:
+    """Return the layers of a teacher that losses may copy constants of."""
+    of: Any = network
+    norms: list[nn.Module] = []
+    if "preact" in further:
+        stages = feature_stages(network)
+        if isinstance(network, ResNet):
+            norms = timm_resnet.last_norms(network, stages)
+        else:
+            norms = of.last_norms(stages)
+    return TeacherLayers(of.get_classifier(), norms)
 
 
 @torch.no_grad()
-def probe_features(network: nn.Module, image: Tensor) -> Features:
+def probe_features(
+    network: nn.Module, image: Tensor, further: frozenset[str] = frozenset()
+) -> Features:
     """Return the features of one image [1, channels, H, W], without touching batch statistics.
 
     The network is in evaluation mode meanwhile, and then in the mode in which it was.
@@ -72,6 +130,6 @@ def probe_features(network: nn.Module, image: Tensor) -> Features:
     training = network.training
     network.eval()
     try:
-        return WithFeatures(network)(torch.zeros_like(image))[1]
+        return WithFeatures(network, further)(torch.zeros_like(image))[1]
     finally:
         network.train(training)

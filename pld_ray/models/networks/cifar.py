@@ -30,6 +30,7 @@ class CifarNet(nn.Module):
         taps: Indices of the stages whose features losses compare, counted from 0. Default: all.
         he_normal: Whether the weights of convolutions are drawn from a normal distribution of
             variance 2 / (k^2 outputs), and their biases are 0. Otherwise they stay torch's default.
+        relu_last: Whether a ReLU ends each stage, so that there is a map before it.
     """
 
     def __init__(
@@ -41,16 +42,18 @@ class CifarNet(nn.Module):
         classes: int,
         taps: list[int] | None = None,
         he_normal: bool = True,
+        relu_last: bool = True,
     ) -> None:
         super().__init__()
         self.stem = stem
-        self.stages = nn.ModuleList(stages)
-        self.head = head
+        self.stages: Any = nn.ModuleList(stages)
+        self.head: Any = head
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(width, classes)
         self.num_features = width
         self.num_classes = classes
         self.taps = taps or list(range(len(stages)))
+        self.has_preactivations = relu_last
         for module in self.modules():
             if he_normal and isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -85,6 +88,46 @@ class CifarNet(nn.Module):
             x = stage(x)
             stages.append(x)
         return self.head(x), [stages[i] for i in indices]
+
+    def forward_preactivations(
+        self, x: Tensor, indices: list[int]
+    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """Compute what `forward_intermediates` does, and the stages before their last ReLU.
+
+        Args:
+            x: Images [B, channels, H, W].
+            indices: Indices of the stages, counted from 0.
+
+        Returns:
+            The last feature map [B, width, h, w], the outputs of the stages, and the same maps
+            before the last ReLU.
+        """
+        x = self.stem(x)
+        before, stages = [], []
+        for stage in self.stages:
+            *modules, last = stage
+            for module in modules:
+                x = module(x)
+            pre, x = (x, last(x)) if isinstance(last, nn.ReLU) else last.both(x)
+            before.append(pre)
+            stages.append(x)
+        return self.head(x), [stages[i] for i in indices], [before[i] for i in indices]
+
+    def last_norms(self, indices: list[int]) -> list[nn.Module]:
+        """Return the batch norm before the last ReLU of each stage; none if some have none.
+
+        That of a residual block is the last one of its main branch.
+        """
+        norms: list[nn.Module] = []
+        for stage in self.stages:
+            last: Any = stage[-1]
+            if isinstance(last, nn.ReLU):
+                norms.append(stage[-2])
+            elif isinstance(last, Residual) and self.has_preactivations:
+                norms.append(last.main[-1])
+            else:
+                return []
+        return [norms[i] for i in indices]
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Map the last feature map to logits.
@@ -137,9 +180,14 @@ class Residual(nn.Module):
         )
         self.act = nn.ReLU() if act else nn.Identity()
 
+    def both(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the sum before the last ReLU, and the output."""
+        total = self.main(x) + self.shortcut(x)
+        return total, self.act(total)
+
     def forward(self, x: Tensor) -> Tensor:
         """Map [B, inputs, H, W] to [B, outputs, H / stride, W / stride]."""
-        return self.act(self.main(x) + self.shortcut(x))
+        return self.both(x)[1]
 
 
 class PreActivation(nn.Module):
@@ -159,10 +207,42 @@ class PreActivation(nn.Module):
         )
         self.shortcut = None if inputs == outputs else _conv(inputs, outputs, 1, stride)
 
+    def both(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the input after the first norm, and the output."""
+        norm, relu = self.pre
+        normed = norm(x)
+        pre = relu(normed)
+        return normed, self.main(pre) + (x if self.shortcut is None else self.shortcut(pre))
+
     def forward(self, x: Tensor) -> Tensor:
         """Map [B, inputs, H, W] to [B, outputs, H / stride, W / stride]."""
-        pre = self.pre(x)
-        return self.main(pre) + (x if self.shortcut is None else self.shortcut(pre))
+        return self.both(x)[1]
+
+
+class WideResNet(CifarNet):
+    """A Wide ResNet: the last ReLU of a stage, and the norm before it, are in what follows."""
+
+    def forward_preactivations(
+        self, x: Tensor, indices: list[int]
+    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """Compute the stages and what the ReLU after each is given; see `CifarNet`."""
+        x = self.stem(x)
+        before, stages = [], []
+        for stage in self.stages:
+            first, *blocks = stage
+            normed, x = first.both(x)
+            for block in blocks:
+                x = block(x)
+            before.append(normed)
+            stages.append(x)
+        norm, relu = self.head
+        before.append(norm(x))
+        return relu(before[-1]), [stages[i] for i in indices], [before[i + 1] for i in indices]
+
+    def last_norms(self, indices: list[int]) -> list[nn.Module]:
+        """Return the norm that follows each stage."""
+        following = [*(stage[0].pre for stage in self.stages), self.head]
+        return [following[i + 1][0] for i in indices]
 
 
 def _basic(inputs: int, outputs: int, stride: int) -> Residual:
@@ -214,7 +294,7 @@ def _wrn(depth: int, wide: int, num_classes: int, in_chans: int) -> CifarNet:
     widths = [16 * wide, 32 * wide, 64 * wide]
     stages = _stages(PreActivation, 16, widths, [(depth - 4) // 6] * 3)
     head = nn.Sequential(nn.BatchNorm2d(widths[-1]), nn.ReLU())
-    network = CifarNet(_conv(in_chans, 16, 3), stages, head, widths[-1], num_classes)
+    network = WideResNet(_conv(in_chans, 16, 3), stages, head, widths[-1], num_classes)
     nn.init.zeros_(network.fc.bias)
     return network
 
@@ -249,7 +329,9 @@ def _mobilenetv2(num_classes: int, in_chans: int) -> CifarNet:
     head = nn.Sequential(*conv_bn(inputs, 1280, 1), nn.ReLU())
     # Compare the last stage of each resolution, as in the CRD repository. These are four stages,
     # as many as ResNet-50 has.
-    network = CifarNet(stem, stages, head, 1280, num_classes, taps=[1, 2, 4, 6])
+    # They are linear: no ReLU ends a stage.
+    taps = [1, 2, 4, 6]
+    network = CifarNet(stem, stages, head, 1280, num_classes, taps, relu_last=False)
     nn.init.normal_(network.fc.weight, std=0.01)
     nn.init.zeros_(network.fc.bias)
     return network

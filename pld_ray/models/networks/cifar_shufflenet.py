@@ -56,11 +56,15 @@ class UnitV1(nn.Module):
         self.pool = None if stride == 1 else nn.AvgPool2d(3, stride, padding=1)
         self.act = nn.ReLU()
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map [B, inputs, h, w] to [B, outputs, h / stride, w / stride]."""
+    def both(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the joined branches before the last ReLU, and the output."""
         main = self.main(x)
         joined = main + x if self.pool is None else torch.cat([main, self.pool(x)], dim=1)
-        return self.act(joined)
+        return joined, self.act(joined)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [B, inputs, h, w] to [B, outputs, h / stride, w / stride]."""
+        return self.both(x)[1]
 
 
 class UnitV2(nn.Module):
@@ -88,11 +92,30 @@ class UnitV2(nn.Module):
             *[*conv_bn(half, half, 1), nn.ReLU()],
         )
 
+    def both(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the joined branches before the last ReLU and the shuffle, and the output."""
+        left, right = self._branches(x)
+        *modules, relu = self.right
+        for module in modules:
+            right = module(right)
+        return torch.cat([left, right], dim=1), self._shuffled(left, relu(right))
+
     def forward(self, x: Tensor) -> Tensor:
         """Map [B, inputs, h, w] to [B, outputs, h / stride, w / stride]."""
-        left, right = x.chunk(2, dim=1) if self.left is None else (self.left(x), x)
-        # This is the channel shuffle of the two branches, without a copy that joins them first.
-        return torch.stack([left, self.right(right)], dim=2).flatten(1, 2)
+        left, right = self._branches(x)
+        return self._shuffled(left, self.right(right))
+
+    def _branches(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the output of the left branch and the input of the right one."""
+        if self.left is None:
+            left, right = x.chunk(2, dim=1)
+            return left, right
+        return self.left(x), x
+
+    @staticmethod
+    def _shuffled(left: Tensor, right: Tensor) -> Tensor:
+        """Return the channel shuffle of the branches, without a copy that joins them first."""
+        return torch.stack([left, right], dim=2).flatten(1, 2)
 
 
 def _network(
