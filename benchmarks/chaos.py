@@ -12,7 +12,9 @@ and injects a fault every few seconds:
 - the disk is full for two seconds (only if this process may mount a file system)
 - a second driver starts on the same storage
 
-When a driver has ended, the same command is started again. After the last fault, the command runs
+When a driver has ended, the same command is started again. Each start draws whether trials run
+alone or in gangs of up to four, so that they continue with other companions; in the run without
+faults they run alone. After the last fault, the command runs
 until it exits with code 0. The script prints how often each fault was injected, how many trials are
 missing, how many have different weights than in the run without faults, and how many finished
 trials were run again although none of their files was damaged. All three counts should be 0.
@@ -66,8 +68,9 @@ class Scene:
         self.codes: Counter[int] = Counter()
 
     def start(self) -> None:
-        """Start one more driver."""
+        """Start one more driver, with gangs or without."""
         command = [*COMMAND, "--storage", self.storage, "--set", f"resources.patience={PATIENCE}"]
+        command += ["--set", f"resources.gang={self.dice.choice((1, 4))}"]
         with open(self.storage.with_suffix(".log"), "ab") as log:
             self.drivers.append(subprocess.Popen(command, stdout=log, stderr=log))
 
@@ -258,7 +261,10 @@ def main() -> None:
         folder = given.keep or Path(name)
         folder.mkdir(exist_ok=True)
         whole = folder / "whole"
-        subprocess.run([*COMMAND, "--storage", whole], stdout=subprocess.DEVNULL, check=True)
+        alone = "--set", "resources.gang=1"
+        subprocess.run(
+            [*COMMAND, "--storage", whole, *alone], stdout=subprocess.DEVNULL, check=True
+        )
         storage = folder / "disturbed"
         storage.mkdir()
         mount = ["mount", "-t", "tmpfs", "-o", f"size={DISK}", "tmpfs", storage]
