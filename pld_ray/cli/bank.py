@@ -7,7 +7,17 @@ from typing import Annotated
 import typer
 
 from pld_ray.api import session
-from pld_ray.cli.options import Address, ExperimentName, Overrides, Plugins, Smoke, Storage
+from pld_ray.cli.options import (
+    Address,
+    ExperimentName,
+    Methods,
+    Overrides,
+    Pairs,
+    Plugins,
+    Smoke,
+    Storage,
+    chosen,
+)
 from pld_ray.errors import InputError, nearest
 
 bank_app = typer.Typer(
@@ -60,6 +70,8 @@ def bank_rm(
 def bank_build(
     experiment: ExperimentName,
     overrides: Overrides = None,
+    methods: Methods = None,
+    pairs: Pairs = None,
     plugin: Plugins = None,
     smoke: Smoke = False,
     storage: Storage = "results",
@@ -71,7 +83,9 @@ def bank_build(
     """
     from pld_ray.config.planning import Cell, Plan
 
-    plan, store = session.opened(experiment, overrides, smoke, storage, download=True)
+    plan, store = session.opened(
+        experiment, chosen(overrides, methods, pairs), smoke, storage, download=True
+    )
     banks = session.planned_banks(plan.trials, store)
     cells = tuple(Cell(plan.trials[key], None) for key in plan.teacher_ids)
     teachers = Plan(plan.experiment, cells)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from pld_ray.errors import InputError
 
 app = typer.Typer(
     help="Run knowledge-distillation experiments on Ray, and write tables, figures and reports.",
@@ -41,6 +44,35 @@ Overrides = Annotated[
         help="Override a field, e.g. loss.temperature=2. May be repeated.",
     ),
 ]
+Methods = Annotated[
+    str | None,
+    typer.Option(
+        metavar="LOSS,...",
+        help="Take only these losses of the grid, such as kd,pld. * and ? are wildcards.",
+    ),
+]
+Pairs = Annotated[
+    str | None,
+    typer.Option(
+        metavar="TEACHER:STUDENT,...",
+        help="Take only these pairs of the grid, such as resnet56:resnet20. * and ? are wildcards.",
+    ),
+]
+
+
+def chosen(overrides: list[str] | None, methods: str | None, pairs: str | None) -> list[str]:
+    """Return the overrides of a command with those that take a part of the grid."""
+    found = list(overrides or [])
+    for field, text, like in (
+        ("methods", methods, "kd,pld"),
+        ("pairs", pairs, "resnet56:resnet20,vgg13_cifar:vgg8_cifar"),
+    ):
+        if text is not None:
+            names = [name.strip() for name in text.split(",")]
+            if "" in names:
+                raise InputError(f"--{field} is {text!r}: expected names such as {like}")
+            found.append(f"{field}={json.dumps(names)}")
+    return found
 
 
 def _load_plugins(sources: list[str] | None) -> list[str] | None:

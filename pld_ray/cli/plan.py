@@ -8,7 +8,18 @@ from typing import Annotated
 import typer
 
 from pld_ray.api import added_seeds, session
-from pld_ray.cli.options import ExperimentName, Experiments, Overrides, Plugins, Smoke, Storage, app
+from pld_ray.cli.options import (
+    ExperimentName,
+    Experiments,
+    Methods,
+    Overrides,
+    Pairs,
+    Plugins,
+    Smoke,
+    Storage,
+    app,
+    chosen,
+)
 from pld_ray.errors import InputError
 
 
@@ -16,6 +27,8 @@ from pld_ray.errors import InputError
 def plan(
     experiments: Experiments,
     overrides: Overrides = None,
+    methods: Methods = None,
+    pairs: Pairs = None,
     plugin: Plugins = None,
     smoke: Smoke = False,
     storage: Storage = "results",
@@ -33,7 +46,10 @@ def plan(
     from pld_ray.sweep import search
 
     store = Store(storage)
-    plans = [session.opened(name, overrides, smoke, storage)[0] for name in experiments]
+    plans = [
+        session.opened(name, chosen(overrides, methods, pairs), smoke, storage)[0]
+        for name in experiments
+    ]
     trials = {key: trial for planned in plans for key, trial in planned.trials.items()}
     done = store.finished(trials)
     try:
@@ -63,6 +79,8 @@ def plan(
 def status(
     experiment: ExperimentName,
     overrides: Overrides = None,
+    methods: Methods = None,
+    pairs: Pairs = None,
     plugin: Plugins = None,
     smoke: Smoke = False,
     storage: Storage = "results",
@@ -71,7 +89,7 @@ def status(
 
     The exit code is 1 if any trial has failed.
     """
-    planned, store = session.opened(experiment, overrides, smoke, storage)
+    planned, store = session.opened(experiment, chosen(overrides, methods, pairs), smoke, storage)
     failed, lines = 0, []
     width = max(map(len, planned.labels.values()), default=0)
     for key, outcome in store.outcomes(planned.trials).items():

@@ -12,12 +12,15 @@ from pld_ray.api import session
 from pld_ray.cli.options import (
     Address,
     ExperimentName,
+    Methods,
     Out,
     Overrides,
+    Pairs,
     Plugins,
     Smoke,
     Storage,
     app,
+    chosen,
 )
 from pld_ray.errors import InputError, nearest
 
@@ -35,6 +38,8 @@ def tables(
         ),
     ] = None,
     overrides: Overrides = None,
+    methods: Methods = None,
+    pairs: Pairs = None,
     plugin: Plugins = None,
     smoke: Smoke = False,
     storage: Storage = "results",
@@ -63,7 +68,7 @@ def tables(
     from analysis.tables import paper_tables
 
     for name in experiments or dict.fromkeys(table.experiment for table in paper_tables.TABLES):
-        plan, store = session.opened(name, overrides, smoke, storage)
+        plan, store = session.opened(name, chosen(overrides, methods, pairs), smoke, storage)
         session.write_tables(plan, store, out, all_pairs, sort, top)
 
 
@@ -71,6 +76,8 @@ def tables(
 def best(
     experiment: ExperimentName,
     overrides: Overrides = None,
+    methods: Methods = None,
+    pairs: Pairs = None,
     plugin: Plugins = None,
     smoke: Smoke = False,
     storage: Storage = "results",
@@ -81,7 +88,7 @@ def best(
     from analysis.tables import best
     from pld_ray.sweep import search
 
-    plan, store = session.opened(experiment, overrides, smoke, storage)
+    plan, store = session.opened(experiment, chosen(overrides, methods, pairs), smoke, storage)
     sought = plan.experiment.search
     metric = "top1" if sought is None else sought.metric
     if sought is None:
@@ -97,6 +104,8 @@ def best(
 def power(
     experiment: ExperimentName,
     overrides: Overrides = None,
+    methods: Methods = None,
+    pairs: Pairs = None,
     plugin: Plugins = None,
     smoke: Smoke = False,
     storage: Storage = "results",
@@ -128,7 +137,7 @@ def power(
     effects = effect or [0.2, 0.5, 1.0]
     if wrong := [value for value in effects if not 0 < value < 100]:
         raise InputError(f"--effect is {wrong[0]}: expected points of top-1, such as 0.5")
-    plan, store = session.opened(experiment, overrides, smoke, storage)
+    plan, store = session.opened(experiment, chosen(overrides, methods, pairs), smoke, storage)
     rows = table.of_records(frames.frame(plan, store), effects, wanted)
     if rows.empty or rows["spread"].isna().all():
         raise InputError(
@@ -146,6 +155,8 @@ def power(
 def figures(
     experiment: ExperimentName,
     overrides: Overrides = None,
+    methods: Methods = None,
+    pairs: Pairs = None,
     plugin: Plugins = None,
     smoke: Smoke = False,
     storage: Storage = "results",
@@ -171,7 +182,7 @@ def figures(
     """
     if x is None and (by, facet, metric) != ("loss.name", "", "top1"):
         raise InputError("--by, --facet and --y: expected --x too, the field on the x-axis")
-    planned, store = session.opened(experiment, overrides, smoke, storage)
+    planned, store = session.opened(experiment, chosen(overrides, methods, pairs), smoke, storage)
     folder = session.reports(planned, store, out)
     if x is None:
         paths = session.draw_figures(planned, store, folder)
@@ -194,6 +205,8 @@ def landscape(
         ),
     ] = None,
     overrides: Overrides = None,
+    methods: Methods = None,
+    pairs: Pairs = None,
     plugin: Plugins = None,
     smoke: Smoke = False,
     storage: Storage = "results",
@@ -219,11 +232,12 @@ def landscape(
     trained students, and the sharpness of each minimum is computed.
     """
     if experiment is None:
+        _check_part(methods, pairs)
         from analysis.landscapes import logits
 
         session.say("landscapes", logits.draw(out or Path("results/landscape"), classes, seed))
         return
-    plan, store = session.opened(experiment, overrides, smoke, storage)
+    plan, store = session.opened(experiment, chosen(overrides, methods, pairs), smoke, storage)
     from rich.console import Console
 
     from analysis.landscapes import weights
@@ -258,6 +272,8 @@ def report(
         ),
     ] = None,
     overrides: Overrides = None,
+    methods: Methods = None,
+    pairs: Pairs = None,
     plugin: Plugins = None,
     smoke: Smoke = False,
     storage: Storage = "results",
@@ -273,7 +289,9 @@ def report(
     from analysis.tables import paper_tables
 
     names = experiments or paper_tables.experiments()
-    opened = [session.opened(name, overrides, smoke, storage) for name in names]
+    opened = [
+        session.opened(name, chosen(overrides, methods, pairs), smoke, storage) for name in names
+    ]
     store = opened[0][1]
     folder = out or Path(store.uri if store.local else "results") / "reports"
     session.say("report", page.write([plan for plan, _ in opened], store, folder))
@@ -289,6 +307,8 @@ def export(
         ),
     ] = None,
     overrides: Overrides = None,
+    methods: Methods = None,
+    pairs: Pairs = None,
     plugin: Plugins = None,
     smoke: Smoke = False,
     storage: Storage = "results",
@@ -302,9 +322,13 @@ def export(
     export.check(to)
     store = Store(storage)
     if experiments:
-        plans = [session.opened(name, overrides, smoke, storage)[0] for name in experiments]
+        plans = [
+            session.opened(name, chosen(overrides, methods, pairs), smoke, storage)[0]
+            for name in experiments
+        ]
         trials = {key: trial for plan in plans for key, trial in plan.trials.items()}
     else:
+        _check_part(methods, pairs)
         trials = store.trials()
         if unknown := store.plugins().keys() - plugins.LOADED.keys():
             typer.echo(
@@ -317,6 +341,12 @@ def export(
     table = export.frame(trials, store)
     export.write(table, to)
     session.say(f"{len(table)} trials", [to])
+
+
+def _check_part(methods: str | None, pairs: str | None) -> None:
+    """Raise InputError for a part of an experiment where none is named."""
+    if methods is not None or pairs is not None:
+        raise InputError("--methods and --pairs: expected an EXPERIMENT too, whose part is taken")
 
 
 @app.command("import")

@@ -8,7 +8,19 @@ from typing import Annotated
 import typer
 
 from pld_ray.api import session
-from pld_ray.cli.options import Address, Experiments, Out, Overrides, Plugins, Smoke, Storage, app
+from pld_ray.cli.options import (
+    Address,
+    Experiments,
+    Methods,
+    Out,
+    Overrides,
+    Pairs,
+    Plugins,
+    Smoke,
+    Storage,
+    app,
+    chosen,
+)
 
 
 class Logger(StrEnum):
@@ -23,6 +35,8 @@ class Logger(StrEnum):
 def run(
     experiments: Experiments,
     overrides: Overrides = None,
+    methods: Methods = None,
+    pairs: Pairs = None,
     plugin: Plugins = None,
     smoke: Smoke = False,
     storage: Storage = "results",
@@ -39,7 +53,10 @@ def run(
     code is 1 if any trial has failed.
     """
     failed = False
-    opened = [session.opened(name, overrides, smoke, storage, True) for name in experiments]
+    opened = [
+        session.opened(name, chosen(overrides, methods, pairs), smoke, storage, True)
+        for name in experiments
+    ]
     for plan, store in opened:
         plan, failures = session.execute(plan, store, address, log or ())
         failed |= bool(failures)

@@ -87,6 +87,11 @@ class Experiment(Part, metaclass=_Sentences):
         grid: The fields that vary, and their values (see `planning.plan`).
         rules: Settings for those cells that have other settings, such as another learning rate for
             some networks. They override `base` and `grid`.
+        methods: The part of the grid that is wanted: the names of losses, such as [kd, pld], which
+            may have the wildcards * and ?. By default, all.
+        pairs: The part of the grid that is wanted: teacher and student, such as
+            ["resnet56:resnet20"], which may have the wildcards * and ?. A teacher's tag may be left
+            out. By default, all.
         plugins: Python files, or names of installed packages, with losses, networks and datasets of
             your own (see `pld_ray.plugins`).
         reference: The method with which tables, statistics and figures compare the others: the
@@ -111,6 +116,8 @@ class Experiment(Part, metaclass=_Sentences):
     base: dict[str, Any] = {}
     grid: dict[str, list[Any]] = {}
     rules: list[Rule] = []
+    methods: list[str] = []
+    pairs: list[str] = []
     reference: str = ""
     seeds: Annotated[
         Annotated[list[Annotated[int, Field(ge=0, lt=SEEDS)]], Tag("<list>")]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
@@ -11,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 from pydantic import Field
 
 from pld_ray import plugins
-from pld_ray.config import rules
+from pld_ray.config import rules, selection
 from pld_ray.config.experiment import Experiment
 from pld_ray.config.grid import axis, each_loss
 from pld_ray.config.merge import merge, named, nest
@@ -62,11 +63,21 @@ class Cell(NamedTuple):
         trial: The trial to run.
         teacher: The name of the teacher in the grid, even if the trial's loss needs no teacher.
         rules: The numbers of the rules of the experiment that set fields of the trial.
+        unruled: The trial as the grid has it, without what rules set; None if no rule applies.
     """
 
     trial: Trial
     teacher: str | None
     rules: tuple[int, ...] = ()
+    unruled: Trial | None = None
+
+    @property
+    def shown(self) -> Trial:
+        """The trial from which tables take the name of the row.
+
+        What a rule sets belongs to the pair of networks and makes no other method.
+        """
+        return self.unruled or self.trial
 
 
 @dataclass(frozen=True)
@@ -107,7 +118,7 @@ class Plan:
     @cached_property
     def shown(self) -> tuple[Trial, ...]:
         """For each cell, the trial from which tables take the name of the row."""
-        return self.points or tuple(cell.trial for cell in self.cells)
+        return self.points or tuple(cell.shown for cell in self.cells)
 
     @cached_property
     def trials(self) -> dict[str, Trial]:
@@ -175,7 +186,8 @@ def plan(experiment: Experiment) -> Plan:
         experiment: The experiment to expand.
 
     Returns:
-        The plan, with one cell per combination and seed.
+        The plan, with one cell per combination and seed. Of a part of an experiment (`methods`,
+        `pairs`), it has the cells of this part, which are the same as in the whole.
 
     Raises:
         InputError: A setting of the experiment is not valid.
@@ -200,7 +212,8 @@ def check_rules(experiment: Experiment, cells: Iterable[Cell]) -> None:
                     "expected a field that does not vary"
                 )
     unused = set(range(len(experiment.rules))) - {n for cell in cells for n in cell.rules}
-    if unused and experiment.miniature_of is None:  # a miniature has other networks
+    part = bool(experiment.methods or experiment.pairs)
+    if unused and not part and experiment.miniature_of is None:  # a miniature has other networks
         number = min(unused)
         raise InputError(
             f"{experiment.name}: rules[{number}].when is {experiment.rules[number].when}: no cell "
@@ -211,15 +224,31 @@ def check_rules(experiment: Experiment, cells: Iterable[Cell]) -> None:
 def combinations(experiment: Experiment) -> list[Settings]:
     """Return the settings of each point of the grid, with the loss before its parameters.
 
+    Of a part of an experiment, these are the points of this part.
+
     Raises:
-        InputError: An entry of the grid is not valid, or none of the losses has a parameter.
+        InputError: An entry of the grid is not valid, none of the losses has a parameter, or
+            `methods` or `pairs` names what the experiment does not have.
     """
+    found = _points(experiment)
+    fields = {field for settings in found for field, _ in settings}
+    _check_loss_parameters(experiment, found, fields | experiment.overrides.keys())
+    if not (experiment.methods or experiment.pairs):
+        return found
+    original = experiment.miniature_of or experiment  # a miniature has networks of other names
+    overrides = list(experiment.overrides.items())
+    kept = selection.chosen(original, [[*point, *overrides] for point in _points(original)])
+    return list(itertools.compress(found, kept))
+
+
+def _points(experiment: Experiment) -> list[Settings]:
+    """Return the settings of all points of the grid, with the loss before its parameters."""
     where = experiment.name
     axes = [axis(key, values, where) for key, values in experiment.grid.items()]
     if not any("loss" in fields for fields, _ in axes):
         axes.append((("loss",), [(loss,) for loss in each_loss(experiment.base.get("loss"))]))
     axes.sort(key=lambda axis: min(field.count(".") for field in axis[0]))
-    found: list[Settings] = [
+    return [
         [
             (field, value)
             for (fields, _), values in zip(axes, combination, strict=True)
@@ -227,9 +256,6 @@ def combinations(experiment: Experiment) -> list[Settings]:
         ]
         for combination in itertools.product(*(values for _, values in axes))
     ]
-    fields = {field for settings in found for field, _ in settings}
-    _check_loss_parameters(experiment, found, fields | experiment.overrides.keys())
-    return found
 
 
 def _check_loss_parameters(
@@ -280,11 +306,16 @@ def build(
     if "seed" in raw or any(field == "seed" for field, _ in settings):
         raise InputError(f"{experiment.name}: seed: set seeds beside base instead, a list")
     overrides = list(experiment.overrides.items())
-    raw, applied = rules.apply(experiment.rules, _merged(raw, [*settings, *overrides]))
+    unruled = _merged(raw, [*settings, *overrides])
+    raw, applied = rules.apply(experiment.rules, unruled)
     raw = _merged(raw, overrides if applied else [])
     taught = _teacher(raw.pop("teacher", None), raw, experiment)
-    cell = _cell(raw, taught, experiment)
-    return [Cell(cell.trial.with_seed(seed), cell.teacher, applied) for seed in seeds]
+    cell, shown = _cell(raw, taught, experiment), None
+    if applied:
+        unruled.pop("teacher", None)
+        with suppress(InputError):  # a rule can set what the settings need to be valid
+            shown = _cell(unruled, taught, experiment).trial
+    return [Cell(cell.trial.with_seed(seed), cell.teacher, applied, shown) for seed in seeds]
 
 
 def _merged(raw: dict[str, Any], settings: Settings) -> dict[str, Any]:

@@ -316,5 +316,5 @@ def plan(experiment: Experiment, store: Store) -> Plan:
     for each in progress if all(each.over for each in progress) else ():
         if each.best is not None:
             cells += each.group.cells(each.best.point, experiment.all_seeds)
-            points += [cell.trial for cell in each.group.cells({}, experiment.all_seeds)]
+            points += [cell.shown for cell in each.group.cells({}, experiment.all_seeds)]
     return Plan(experiment, tuple(cells), searched, tuple(points))
