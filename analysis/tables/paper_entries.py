@@ -185,7 +185,12 @@ def gains(table: PaperTable, found: list[Entry]) -> list[Gain]:
             rows.append(Gain(place, REGISTRY[over].label, ours, pld.reported - other.reported))
         # The average is NaN if any place is missing: an average of only some places would not be
         # comparable with the reported one.
-        ours, known = (float(np.mean([getattr(g, f) for g in rows])) for f in ("ours", "reported"))
+        # A part of the experiment may have none.
+        rows_or_nan = rows or [Gain("average", REGISTRY[over].label, math.nan, math.nan)]
+        ours, known = (
+            float(np.mean([getattr(gain, field) for gain in rows_or_nan]))
+            for field in ("ours", "reported")
+        )
         result += [*rows, Gain("average", REGISTRY[over].label, ours, known)]
     return result
 

@@ -52,13 +52,14 @@ def progress(plan: Plan, frame: pd.DataFrame, store: Store) -> list[MethodProgre
 
 def tell(plan: Plan, store: Store) -> None:
     """Print which methods are decided, where seeds are added by a rule."""
-    from analysis.records import frames
-    from analysis.tables import comparison, undecided
-    from pld_ray.api import plan_table
     from pld_ray.config.parts import Seeds
 
     if not isinstance(rule := plan.experiment.seeds, Seeds) or not plan.cells:
         return
+    from analysis.records import frames  # pandas takes most of a second
+    from analysis.tables import comparison, undecided
+    from pld_ray.api import plan_table
+
     frame = frames.frame(plan, store)
     found, reference = progress(plan, frame, store), comparison.reference_name(frame)
     looks = ", ".join(map(str, rule.looks))
