@@ -32,7 +32,7 @@ from rich.console import Console
 from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode
 
-from analysis.tables.paper_tables import experiments
+from analysis.tables.paper_tables import TABLES
 from pld_ray import units
 from pld_ray.config.experiment import load_experiment
 from pld_ray.config.gangs import stream_key
@@ -138,8 +138,9 @@ class Job:
 
 
 def imagenet() -> list[Trial]:
-    """Return the trials of all ImageNet experiments; shared trials appear more than once."""
-    made = [plan(load_experiment(name)) for name in experiments()]
+    """Return the trials of the paper's ImageNet tables; shared trials appear more than once."""
+    names = dict.fromkeys(table.experiment for table in TABLES)
+    made = [plan(load_experiment(name)) for name in names]
     trials = [trial for each in made for trial in each.trials.values()]
     return [trial for trial in trials if trial.data.name == "imagenet"]
 

@@ -154,7 +154,7 @@ def test_imagenet():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_pair_and_methods_of_the_benchmark(name):
-    pair, methods = "vgg13_cifar:*", ["dkd", "pld"]
+    pair, methods = "vgg13:*", ["dkd", "pld"]
     made = plan(load_experiment(name, {"pairs": [pair], "methods": methods}))
     assert len(made.cells) == 2 * 3 and len(made.trials) == 1 + 2 * 3
     assert [cell.trial.loss.beta for cell in made.cells[:3]] == [6] * 3

@@ -22,6 +22,7 @@ grid:
     - [wrn_16_2, resnet8]
     - [{name: wrn_16_2, train: {epochs: 1}}, wrn_40_1]
     - [resnet20.tv_in1k, resnet8]
+    - [vgg13_cifar, mobilenetv2_cifar]
   loss: [ce, {name: kd, temperature: [1, 4]}, dkd, pld]
 rules:
   - {when: {student: wrn_40_1}, set: {optimizer.lr: 0.01}}
@@ -39,7 +40,7 @@ def found(made):
 
 def test_a_part_has_the_cells_of_the_whole(experiment):
     whole = plan(experiment(TEXT))
-    assert len(whole.cells) == 3 * 5 * 2 and len(whole.teacher_ids) == 2
+    assert len(whole.cells) == 4 * 5 * 2 and len(whole.teacher_ids) == 3
     part = plan(experiment(TEXT, "methods=[dkd, KD]", 'pairs=["wrn_16_2:wrn_40_1"]'))
     expected = [("wrn_16_2", "wrn_40_1", loss) for loss in ("kd", "kd", "dkd") for _ in (0, 1)]
     assert found(part) == sorted(expected, reverse=True)
@@ -62,6 +63,8 @@ def test_a_part_has_the_cells_of_the_whole(experiment):
         (["wrn*:*"], 20),
         (["resnet20:resnet8"], 10),
         (["resnet20.tv_in1k:resnet8", "wrn_16_2:resnet8"], 20),
+        (["vgg13:mobilenetv2_cifar", "resnet20:resnet8"], 20),
+        (["vgg13*:mobilenetv2"], 10),
     ],
 )
 def test_pairs_may_have_wildcards_and_tags(experiment, pairs, cells):
@@ -106,7 +109,8 @@ def test_losses_that_vary_with_other_fields_and_overrides(experiment):
         (
             {"pairs": ["wrn_16_2:resnet9"]},
             "pairs has 'wrn_16_2:resnet9': expected some of wrn_16_2:resnet8, wrn_16_2:wrn_40_1, "
-            r"resnet20.tv_in1k:resnet8; did you mean 'wrn_16_2:resnet8' or 'wrn_16_2:wrn_40_1'\?$",
+            r"resnet20.tv_in1k:resnet8, vgg13_cifar:mobilenetv2_cifar; "
+            r"did you mean 'wrn_16_2:resnet8' or 'wrn_16_2:wrn_40_1'\?$",
         ),
         ({"pairs": ["resnet8"]}, "pairs has 'resnet8': expected some of wrn_16_2:resnet8, "),
         ({"methods": "kd"}, "methods is 'kd': input should be a valid list"),

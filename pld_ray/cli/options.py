@@ -65,7 +65,7 @@ def chosen(overrides: list[str] | None, methods: str | None, pairs: str | None) 
     found = list(overrides or [])
     for field, text, like in (
         ("methods", methods, "kd,pld"),
-        ("pairs", pairs, "resnet56:resnet20,vgg13_cifar:vgg8_cifar"),
+        ("pairs", pairs, "resnet56:resnet20,vgg13:vgg8"),
     ):
         if text is not None:
             names = [name.strip() for name in text.split(",")]

@@ -90,8 +90,8 @@ class Experiment(Part, metaclass=_Sentences):
         methods: The part of the grid that is wanted: the names of losses, such as [kd, pld], which
             may have the wildcards * and ?. By default, all.
         pairs: The part of the grid that is wanted: teacher and student, such as
-            ["resnet56:resnet20"], which may have the wildcards * and ?. A teacher's tag may be left
-            out. By default, all.
+            ["resnet56:resnet20"], which may have the wildcards * and ?. The tag of a teacher's
+            weights and the ending _cifar may be left out. By default, all.
         plugins: Python files, or names of installed packages, with losses, networks and datasets of
             your own (see `pld_ray.plugins`).
         reference: The method with which tables, statistics and figures compare the others: the

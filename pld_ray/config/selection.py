@@ -71,10 +71,16 @@ def _is_loss(name: str, wanted: str) -> bool:
 
 
 def _is_pair(pair: str, wanted: str) -> bool:
-    """Return whether a pair is the wanted one, with or without the tag of the teacher's weights."""
-    teacher, _, student = pair.partition(":")
-    untagged = f"{teacher.partition('.')[0]}:{student}"
-    return fnmatchcase(pair, wanted) or fnmatchcase(untagged, wanted)
+    """Return whether a pair is the wanted one, by its names or by their short forms."""
+    (teacher, colon, student), (above, _, below) = wanted.rpartition(":"), pair.rpartition(":")
+    return colon == ":" and _is_network(above, teacher) and _is_network(below, student)
+
+
+def _is_network(name: str, wanted: str) -> bool:
+    """Return whether a network has this name, which may lack a tag of weights and "_cifar"."""
+    untagged = name.partition(".")[0]
+    forms = (name, untagged, untagged.removesuffix("_cifar"))
+    return any(fnmatchcase(form, wanted) for form in forms)
 
 
 def _wanted(
