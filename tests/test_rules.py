@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from analysis.records import frames
 from pld_ray.config.planning import plan
 from pld_ray.errors import InputError
 from pld_ray.store.store import Store
@@ -124,3 +125,29 @@ def test_rules_apply_in_searches_and_miniatures(experiment, tmp_path):
 
     small = plan(load_experiment(experiment(text, name="whole"), smoke=True))
     assert {cell.trial.epochs for cell in small.cells} == {2}
+
+
+def test_what_a_rule_sets_makes_no_other_row(experiment, tmp_path):
+    rules = (
+        "{when: {student: resnet8, loss: dkd}, set: {loss.beta: 8, epochs: 3}}",
+        "{when: {student: resnet20, loss: kd}, set: {loss.ce_weight: 0.5}}",
+    )
+    text = TEXT.replace("RULES", "\n".join(f"  - {rule}" for rule in rules))
+    made = plan(experiment(text))
+    rows = frames.frame(made, Store(tmp_path))
+    assert set(rows["method"]) == {"CE", "DKD", "KD (τ = 1)", "KD (τ = 4)"}
+    assert set(rows["setting"]) == {""} and len(rows) == 3 * 4
+    found = dict(zip(rows["student"] + rows["method"], rows["trial.loss.beta"], strict=True))
+    assert (found["resnet8DKD"], found["resnet20DKD"]) == (8, 2)  # the trials differ
+    grid = "{beta: [1, 2]}".join(text.split("{name: dkd, beta: 2}"))
+    grid = grid.replace("{beta: [1, 2]}", "{name: dkd, beta: [1, 2]}")
+    names = set(frames.frame(plan(experiment(grid)), Store(tmp_path))["method"])
+    assert {"DKD (β = 1)", "DKD (β = 2)"} < names  # what the grid varies
+
+
+def test_a_rule_may_set_what_the_settings_need(experiment):
+    rule = "{when: {student: '*'}, set: {schedule.milestones: [1]}}"
+    sets = ("schedule.name=multistep", "teacher.train.schedule.name=cosine")
+    found = cells(experiment, rule, sets=sets)
+    assert {cell.trial.schedule.milestones for cell in found.values()} == {(1,)}
+    assert all(cell.shown is cell.trial for cell in found.values())
