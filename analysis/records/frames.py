@@ -48,7 +48,8 @@ def frame(plan: Plan, store: Store) -> pd.DataFrame:
         - reference: whether the other methods are compared with this one (bool).
         - finished: whether the trial has finished (bool).
         - notes: messages of the trial to the user.
-        - every metric of the record, NaN where there is none.
+        - every metric of the record, NaN where there is none; they are those of the last epoch.
+        - best_top1: top-1 of the best epoch of those that were validated.
         - seconds: training time of the trial; teacher_seconds: the part of it that the teacher's
           forward passes took; teacher_avoided_seconds: teacher time that the teacher bank saved.
         - parameters: from the record.
@@ -86,6 +87,7 @@ def frame(plan: Plan, store: Store) -> pd.DataFrame:
         }
         if record is not None:
             row |= record["metrics"] | {"seconds": record["seconds"]["seconds"]}
+            row["best_top1"] = record.get("best_top1", float("nan"))
             for part in ("teacher_seconds", "teacher_avoided_seconds"):
                 row[part] = record["seconds"].get(part, 0.0)
             row["parameters"] = record.get("parameters")

@@ -11,6 +11,7 @@ import csv
 import io
 import math
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,19 +27,22 @@ REQUIRED = ["dataset", "student", "method", "top1"]
 OPTIONAL = ["teacher", "setting", "source", "note", "std", "n", "seed"]
 NUMBERS = ["top1", "std", "n"]
 COLUMNS = [*PLACE, "note", *NUMBERS]
+EPOCHS = ("last", "best", "")  # the epoch that a result is of; "": not stated
 
 
-def read(path: Path) -> tuple[pd.DataFrame, list[str]]:
+def read(path: Path, also: Sequence[str] = ()) -> tuple[pd.DataFrame, list[str]]:
     """Read a CSV of results and check it.
 
     Args:
         path: The file. It has the columns dataset, student, method and top1 (in percent). It may
             have teacher, setting, source, note, std (in percentage points) and n (seeds); or seed,
             with one row per seed: then mean, standard deviation (n - 1) and n are computed.
+        also: Further columns to keep, which the file may have: epoch ("last", "best" or ""),
+            teacher_top1 and student_top1 (in percent), and any others, which are texts.
 
     Returns:
-        A table with the columns `COLUMNS`, and the names of the columns that are not used. std and
-        n are NaN where they are not known.
+        A table with the columns `COLUMNS` and `also`, and the names of the columns that are not
+        used. Numbers are NaN where they are not known.
 
     Raises:
         InputError: The file cannot be read, or a row is not valid.
@@ -52,16 +56,18 @@ def read(path: Path) -> tuple[pd.DataFrame, list[str]]:
             )
     if not lines:
         raise InputError(f"{path}: expected at least one row below the header")
-    rows = [_row(f"{path}, line {at}", dict(zip(header, line, strict=True))) for at, line in lines]
+    rows = [
+        _row(f"{path}, line {at}", dict(zip(header, line, strict=True)), also) for at, line in lines
+    ]
     for row in rows:
         row["source"] = row["source"] or path.stem
     table = pd.DataFrame(rows)
     if table["top1"].max() <= 1:
         raise InputError(f"{path}: no top1 is above 1: expected percentages, such as 74.9")
     if (table["seed"] != "").any():
-        table = _averaged(path, table)
-    unused = [name for name in header if name not in (*REQUIRED, *OPTIONAL)]
-    return table[COLUMNS].drop_duplicates(ignore_index=True), unused
+        table = _averaged(path, table, also)
+    unused = [name for name in header if name not in (*REQUIRED, *OPTIONAL, *also)]
+    return table[[*COLUMNS, *also]].drop_duplicates(ignore_index=True), unused
 
 
 def _cells(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
@@ -90,9 +96,9 @@ def _cells(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
     return header, found[1:]
 
 
-def _row(where: str, row: dict[str, str]) -> dict[str, Any]:
+def _row(where: str, row: dict[str, str], also: Sequence[str]) -> dict[str, Any]:
     """Return a checked row with all columns of a file."""
-    row = dict.fromkeys(OPTIONAL, "") | row
+    row = dict.fromkeys([*OPTIONAL, *also], "") | row
     for name in ("dataset", "student", "method"):
         if not row[name]:
             raise InputError(f"{where}: {name} is '': expected a name")
@@ -111,6 +117,10 @@ def _row(where: str, row: dict[str, str]) -> dict[str, Any]:
         raise InputError(f"{where}: top1 is '': expected a percentage, 0 to 100")
     if numbers["n"] < 1 or numbers["n"] % 1 > 0:
         raise InputError(f"{where}: n is {row['n']!r}: expected a number of seeds, or ''")
+    if "epoch" in also and row["epoch"] not in EPOCHS:
+        raise InputError(f"{where}: epoch is {row['epoch']!r}: expected 'last', 'best' or ''")
+    for name in {"teacher_top1", "student_top1"} & {*also}:
+        numbers[name] = _number(where, row, name, "a percentage, 0 to 100, or ''")
     return row | numbers
 
 
@@ -127,7 +137,7 @@ def _number(where: str, row: dict[str, str], name: str, expected: str, most: flo
     return value
 
 
-def _averaged(path: Path, rows: pd.DataFrame) -> pd.DataFrame:
+def _averaged(path: Path, rows: pd.DataFrame, also: Sequence[str]) -> pd.DataFrame:
     """Return one row per result from one row per seed."""
     for row in rows.to_dict("records"):
         if not row["seed"] or not math.isnan(row["std"]) or not math.isnan(row["n"]):
@@ -143,8 +153,8 @@ def _averaged(path: Path, rows: pd.DataFrame) -> pd.DataFrame:
         )
     groups = rows.groupby(PLACE, sort=False)
     top1 = groups["top1"]
-    found = groups.agg(note=("note", "first"), top1=("top1", "mean"), n=("top1", "size"))
-    return found.assign(std=top1.std()).reset_index()
+    found = groups[["note", *also]].first().assign(top1=top1.mean(), n=top1.size(), std=top1.std())
+    return found.reset_index()
 
 
 # ---------------------------------------------------------------- in a storage
@@ -187,8 +197,8 @@ def _names(store: Store) -> list[str]:
     return [path.removesuffix(".csv") for path in paths if re.fullmatch(r"[^/]+\.csv", path)]
 
 
-def _all(store: Store) -> pd.DataFrame:
-    """Return the rows of all tables of a storage."""
+def stored(store: Store) -> pd.DataFrame:
+    """Return the rows of all tables of a storage, with the columns `COLUMNS`."""
     tables = []
     paths = [f"{FOLDER}/{name}.csv" for name in _names(store)]
     for path, content in sorted(store.files.read_many(paths).items()):
@@ -224,13 +234,13 @@ def beside(records: pd.DataFrame, store: Store) -> pd.DataFrame:
     groups: Any = records.groupby(["student", "teacher", "setting"], sort=False)
     sections: list[tuple[tuple[str, str, str], pd.DataFrame]] = list(groups)
     rows: list[tuple[int, dict[Any, Any]]] = []
-    for row in _all(store).to_dict("records"):
+    for row in stored(store).to_dict("records"):
         fits = [
             at
             for at, ((student, teacher, _), section) in enumerate(sections)
             if row["student"] == student
             and row["teacher"] in (teacher, "")
-            and row["dataset"].lower() in _forms(section["dataset"].iloc[0])
+            and row["dataset"].lower() in dataset_forms(section["dataset"].iloc[0])
         ]
         if row["setting"]:
             fits = [at for at in fits if sections[at][0][2] == row["setting"]]
@@ -266,7 +276,7 @@ def _beside(row: dict[Any, Any], section: pd.DataFrame, setting: str) -> dict[An
     }
 
 
-def _forms(name: str) -> set[str]:
+def dataset_forms(name: str) -> set[str]:
     """Return the names of a dataset in a CSV: as in YAML, or only its last part."""
     name = name.lower()
     return {name, name.rpartition(":")[2], name.rpartition(":")[2].rpartition("/")[2]} - {""}

@@ -27,6 +27,8 @@ from analysis.tables import (
     best,
     comparison,
     comparison_printing,
+    literature,
+    literature_printing,
     paper_entries,
     paper_printing,
     paper_tables,
@@ -221,6 +223,8 @@ def _ours(
     if len(wins):
         caption = comparison_printing.EXPLAINED_WINS
         blocks.append(Block("Every two methods", wins, caption=caption))
+    if plan.experiment.miniature_of is None and frame["original_teacher"].ne("").any():
+        blocks += _literature(literature.compare(frame))
     drawn = methods.draw(
         frame, frames.curves(methods.best_settings(frame), store), folder, own.reported
     )
@@ -236,6 +240,24 @@ def _ours(
         sharp = weights.printed(weights.numbers(students, known, store))
         blocks.append(Block("The loss around the trained weights", image=paths[0]))
         blocks.append(Block(cells=sharp, caption=weights.LEGEND))
+    return blocks
+
+
+def _literature(found: literature.Literature) -> list[Block]:
+    """Return the tables beside the literature; none if it has no result on these pairs."""
+    if found.sources.empty:
+        return []
+    blocks = []
+    for kind in literature_printing.kinds(found):
+        title = f"Beside the literature: {literature_printing.KINDS[kind].lower()}"
+        blocks.append(Block(title, literature_printing.printed(found, kind, repeat=True), 2))
+    blocks[-1].caption = " ".join(literature_printing.legend(found))
+    caption = " ".join(literature_printing.legend_methods(found))
+    for kind, title in literature_printing.KINDS.items():
+        cells = literature_printing.printed_methods(found, kind)
+        if len(cells):
+            blocks.append(Block(f"{title} by method", cells, caption=caption))
+            caption = ""  # under the first one only
     return blocks
 
 

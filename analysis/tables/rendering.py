@@ -31,15 +31,22 @@ def signed(value: float) -> str:
     return MISSING if math.isnan(value) else f"{round(value, 2) + 0.0:+.2f}".replace("-", "−")
 
 
+def _heads(cells: pd.DataFrame) -> list[list[str]]:
+    """Return the lines of a table's header: one, or one for each level of its columns."""
+    levels = range(cells.columns.nlevels)
+    return [[str(name) for name in cells.columns.get_level_values(level)] for level in levels]
+
+
 def markdown(cells: pd.DataFrame, labels: int) -> str:
     """Format a table of strings as Markdown.
 
     Args:
-        cells: The table.
+        cells: The table. Further levels of its columns are the first rows, because Markdown has
+            headers of one line.
         labels: The number of leading columns to align left; the others are aligned right.
     """
     texts = cells.astype(str).replace({r"\s*[\r\n]+\s*": " ", r"\|": r"\\|"}, regex=True)
-    lines = [list(cells.columns), *texts.values.tolist()]
+    lines = [*_heads(cells), *texts.values.tolist()]
     widths = [max(3, *(len(line[i]) for line in lines)) for i in range(len(lines[0]))]
 
     def row(line: list[str]) -> str:
@@ -59,14 +66,14 @@ def latex(cells: pd.DataFrame, labels: int) -> str:
     """Format a table of strings as a LaTeX tabular with booktabs rules.
 
     Args:
-        cells: The table.
+        cells: The table. Each level of its columns is a line of the header.
         labels: The number of leading columns to align left; the others are aligned right.
     """
     styled = (
         cells.style.hide(axis="index").format(escape="latex").format_index(escape="latex", axis=1)
     )
     aligned = "l" * labels + "r" * (len(cells.columns) - labels)
-    tex = styled.to_latex(hrules=True, column_format=aligned)
+    tex = styled.to_latex(hrules=True, column_format=aligned, multicol_align="r")
     tex = re.sub(r"\*\*(.+?)\*\*", r"\\textbf{\1}", tex)
     for sign, command in SIGNS.items():
         tex = tex.replace(sign, command)
@@ -77,7 +84,7 @@ def html(cells: pd.DataFrame, labels: int, trials: Sequence[str] = ()) -> str:
     """Format a table of strings as an HTML table.
 
     Args:
-        cells: The table.
+        cells: The table. Levels of its columns are joined.
         labels: The number of leading columns that are text; the others have the class n.
         trials: For each row the id of a trial whose settings it stands for, or "".
     """
@@ -89,7 +96,8 @@ def html(cells: pd.DataFrame, labels: int, trials: Sequence[str] = ()) -> str:
         ]
         return f"<tr{trial and f' data-trial={trial}'}>{''.join(parts)}</tr>"
 
-    head, values = row(list(cells.columns), "th"), cells.astype(str).values.tolist()
+    names = [" ".join(parts).strip() for parts in zip(*_heads(cells), strict=True)]
+    head, values = row(names, "th"), cells.astype(str).values.tolist()
     named = trials or [""] * len(values)
     body = "\n".join(row(each, "td", trial) for each, trial in zip(values, named, strict=True))
     return f"<table>\n<thead>{head}</thead>\n<tbody>\n{body}\n</tbody>\n</table>"

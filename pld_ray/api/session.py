@@ -360,6 +360,56 @@ def write_tables(
     return folder
 
 
+def write_literature(
+    plan: Plan,
+    store: Store,
+    out: Path | None,
+    files: Sequence[Path] = (),
+    everything: bool = False,
+    sources: bool = False,
+) -> Path:
+    """Print and write the results of an experiment beside those of the literature.
+
+    Args:
+        plan: The plan of the experiment.
+        store: The store with the records and with imported results, which are shown too.
+        out: Folder to write to, or None for the default.
+        files: CSV files with further results.
+        everything: Whether to show all methods that are reported on the pairs.
+        sources: Whether to print one line per reported result.
+
+    Returns:
+        The folder that holds the tables.
+    """
+    from shutil import get_terminal_size
+
+    from analysis.records import frames, imported
+    from analysis.tables import literature, literature_printing
+
+    if not plan.cells:
+        raise InputError(
+            f"{plan.experiment.name}: its search is not finished; run the experiment first"
+        )
+    read = [literature.read(path) for path in files]
+    folder = reports(plan, store, out)
+    tell_other_file(plan.experiment, folder)
+    miniature = plan.experiment.miniature_of is not None
+    tables = [*(table for table, _ in read), imported.stored(store)]
+    found = literature.compare(frames.frame(plan, store), tables, miniature, everything)
+    for path, (table, unknown), unused in zip(files, read, found.unused, strict=False):
+        if unknown:
+            tell(f"note: {path}: columns that are not used: {', '.join(unknown)}")
+        if unused:
+            tell(
+                f"note: {path}: {unused} of {len(table)} results are on other datasets or networks "
+                f"than those of {plan.experiment.name}, and are not shown"
+            )
+    width = min(max(get_terminal_size((100, 24)).columns, 80), 160)
+    print("\n" + literature_printing.text(found, plan.experiment, width, sources) + "\n")
+    say("tables", literature_printing.write(found, folder, plan.experiment))
+    return folder
+
+
 def draw_figures(plan: Plan, store: Store, folder: Path) -> list[Path]:
     """Draw the figures of an experiment into a folder and return their paths."""
     from analysis.figures import ablation, methods, paper_figures, style

@@ -73,6 +73,40 @@ def tables(
 
 
 @app.command()
+def literature(
+    experiment: ExperimentName,
+    overrides: Overrides = None,
+    plugin: Plugins = None,
+    smoke: Smoke = False,
+    storage: Storage = "results",
+    out: Out = None,
+    reported: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FILE.csv",
+            help="Further results, with the columns dataset, student, method and top1, and if "
+            "known teacher, source, std, epoch and note. May be repeated.",
+        ),
+    ] = None,
+    everything: Annotated[
+        bool, typer.Option("--all-methods", help="Show all methods reported on these pairs.")
+    ] = False,
+    sources: Annotated[
+        bool, typer.Option("--sources", help="Also print one line per reported result.")
+    ] = False,
+) -> None:
+    """Print results beside those of the literature, and write both.
+
+    Rows are methods, and columns are teacher-student pairs: the last and the
+    best epoch of your trials, and what public repositories report. Below are
+    mean ranks, and gains over KD and CE, for homogeneous and heterogeneous
+    pairs. Without results, the tables show what is reported.
+    """
+    plan, store = session.opened(experiment, overrides, smoke, storage)
+    session.write_literature(plan, store, out, reported or (), everything, sources)
+
+
+@app.command()
 def best(
     experiment: ExperimentName,
     overrides: Overrides = None,
