@@ -24,7 +24,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -400,39 +399,44 @@ def methods_of(
     if len(kinds) > 1:
         kinds["all"] = cells
     gains = _gains(cells, trials, found)
-    rows: list[dict[str, Any]] = []
+    worth = trials.assign(worth=trials["best"] - trials["last"]).dropna(subset="worth")
+    parts = []
     for kind, here in kinds.items():
-        own = trials if kind == "all" else trials[trials["kind"] == kind]
+        own = worth if kind == "all" else worth[worth["kind"] == kind]
         pairs = pd.MultiIndex.from_frame(here[PAIR].drop_duplicates())
-        place = {"kind": kind, "pairs": len(pairs)}
-        ranks = {measure: _ranks(here, measure, len(pairs)) for measure in MEASURES}
-        inside = {name: table[table.index.isin(pairs)] for name, table in gains.items()}
+        columns: dict[str, pd.Series] = {}
+        for measure in MEASURES:
+            ranks, ranked = _ranks(here, measure, len(pairs))
+            columns |= {f"rank_{measure}": ranks, f"ranked_{measure}": ranks.notna() * ranked}
+        for name, table in gains.items():
+            inside = table[table.index.isin(pairs)]
+            columns |= {name: inside.mean(), f"{name}_pairs": inside.count()}
+        differences = own.groupby("method")["worth"]
+        columns |= {"best_minus_last": differences.mean(), "best_minus_last_n": differences.size()}
         known = {*here["method"]} - {TEACHER}
-        for method in order:
-            if method not in known:
-                continue
-            row: dict[str, Any] = place | {"method": method}
-            for measure, (ranked, count) in ranks.items():
-                row[f"rank_{measure}"] = ranked.get(method, math.nan)
-                row[f"ranked_{measure}"] = count if method in ranked else 0
-            for name, table in inside.items():
-                values = table[method].dropna() if method in table else pd.Series(dtype=float)
-                row |= {name: values.mean(), f"{name}_pairs": len(values)}
-            rows.append(row | _best_minus_last(own[own["method"] == method]))
-        rows.append(place | {"method": ALL} | _best_minus_last(own))
-    return pd.DataFrame(rows)
+        table = pd.DataFrame(columns, index=[method for method in order if method in known])
+        total = {"best_minus_last": own["worth"].mean(), "best_minus_last_n": len(own)}
+        table.loc[ALL] = pd.Series(total)
+        counts = [
+            name for name in table if name.startswith("ranked") or name.endswith(("_pairs", "_n"))
+        ]
+        table[counts] = table[counts].fillna(0).astype(int)
+        table = table.rename_axis("method").reset_index()
+        table.insert(0, "kind", kind)
+        table.insert(1, "pairs", len(pairs))
+        parts.append(table)
+    return pd.concat(parts, ignore_index=True)
 
 
-def _ranks(cells: pd.DataFrame, measure: str, pairs: int) -> tuple[dict[str, float], int]:
+def _ranks(cells: pd.DataFrame, measure: str, pairs: int) -> tuple[pd.Series, int]:
     """Return the mean rank of each method that is planned on all pairs, and over how many pairs."""
     planned = cells[cells["planned"].gt(0) & (cells["method"] != TEACHER)]
     planned = planned[planned.groupby("method")["method"].transform("size") == pairs]
     done = planned[planned[f"{measure}_n"] == planned["planned"]]
     table = done.set_index(CELL)[measure].unstack("method").dropna()
     if len(table) < 1 or table.shape[1] < max(2, planned["method"].nunique()):
-        return {}, 0
-    ranks = table.rank(axis=1, ascending=False).mean()
-    return {str(method): rank for method, rank in ranks.items()}, len(table)
+        return pd.Series(dtype=float), 0
+    return table.rank(axis=1, ascending=False).mean(), len(table)
 
 
 def _gains(
@@ -475,9 +479,3 @@ def _base(cells: pd.DataFrame, name: str) -> str:
     """Return the row of the method over which gains are: the first one of ours with its name."""
     ours = cells.loc[cells["name"] == name, "method"]
     return str(ours.iloc[0]) if len(ours) else label(name)
-
-
-def _best_minus_last(trials: pd.DataFrame) -> dict[str, Any]:
-    """Return the mean difference of the best and the last epoch, and over how many trials it is."""
-    differences = (trials["best"] - trials["last"]).dropna()
-    return {"best_minus_last": differences.mean(), "best_minus_last_n": len(differences)}

@@ -38,8 +38,9 @@ def printed(found: Literature, kind: str, repeat: bool = False) -> pd.DataFrame:
         repeat: Whether each line names its method, and not only the first of a method.
 
     Returns:
-        Up to three lines for each method: our last epoch, our best epoch, and what is reported. The
-        columns have two levels: teacher and student.
+        Up to three lines for each method: our last epoch, our best epoch, and what is reported;
+        lines without a number are left out if the method has another one. The columns have two
+        levels: teacher and student.
     """
     cells = found.cells[found.cells["kind"] == kind]
     several = cells["dataset"].nunique() > 1
@@ -48,25 +49,17 @@ def printed(found: Literature, kind: str, repeat: bool = False) -> pd.DataFrame:
     for (dataset, teacher, student), group in pairs:
         head = network(teacher), network(student) + (f" ({dataset})" if several else "")
         columns[head] = {row["method"]: row for row in group.to_dict("records")}
-    lines: list[tuple[str, str, str, list[str]]] = []
+    lines = []
     for method in dict.fromkeys(cells["method"]):
         rows = [column.get(method) for column in columns.values()]
-        begun = any(row and row["planned"] for row in rows)
         texts = {measure: [_ours(row, measure) for row in rows] for measure in MEASURES}
-        if method == TEACHER or not any(row and row["best_n"] for row in rows):
-            texts["best"] = []
-        if not begun:
-            texts["last"] = []
         texts["reported"] = [_reported(row) for row in rows]
-        for name in ("last", "best", "reported"):
-            if name == "reported" and not any(row and row["sources"] for row in rows):
-                continue
-            if texts[name]:
-                first = repeat or not lines or lines[-1][2] != method
-                lines.append((method if first else "", name, method, texts[name]))
+        told = [name for name, line in texts.items() if {*line} - {"", MISSING}] or ["last"]
+        for name in told:
+            shown = method if repeat or name == told[0] else ""
+            lines.append([shown, name, *texts[name]])
     heads = [("Teacher →", "Student"), ("Top-1 %", ""), *columns]
-    cut = [[shown, name, *cells] for shown, name, _, cells in lines]
-    return pd.DataFrame(cut, columns=pd.MultiIndex.from_tuples(heads))
+    return pd.DataFrame(lines, columns=pd.MultiIndex.from_tuples(heads))
 
 
 def _ours(row: dict[Any, Any] | None, measure: str) -> str:
@@ -103,25 +96,26 @@ def printed_methods(found: Literature, kind: str) -> pd.DataFrame:
         kind: "homogeneous", "heterogeneous" or "all".
 
     Returns:
-        One line per method. It is empty if nothing is known.
+        One line per method, without columns of which nothing is known. It is empty if nothing is.
     """
     table = found.methods[found.methods["kind"] == kind]
     lines = []
     for row in table.to_dict("records"):
         pairs, ranks = row["pairs"], [row[f"rank_{measure}"] for measure in MEASURES]
-        cells = [row["method"], *("" if math.isnan(rank) else f"{rank:.2f}" for rank in ranks)]
+        line = [row["method"], *("" if math.isnan(rank) else f"{rank:.2f}" for rank in ranks)]
         for base in ("ce", "kd"):
             for name in ("last", "reported"):
                 value, count = row[f"over_{base}_{name}"], row[f"over_{base}_{name}_pairs"]
-                cells.append(_gain(value, count, pairs))
+                line.append(_gain(value, count, pairs))
         n = row["best_minus_last_n"]
-        cells.append(f"{signed(row['best_minus_last'])} ({n})" if n else "")
-        if any(cells[1:]):
-            lines.append(cells)
+        line.append(f"{signed(row['best_minus_last'])} ({n})" if n else "")
+        if any(line[1:]):
+            lines.append(line)
     heads = [("Method", ""), *(("Rank", _ranked(table, measure)) for measure in MEASURES)]
     heads += [("over CE", "last"), ("over CE", "reported"), ("over KD", "last")]
     heads += [("over KD", "reported"), ("best −", "last (n)")]
-    return pd.DataFrame(lines, columns=pd.MultiIndex.from_tuples(heads))
+    cells = pd.DataFrame(lines, columns=pd.MultiIndex.from_tuples(heads))
+    return cells.loc[:, (cells != "").any()]
 
 
 def _ranked(table: pd.DataFrame, measure: str) -> str:
@@ -187,7 +181,9 @@ def legend(found: Literature) -> list[str]:
     if len(found.sources):
         said.append(
             "reported: the only value, or lowest–highest (number of sources that print one; later "
-            "tables often repeat an earlier one). Recipes differ between sources and from ours."
+            "tables often repeat an earlier one). RepDistiller prints the last epoch; mdistiller "
+            "and logit-standardization-KD print the best one on the test images; the others do not "
+            "say. Recipes differ between sources and from ours."
         )
         apart = int(found.cells["apart"].sum())
         if apart:
@@ -219,9 +215,8 @@ def legend_methods(found: Literature) -> list[str]:
     if total["best_minus_last_n"]:
         said.append(
             f"To print the best epoch instead of the last one is worth "
-            f"{signed(total['best_minus_last'])} points here, over {total['best_minus_last_n']} "
-            "trials. RepDistiller prints the last epoch; mdistiller and logit-standardization-KD "
-            "print the best one on the test images; the others do not say."
+            f"{signed(total['best_minus_last'])} points here, as the mean over "
+            f"{total['best_minus_last_n']} trials."
         )
     return said
 
