@@ -417,9 +417,7 @@ def methods_of(
         table = pd.DataFrame(columns, index=[method for method in order if method in known])
         total = {"best_minus_last": own["worth"].mean(), "best_minus_last_n": len(own)}
         table.loc[ALL] = pd.Series(total)
-        counts = [
-            name for name in table if name.startswith("ranked") or name.endswith(("_pairs", "_n"))
-        ]
+        counts = table.filter(regex="^ranked_|_pairs$|_n$").columns
         table[counts] = table[counts].fillna(0).astype(int)
         table = table.rename_axis("method").reset_index()
         table.insert(0, "kind", kind)
@@ -470,7 +468,7 @@ def _over(scores: pd.DataFrame, base: str) -> pd.DataFrame:
         base: The method.
     """
     if base not in scores:
-        return pd.DataFrame(index=scores.index.droplevel(-1).unique())
+        return pd.DataFrame(index=scores.index.droplevel([-1]).unique())
     differences = scores.drop(columns=base).sub(scores[base], axis=0)
     return differences.groupby(PAIR, sort=False).mean()
 
