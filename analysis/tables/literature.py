@@ -40,13 +40,6 @@ CELL = [*PAIR, "method"]
 TEACHER, ALL = "Teacher", "All methods"
 MEASURES = ("last", "best")
 
-# The losses whose settings decide which method of the literature they are
-VARIANTS = {
-    "kd": ("kd", {"standardize": "none", "divergence": "forward_kl"}),
-    "ls_kd": ("kd", {"standardize": "both", "divergence": "forward_kl"}),
-    "dkd": ("dkd", {"standardize": "none"}),
-    "ls_dkd": ("dkd", {"standardize": "both"}),
-}
 # The names in literature.csv that are no losses of this project, as tables show them
 LABELS = {
     "ls_kd": "KD (standardized)",
@@ -149,15 +142,16 @@ def read(path: Path) -> tuple[pd.DataFrame, list[str]]:
 
 
 def method_name(trial: Trial) -> str:
-    """Return the name in literature.csv of the method of a trial, or "" if it has none there."""
-    loss = trial.loss
-    variants = {name: wanted for name, (base, wanted) in VARIANTS.items() if base == loss.name}
-    if not variants:
-        return loss.name
-    for name, wanted in variants.items():
-        if all(getattr(loss, field) == value for field, value in wanted.items()):
-            return name
-    return ""
+    """Return the name in literature.csv of the method of a trial, or "" if it has none there.
+
+    It is the name of the loss, with "ls_" before it if the logits of teacher and student are
+    standardized (Sun et al. 2024). Sources have no KD with another divergence.
+    """
+    standardize = getattr(trial.loss, "standardize", "none")
+    divergence = getattr(trial.loss, "divergence", "forward_kl")
+    if divergence != "forward_kl" or standardize not in ("none", "both"):
+        return ""
+    return ("ls_" if standardize == "both" else "") + trial.loss.name
 
 
 def label(name: str) -> str:
@@ -468,7 +462,7 @@ def _over(scores: pd.DataFrame, base: str) -> pd.DataFrame:
         base: The method.
     """
     if base not in scores:
-        return pd.DataFrame(index=scores.index.droplevel([-1]).unique())
+        return pd.DataFrame(index=pd.MultiIndex.from_arrays([[]] * len(PAIR), names=PAIR))
     differences = scores.drop(columns=base).sub(scores[base], axis=0)
     return differences.groupby(PAIR, sort=False).mean()
 
