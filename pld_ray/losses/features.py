@@ -145,14 +145,18 @@ class FeatureLoss(nn.Module, ABC):
             distance = self.distance(given, constant)
             return self.ce_weight * F.cross_entropy(student_logits.float(), labels) + distance
 
-    def _pairs(self, student: Features, teacher: Features) -> list[tuple[Tensor, Tensor]]:
-        """Pair the stages and pool the larger map of each pair to the size of the smaller one."""
+    def _stages(self, student: Features, teacher: Features) -> list[tuple[Tensor, Tensor]]:
+        """Pair the stages."""
         if len(student.stages) != len(teacher.stages):
             raise ValueError(
                 f"{self.name}: the student has {len(student.stages)} stages and the teacher has "
                 f"{len(teacher.stages)}; expected the same number of stages"
             )
-        return [_same_size(*pair) for pair in zip(student.stages, teacher.stages, strict=True)]
+        return list(zip(student.stages, teacher.stages, strict=True))
+
+    def _pairs(self, student: Features, teacher: Features) -> list[tuple[Tensor, Tensor]]:
+        """Pair the stages and pool the larger map of each pair to the size of the smaller one."""
+        return [_same_size(*pair) for pair in self._stages(student, teacher)]
 
 
 def _same_size(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
