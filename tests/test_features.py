@@ -29,6 +29,10 @@ from pld_ray.store.store import Store
 SHAPES = [(4, 8, 8), (6, 4, 4)], [(8, 4, 4), (6, 4, 4)]  # of student and teacher: channels, h, w
 
 
+NAMED = {name: {} for name, params in losses.REGISTRY.items() if params.needs_features}
+NAMED["kdsvd"] = {"over": "columns"}  # the channels of the first stage differ
+
+
 @pytest.fixture
 def batch():
     """Logits, labels and the features of five images, double."""
@@ -210,9 +214,9 @@ def test_rkd_in_pieces_has_the_same_value_and_gradient(batch, monkeypatch):
     torch.testing.assert_close(value_and_gradient(), whole)
 
 
-@pytest.mark.parametrize("name", ["at", "fitnet", "pkt", "rkd", "sp", "vid"])
+@pytest.mark.parametrize("name", NAMED)
 def test_an_autocast_of_the_caller_does_not_lower_the_precision(batch, name):
-    loss = losses.create_loss(name)
+    loss = losses.create_loss(name, **NAMED[name])
     loss.connect(*batch[2:])
 
     def value_and_gradients(lowered):
@@ -256,14 +260,14 @@ def test_vid_starts_with_the_variance_it_says_and_is_a_gaussian_likelihood(batch
     assert loss(*batch).item() == pytest.approx(cross_entropy(logits, labels) + total, rel=1e-4)
 
 
-@pytest.mark.parametrize("name", ["at", "fitnet", "pkt", "rkd", "sp", "vid"])
+@pytest.mark.parametrize("name", NAMED)
 def test_gradients_go_to_the_student_alone_and_are_finite_for_equal_images(batch, name):
     logits, labels, student, teacher = batch
     leaves = [
         x[:1].expand_as(x).clone().requires_grad_() for x in (*student.stages, student.pooled)
     ]
     constant = [x.clone().requires_grad_() for x in (*teacher.stages, teacher.pooled)]
-    loss = losses.create_loss(name)
+    loss = losses.create_loss(name, **NAMED[name])
     loss.connect(student, teacher)
     value = loss(
         logits.requires_grad_(),
@@ -413,16 +417,19 @@ base:
 """
 
 
-def test_a_learnt_part_is_trained_kept_on_resume_and_not_saved(experiment, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("loss", "learnt"), [("vid", 3 * 4), ("cc", 4)])
+def test_a_learnt_part_is_trained_kept_on_resume_and_not_saved(
+    experiment, tmp_path, monkeypatch, loss, learnt
+):
     monkeypatch.setattr("pld_ray.distill.keeping.CHECKPOINT_SECONDS", 0)
-    trial = plan(experiment(SMALL, "loss=vid")).cells[0].trial
+    trial = plan(experiment(SMALL, f"loss={loss}")).cells[0].trial
     stores = [Store(tmp_path / name) for name in ("whole", "broken")]
     run(trial, stores[0])
     run(trial.teacher, stores[1])
 
     def stop(metrics):
         kept = stores[1].load_checkpoint(trial)["loss"]
-        assert len(kept) == 3 * 4 and any((v != v.flatten()[0]).any() for v in kept.values())
+        assert len(kept) == learnt and any((v != v.flatten()[0]).any() for v in kept.values())
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
