@@ -42,10 +42,11 @@ class NSTLoss(FeatureLoss):
         MMD^2 = mean k(a_i, a_j) + mean k(b_i, b_j) - 2 mean k(a_i, b_j),  k(x, y) = (x . y)^2
 
     a_i and b_j are the channels of the maps of student and teacher, flattened and divided by their
-    norms, and the means are over all pairs of channels. k is the paper's polynomial kernel of
-    degree 2 without a constant. The larger map of a pair is average-pooled to the size of the
-    smaller one. The number of channels may differ. Both networks need the same number of stages.
-    The default weight is that of the CRD repository. The paper halves the weight.
+    norms, and the means are over all pairs of channels. k is the polynomial kernel of degree 2
+    without a constant, as in the CRD and mdistiller repositories; the paper also has other kernels.
+    The larger map of a pair is average-pooled to the size of the smaller one. The number of
+    channels may differ. Both networks need the same number of stages. The default weight is that
+    of the CRD repository.
 
     Args:
         weight: Weight of the distance, at least 0. Default: 50.
@@ -85,21 +86,23 @@ class KDSVDLoss(FeatureLoss):
     `vectors` + 3 that has the largest |cosine| with the teacher's, with the sign of this cosine.
     Both are multiplied by the teacher's singular value, divided by the norm of those chosen.
 
-    The sign of a singular vector is free, but R depends on it. Here, the largest entry of a
-    teacher's vector is positive. The authors' code and the CRD repository leave the sign to the
-    SVD. Both networks need the same number of stages, at least two. No published table of CIFAR-100
-    has KDSVD; the default weight is that of the mdistiller repository.
+    This is the form of the CRD and mdistiller repositories. The authors' code (SSKD_SVD) takes one
+    further vector of the student instead of three, and half of the sum over the batch instead of
+    its mean. The sign of a singular vector is free, but R depends on it. Here, the largest entry of
+    a teacher's vector is positive. The repositories leave the sign to the SVD. Both networks need
+    the same number of stages, at least two. The tables of the CRD repository do not have KDSVD; the
+    default weight is that of the mdistiller repository.
 
     The vectors come from powers of Gram matrices, and not from `torch.linalg.svd`: there are only
-    matrix products, which do not make the host wait for a GPU and can be captured in a CUDA graph.
+    matrix products, which do not make the host wait for a GPU, as a CUDA graph requires.
     The gradient is finite for equal singular values, where that of an SVD is not. It is also finite
     for maps of zeros, whose vectors are zeros.
 
     Args:
         vectors: Number of singular vectors of the teacher, at least 1. Default: 1.
         over: What the singular vectors are over. "channels": the matrix of a map is [h w,
-            channels], as in the paper and the CRD repository. The channels of student and teacher
-            must be the same at each stage; the sizes may differ. "columns": the matrix is
+            channels], as in the authors' code and the CRD repository. The channels of student and
+            teacher must be the same at each stage; the sizes may differ. "columns": the matrix is
             [channels h, w], as in the mdistiller repository. The channels may differ, and the
             larger map is average-pooled. Default: "channels".
         weight: Weight of the distance, at least 0. Default: 1.
@@ -329,14 +332,14 @@ class CCLoss(FeatureLoss):
     The two forms are different losses. "differences" is that of the CRD repository, which had it
     from the authors; its published numbers of CC on CIFAR-100 belong to it. "rbf" compares the
     kernel matrices of the batch, as the paper does: K is the series of the Gaussian kernel
-    exp(-gamma |x - y|^2) for vectors of length 1, so x and y are divided by their norms. The
-    torchdistill repository does not divide them, and has the norm of the differences divided by B^2
-    instead of their mean square.
+    exp(-gamma |x - y|^2) for vectors of length 1, so x and y are divided by their norms, as in the
+    repository Knowledge-Distillation-Zoo. The torchdistill repository does not divide them, and has
+    the norm of the differences divided by B^2 instead of their mean square.
 
     Args:
         form: The distance: "differences" or "rbf". Default: "differences".
         weight: Weight of the distance, at least 0. Default: 0.02 for "differences", as in the CRD
-            repository, and 100 for "rbf", as in the repository Knowledge-Distillation-Zoo.
+            repository, and 100 for "rbf", as in Knowledge-Distillation-Zoo on CIFAR-10.
         ce_weight: Weight of the cross-entropy with the labels, at least 0. Default: 1.
         dim: Width of x and y, at least 1. Default: 128.
         gamma: Inverse width of the Gaussian kernel, above 0; for "rbf" only. Default: 0.4.
