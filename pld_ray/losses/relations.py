@@ -258,7 +258,7 @@ class _Chosen(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradient for x."""
         x, vectors, values, rest, w, value = ctx.saved_tensors
-        value = value.clamp_min(torch.finfo(value.dtype).tiny)
+        value = value.clamp_min(1e-30)  # of maps of zeros, whose w is zero
         # The vectors that are known: 1 / (c - c_i), bounded; w itself has the factor 0.
         parts = vectors.mT @ gradient  # [B, vectors, k]
         gap = 1 - values.mT / value  # divided by c, as all that follows
