@@ -275,6 +275,8 @@ def degenerate(kind):
     if kind == "equal singular values":
         student.stages[0].data[:] = torch.eye(16, 4).T.reshape(4, 4, 4).double()
         student.stages[1].data[:] = 2 * torch.eye(4).reshape(4, 2, 2).double()
+    elif kind == "a stage of zeros":
+        student.stages[0].data[1] = 0
     elif kind == "zeros":
         for x in leaves(teacher):
             x.data.zero_()
@@ -286,7 +288,7 @@ def degenerate(kind):
 
 
 @pytest.mark.parametrize("kind", [
-    "zeros", "a sample of zeros", "constant", "as the teacher", "large", "small",
+    "zeros", "a sample of zeros", "a stage of zeros", "constant", "as the teacher", "large", "small",
     "equal singular values", "one image",
 ])  # fmt: skip
 @pytest.mark.parametrize(("name", "settings"), FORMS, ids=str)
