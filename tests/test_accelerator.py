@@ -63,14 +63,14 @@ def test_a_step_makes_no_host_wait_and_copies_nothing(monkeypatch, name):
         student, teacher = (timm.create_model(n, num_classes=1100) for n in ("resnet8", "resnet20"))
         images, labels = torch.randn(8, 3, 32, 32), torch.zeros(8, dtype=torch.int64)
     distiller = Distiller(student, teacher, loss)
-    distiller.connect(images)
+    distiller.connect(images, torch.arange(40) % 4)
     distiller.loss.notice(torch.randn(8, 1100))  # as before the first epoch of a trial
     parameters = [*student.parameters(), *distiller.learnt_by_loss()]
     optimizer = torch.optim.SGD(parameters, 0.1, momentum=0.9)
     distiller.train()
     for _ in range(2):  # what the first step keeps, the second uses
         with Transfers() as transfers:
-            loss = distiller(images, labels)
+            loss = distiller(images, labels, index=labels)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

@@ -35,6 +35,7 @@ def test_what_is_read_from_the_source_is_what_the_class_says(name):
     assert params.source == f"{type(loss).__module__}:{type(loss).__name__}"
     assert type(loss).name == name
     assert params.needs_features == isinstance(loss, losses.FeatureLoss)
+    assert params.takes_samples == getattr(loss, "takes_samples", False)
 
 
 def test_importing_a_loss_changes_nothing_in_the_registry():

@@ -137,6 +137,12 @@ class Trial(Part):
                 "a mixed image has two labels: expected a loss such as ce, kd, dist or dkd, or no "
                 f"{field}"
             )
+        if self.data.mixes and self.loss.takes_samples:
+            field = "mixup" if self.data.mixup else "cutmix"
+            raise ValueError(
+                f"data.{field}: loss {self.loss.name} keeps a memory of single samples, and a "
+                f"mixed image is of two: expected another loss, or no {field}"
+            )
         if (
             self.teacher_logits == "top64"
             and self.loss.takes == "order"

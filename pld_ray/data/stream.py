@@ -31,11 +31,13 @@ class Batch:
         given: Tensors on the device: indices or uint8 images, then the places of their crops.
         make: Turns them into images, float32 [B, channels, H, W]. It waits for nothing.
         labels: Labels, int64 [B], or `MixedLabels` if the images are mixed.
+        index: The indices of the samples, int64 [B], for losses that take them.
     """
 
     given: tuple[Tensor, ...]
     make: Callable[..., Tensor]
     labels: Tensor | MixedLabels
+    index: Tensor | None = None
 
     @property
     def images(self) -> Tensor:
@@ -49,7 +51,8 @@ class Batch:
             copied: Tensor | MixedLabels = MixedLabels(*(part.clone() for part in labels))
         else:
             copied = labels.clone()
-        return Batch(tuple(x.clone() for x in self.given), self.make, copied)
+        index = None if self.index is None else self.index.clone()
+        return Batch(tuple(x.clone() for x in self.given), self.make, copied, index)
 
 
 class Stream:
@@ -184,7 +187,7 @@ class Stream:
         drawn = self._places(np.concatenate(shares), view)
         places = zip(*(upload(each, self.device).split(lengths) for each in drawn), strict=True)
         resident = "train" in self.on_device
-        source = self._indices(shares) if resident else self._gather("train", shares, view)
+        source = self.indices(shares) if resident else self._gather("train", shares, view)
         make = self._from_device if resident else self._from_pixels
         for first in source:
             yield (first, *next(places, ())), make
@@ -239,13 +242,13 @@ class Stream:
             for images in ahead:
                 yield upload(images, self.device)
         elif split in self.on_device:
-            for index in self._indices(list(shares)):
+            for index in self.indices(list(shares)):
                 yield self.on_device[split][index]
         else:
             for share in shares:
                 yield upload(self._read(split, share, view), self.device)
 
-    def _indices(self, shares: list[Ints]) -> Iterator[Tensor]:
+    def indices(self, shares: list[Ints]) -> Iterator[Tensor]:
         """Yield the indices of each share on the device, [B]; all are copied at once."""
         index = self._put(np.concatenate(shares))
         yield from index.split([len(share) for share in shares])

@@ -166,6 +166,8 @@ class Distiller(nn.Module):
         if isinstance(self.loss, FeatureLoss) and teacher is not None:
             for network in (student, teacher.network):
                 check_further(self.loss, network)
+        self.takes_samples: bool = getattr(self.loss, "takes_samples", False)
+        self.samples = 0  # their number, if the loss takes them
         self.connected = not self.compares_features
         self.clock: Callable[[str], AbstractContextManager[None]] = _untimed
         self._use_student()
@@ -178,16 +180,19 @@ class Distiller(nn.Module):
         # In a tuple, so that the student's weights are not registered twice.
         self._network: tuple[Any, nn.Module] = (network, self.student)
 
-    def connect(self, images: Tensor) -> None:
+    def connect(self, images: Tensor, labels: Tensor | None = None) -> None:
         """Create what a loss on features learns, for the shapes that the networks give.
 
         Call it once, before the optimizer is made: some losses add parameters here.
 
         Args:
             images: At least one image [1, channels, H, W] like those of the training.
+            labels: The class indices of all training samples, int64 [N], for a loss that keeps a
+                memory of them (CRD). Their order gives each sample its index.
 
         Raises:
-            ValueError: The features of student and teacher cannot be compared.
+            ValueError: The features of student and teacher cannot be compared, or the labels are
+                missing.
         """
         if self.connected:
             return
@@ -197,6 +202,14 @@ class Distiller(nn.Module):
             features = [probe_features(net, one, self.loss.further) for net in networks]
         self.loss.borrow(teacher_layers(self.teacher.network, self.loss.further))
         self.loss.connect(*features)
+        if self.takes_samples:
+            if labels is None:
+                raise ValueError(
+                    f"{type(self.loss).__name__} keeps a memory of the training samples: expected "
+                    "distiller.connect(images, labels), with the labels of all of them"
+                )
+            self.loss.connect_samples(labels.cpu().long())
+            self.samples = len(labels)
         self.loss.to(one.device)
         self.connected = True
 
@@ -233,6 +246,7 @@ class Distiller(nn.Module):
         teacher_logits: Tensor | None = None,
         order: Tensor | None = None,
         teacher_features: Features | None = None,
+        index: Tensor | None = None,
     ) -> Tensor:
         """Return the loss of a batch.
 
@@ -246,6 +260,8 @@ class Distiller(nn.Module):
             teacher_features: The teacher's features of the images, as `FrozenTeacher.features`
                 returns them, for losses that compare features. If given, the teacher network is
                 not used.
+            index: The indices of the images among all training samples, int64 [B], for losses that
+                keep a memory of them. Other losses do not need it.
 
         Returns:
             A float32 scalar. Gradients reach the student and the parts that the loss learns.
@@ -266,6 +282,11 @@ class Distiller(nn.Module):
                     f"{type(self.loss).__name__} compares features: call "
                     "distiller.connect(images) once, before the optimizer is made"
                 )
+            if self.takes_samples and index is None:
+                raise ValueError(
+                    f"{type(self.loss).__name__} keeps a memory of the training samples: expected "
+                    "distiller(images, labels, index=...), with the indices of the images"
+                )
             assert self.teacher is not None
             target = teacher_features
             if target is None:
@@ -284,7 +305,9 @@ class Distiller(nn.Module):
         with self.clock("loss"):
             if self.compares_features:
                 logits, features = outputs
-                return self.loss(logits, soft_labels(labels, logits), features, target)
+                samples = {"index": index} if self.takes_samples else {}
+                soft = soft_labels(labels, logits)
+                return self.loss(logits, soft, features, target, **samples)
             logits = check_logits("student", outputs).float()
             further = {} if order is None else {"order": order}
             if isinstance(labels, MixedLabels):

@@ -30,7 +30,7 @@ from pld_ray.distill.distiller import Distiller, check_logits
 from pld_ray.distill.optimization import create_optimizer, create_schedule, update
 from pld_ray.errors import InputError, nearest
 
-Batch = tuple[Tensor, Tensor]  # images [B, channels, H, W] and labels [B]
+Batch = tuple[Tensor, ...]  # images [B, channels, H, W], labels [B] and maybe indices [B]
 
 
 def fit(
@@ -59,7 +59,8 @@ def fit(
         distiller: Student, teacher and loss.
         train_loader: Anything that can be iterated once per epoch and gives (images, labels):
             float images [B, channels, H, W] and integer labels [B]. It needs a length, unless the
-            schedule is "constant".
+            schedule is "constant". For a loss that keeps a memory of the training samples (CRD) it
+            gives (images, labels, index), with the integer indices of the images [B].
         epochs: How often to go through `train_loader`.
         val_loader: If given, the student is evaluated on it after each epoch.
         optimizer: The name of an optimizer in timm, or an optimizer object. An object keeps its
@@ -101,8 +102,8 @@ def fit(
         for epoch in range(epochs):
             bar.update(task, description=f"epoch {epoch + 1}/{epochs}")
             row = _train_epoch(
-                distiller, checked_batches(train_loader, place, "train_loader"), epoch, steps,
-                stepper, schedule_, clip_grad, average, lambda: bar.advance(task),
+                distiller, checked_batches(train_loader, place, "train_loader", distiller.samples),
+                epoch, steps, stepper, schedule_, clip_grad, average, lambda: bar.advance(task),
             )  # fmt: skip
             if val_loader is not None:
                 student = distiller.student if average is None else average.module
@@ -156,6 +157,11 @@ def _prepare(
     distiller.to(device)
     distiller.set_precision(pick_precision(precision, device))
     if not distiller.connected:
+        if distiller.takes_samples:
+            raise InputError(
+                f"{type(distiller.loss).__name__} keeps a memory of the training samples: call "
+                "distiller.connect(images, labels) before fit, with the labels of all of them"
+            )
         if isinstance(loader, Iterator):  # the batch that is looked at would be lost
             raise InputError(
                 "train_loader is an iterator: call distiller.connect(images) before fit"
@@ -180,11 +186,11 @@ def _train_epoch(
     seen, rate = 0, optimizer.param_groups[0]["lr"]
     losses: Any = 0.0  # on the device, so that no step waits for the host
     started = time.perf_counter()
-    for number, (images, labels) in enumerate(batches):
+    for number, (images, labels, *index) in enumerate(batches):
         step = epoch * steps + number
         schedule.step_update(step)
         rate = optimizer.param_groups[0]["lr"]
-        loss = distiller(images, labels)
+        loss = distiller(images, labels, index=index[0] if index else None)
         update(loss, distiller, optimizer, step, clip_grad, ema)
         losses = losses + loss.detach().double() * len(images)
         seen += len(images)
@@ -316,8 +322,13 @@ def _length(loader: Iterable[Any], schedule: Schedule) -> int:
     return steps
 
 
-def checked_batches(loader: Iterable[Any], device: torch.device, name: str) -> Iterator[Batch]:
-    """The batches of a loader on the device, float32, checked; InputError if there is none."""
+def checked_batches(
+    loader: Iterable[Any], device: torch.device, name: str, samples: int = 0
+) -> Iterator[Batch]:
+    """The batches of a loader on the device, float32, checked; InputError if there is none.
+
+    With `samples`, each batch has the indices of its images among so many training samples.
+    """
     count = 0
     for batch in loader:
         if not isinstance(batch, tuple | list) or len(batch) < 2:
@@ -339,12 +350,27 @@ def checked_batches(loader: Iterable[Any], device: torch.device, name: str) -> I
         if len(images) == 0:
             continue
         count += 1
-        images, labels = (x.to(device, non_blocking=True) for x in (images, labels))
-        yield images.float(), labels.long()
+        index = [_checked_index(batch, samples, name)] if samples else []
+        images, labels, *index = (x.to(device, non_blocking=True) for x in (images, labels, *index))
+        yield images.float(), labels.long(), *index
     if count == 0:
         raise InputError(
             f"{name} gave no batch: an iterator can be read only once; pass a DataLoader or a list"
         )
+
+
+def _checked_index(batch: Any, samples: int, name: str) -> Tensor:
+    """Return the indices of the images of a batch, int64 [B]."""
+    index = batch[2] if len(batch) > 2 else None
+    if not isinstance(index, Tensor) or index.is_floating_point() or index.shape != batch[1].shape:
+        raise InputError(
+            f"{name}: the loss keeps a memory of the training samples: expected batches (images, "
+            "labels, index), with the integer index [B] of each image"
+        )
+    wrong = index[(index < 0) | (index >= samples)]
+    if len(wrong):
+        raise InputError(f"{name}: expected indices in [0, {samples}), got {int(wrong[0])}")
+    return index.long()
 
 
 def _check_labels(name: str, labels: Tensor, classes: int) -> None:

@@ -15,15 +15,17 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from pld_ray.config.trial import Trial
 from pld_ray.data.images import Images
-from pld_ray.data.sampling import batches, order
+from pld_ray.data.sampling import Ints, batches, order
 from pld_ray.data.stream import Batch
 from pld_ray.distill.bank import Ledger
 from pld_ray.distill.device import (
@@ -355,6 +357,8 @@ def train_epoch(gang: Gang, runs: list[Run], epoch: int) -> None:
     global_batches = list(batches(samples, trial.batch_size, trial.drop_last))
     shares = [batch[shared.rank :: shared.world] for batch in global_batches]
     prepared = shared.stream.batches(shares, view)
+    if any(run.distiller.takes_samples for run in runs):
+        prepared = _with_indices(prepared, global_batches, shares, shared)
     with closing(Targets(runs, shares, view)) as targets:
         for number, (batch, share) in enumerate(zip(global_batches, shares, strict=True)):
             each = any(run.update.graphs is not None for run in runs)
@@ -364,7 +368,7 @@ def train_epoch(gang: Gang, runs: list[Run], epoch: int) -> None:
                 ours = next(prepared)
             if targets.read():
                 with shared.clock("data"):
-                    ours = Batch((ours.images,), _as_they_are, ours.labels)
+                    ours = replace(ours, given=(ours.images,), make=_as_they_are)
                 targets.compute(ours.images)
             step = epoch * shared.steps + number
             # The shares of a ragged batch differ by one sample. With these weights the mean of the
@@ -386,6 +390,21 @@ def train_epoch(gang: Gang, runs: list[Run], epoch: int) -> None:
 def _as_they_are(images: Tensor) -> Tensor:
     """Return images that are made already."""
     return images
+
+
+def _with_indices(
+    prepared: Iterator[Batch], whole: list[Ints], shares: list[Ints], shared: Shared
+) -> Iterator[Batch]:
+    """Yield the batches of a worker with the indices of their samples.
+
+    All workers have as many: one that has a sample less than others has its last index twice.
+    """
+    longest = (-(-len(batch) // shared.world) for batch in whole)
+    padded = [
+        np.pad(i, (0, size - len(i)), "edge") for i, size in zip(shares, longest, strict=True)
+    ]
+    for batch, index in zip(prepared, shared.stream.indices(padded), strict=True):
+        yield replace(batch, index=index)
 
 
 def _seconds(parts: dict[str, float]) -> float:

@@ -213,7 +213,8 @@ def make_distiller(
         precision=pick_precision(trial.precision, next(student.parameters()).device),
     )
     _, channels, size = images.shape
-    distiller.connect(next(student.parameters()).new_zeros(1, channels, size, size))
+    one = next(student.parameters()).new_zeros(1, channels, size, size)
+    distiller.connect(one, torch.tensor(images.train_labels))
     if trial.compile:
         torch._dynamo.reset()  # it compiles a few networks in a process and runs the rest eagerly
         torch._dynamo.utils.counters.clear()
@@ -222,9 +223,15 @@ def make_distiller(
 
 
 def share_gradients(distiller: Distiller, device: torch.device) -> DistributedDataParallel:
-    """The distiller, its gradients averaged over the workers. The frozen teacher is left out."""
-    frozen = [name for name in distiller.state_dict() if name.startswith("teacher.")]
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(distiller, frozen)
+    """The distiller, its gradients averaged over the workers.
+
+    The frozen teacher is left out, and so is a memory of the training samples: the loss keeps it
+    the same on all workers, and DistributedDataParallel would copy all of it in each step.
+    """
+    left_out = [name for name in distiller.state_dict() if name.startswith("teacher.")]
+    if distiller.takes_samples:
+        left_out += [f"loss.{name}" for name, _ in distiller.loss.named_buffers()]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(distiller, left_out)
     return DistributedDataParallel(
         distiller, device_ids=[device] if device.type == "cuda" else None
     )

@@ -214,16 +214,17 @@ class Steps:
             The loss before the update, a scalar on the device.
         """
         parts = batch.labels if isinstance(batch.labels, MixedLabels) else (batch.labels,)
-        given = *batch.given, *parts, *target.tensors()
+        given = *batch.given, *parts, batch.index, *target.tensors()
         first, last = len(batch.given), len(batch.given) + len(parts)
 
         def step(*given: Any) -> Tensor:
             tensors, parts = given[:first], given[first:last]
-            logits, order, features = target.with_tensors(given[last:])
+            index, *known = given[last:]
+            logits, order, features = target.with_tensors(tuple(known))
             labels = MixedLabels(*parts) if len(parts) > 1 else parts[0]
             with self.clock("data"):
                 images = batch.make(*tensors)
-            loss: Tensor = self.module(images, labels, logits, order, features)
+            loss: Tensor = self.module(images, labels, logits, order, features, index)
             loss = loss * weight if weight != 1 else loss
             with self.clock("student"), self._rates_of_device():
                 update(loss, self.distiller, self.optimizer, number, self.clip_grad, self.ema)

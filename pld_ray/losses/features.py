@@ -71,11 +71,14 @@ class FeatureLoss(nn.Module, ABC):
         name: The name of the loss in YAML; `register_loss` sets it.
         further: Names of what the loss needs in `Features.further`, from each of the two networks:
             "preact", the stages before their last ReLU.
+        takes_samples: Whether the loss needs `connect_samples`, and the indices of the samples of
+            each batch.
         notes: Messages for the user, as in `DistillationLoss`.
     """
 
     name = ""
     further: ClassVar[frozenset[str]] = frozenset()
+    takes_samples = False
 
     def __init__(self, ce_weight: float) -> None:
         super().__init__()
@@ -115,9 +118,24 @@ class FeatureLoss(nn.Module, ABC):
             ValueError: The features cannot be compared.
         """
 
+    def connect_samples(self, labels: Tensor) -> None:
+        """Create what the loss keeps of each training sample, if `takes_samples` is true.
+
+        It is called once, after `connect`. What the loss keeps belongs in buffers: they are part of
+        the checkpoints of a trial, and must be the same on all workers.
+
+        Args:
+            labels: The class indices of all training samples, int64 [N].
+
+        Raises:
+            ValueError: The loss cannot be used with these samples.
+        """
+
     @abstractmethod
     def distance(self, student: Features, teacher: Features) -> Tensor:
         """Return the weighted distance between the features, a scalar.
+
+        If `takes_samples` is true, there is a third argument `index`, which `forward` describes.
 
         Args:
             student: Features of the student, float32.
@@ -125,7 +143,12 @@ class FeatureLoss(nn.Module, ABC):
         """
 
     def forward(
-        self, student_logits: Tensor, labels: Tensor, student: Features, teacher: Features
+        self,
+        student_logits: Tensor,
+        labels: Tensor,
+        student: Features,
+        teacher: Features,
+        index: Tensor | None = None,
     ) -> Tensor:
         """Compute the loss.
 
@@ -134,6 +157,9 @@ class FeatureLoss(nn.Module, ABC):
             labels: Class indices [B], int64, or probabilities of the classes [B, C].
             student: Features of the student.
             teacher: Features of the teacher.
+            index: The indices of the samples among all training samples, int64 [B], if
+                `takes_samples` is true. With several workers, all have as many indices: those with
+                a sample less have the last index twice.
 
         Returns:
             The mean loss over the batch, a scalar.
@@ -142,7 +168,7 @@ class FeatureLoss(nn.Module, ABC):
         with torch.autocast(student_logits.device.type, enabled=False):
             given: Any = tree_map(Tensor.float, student)
             constant: Any = tree_map(lambda x: x.detach().float(), teacher)
-            distance = self.distance(given, constant)
+            distance = self.distance(given, constant, *(() if index is None else (index,)))
             return self.ce_weight * F.cross_entropy(student_logits.float(), labels) + distance
 
     def _stages(self, student: Features, teacher: Features) -> list[tuple[Tensor, Tensor]]:

@@ -51,6 +51,7 @@ class LossParams(BaseModel):
             "order" of the classes, sorted by the logits, or its "features".
         needs_teacher: Whether the loss compares the student with a teacher.
         needs_features: Whether the loss compares feature maps instead of logits.
+        takes_samples: Whether the loss takes the indices of the training samples.
         source: "module:class" of the loss.
     """
 
@@ -59,6 +60,7 @@ class LossParams(BaseModel):
     takes: ClassVar[Takes]
     needs_teacher: ClassVar[bool]
     needs_features: ClassVar[bool]
+    takes_samples: ClassVar[bool]
     source: ClassVar[str]
     name: str
 

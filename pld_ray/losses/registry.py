@@ -64,6 +64,7 @@ def register_loss(name: str, *, label: str, takes: Takes = "logits") -> Callable
             known = REGISTRY[name] = _describe(
                 name, label, takes, source, cls.__doc__, _fields(cls)
             )
+            known.takes_samples = getattr(cls, "takes_samples", False)
         elif known.source != source:
             raise ValueError(f"loss {name!r}: {known.source} has this name already, not {source}")
         cls.name, CLASSES[name] = name, cls
@@ -101,6 +102,7 @@ def _describe(
     model = create_model(name, __base__=LossParams, __doc__=doc, **fields)
     model.label, model.takes, model.source = label, takes, source
     model.needs_teacher, model.needs_features = takes != "nothing", takes == "features"
+    model.takes_samples = False
     return model
 
 
@@ -177,7 +179,9 @@ def _declared() -> Iterator[tuple[str, type[LossParams]]]:
                     given = {k.arg: ast.literal_eval(k.value) for k in decorator.keywords}
                     takes = given.get("takes", "logits")
                     source, doc = f"{module}:{cls.name}", ast.get_docstring(cls)
-                    yield name, _describe(name, given["label"], takes, source, doc, _read(cls))
+                    params = _describe(name, given["label"], takes, source, doc, _read(cls))
+                    params.takes_samples = "takes_samples = True" in map(ast.unparse, cls.body)
+                    yield name, params
 
 
 def _read(cls: ast.ClassDef) -> dict[str, Any]:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import timm
 import torch
 from torch import Tensor, nn
@@ -60,7 +63,12 @@ def check_loss(params: LossParams, classes: int) -> None:
 
 
 def check_features(
-    trial: Trial, classes: int, channels: int, image_size: int, batch: int = 2
+    trial: Trial,
+    classes: int,
+    channels: int,
+    image_size: int,
+    batch: int = 2,
+    labels: npt.NDArray[np.int64] | None = None,
 ) -> None:
     """Check that the loss of a trial can compare the features of student and teacher.
 
@@ -70,9 +78,10 @@ def check_features(
         channels: Number of image channels.
         image_size: Height and width of the images, in pixels.
         batch: The smallest batch on which the student trains.
+        labels: The labels of all training samples, [N], for a loss that keeps a memory of them.
 
     Raises:
-        InputError: The features cannot be compared.
+        InputError: The features cannot be compared, or the loss cannot be used with the samples.
     """
     teacher = trial.teacher.student if isinstance(trial.teacher, Trial) else trial.teacher
     assert teacher is not None
@@ -84,11 +93,16 @@ def check_features(
         networks = [create_model(model, *shape) for model in (trial.student, teacher)]
         for network in networks:
             check_further(loss, network)
-        features = [probe_features(network, images, loss.further) for network in networks]
+        features: list[Any] = [probe_features(net, images, loss.further) for net in networks]
         try:
             with plugins.errors_told(f"loss {trial.loss.name}"):
                 loss.borrow(teacher_layers(networks[1], loss.further))
                 loss.connect(*features)
+                if loss.takes_samples:
+                    assert labels is not None
+                    loss.connect_samples(torch.tensor(labels, device="cpu"))
+                    loss.to("meta")
+                    features.append(torch.zeros(batch, dtype=torch.int64))
                 loss.distance(*features)
         except InputError:
             raise

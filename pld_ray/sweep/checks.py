@@ -75,7 +75,7 @@ def check_trials(pending: dict[str, Trial], address: str | None = None) -> Check
         compared = f"{key} {trial.student!r} {trial.teacher_name} {trial.loss!r} {smallest}"
         if trial.loss.needs_features and compared not in seen:
             seen.add(compared)
-            check_features(trial, *images[key].shape, smallest)
+            check_features(trial, *images[key].shape, smallest, images[key].train_labels)
     return Checked(images, list(notes))
 
 
