@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 from rich.console import Console
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
@@ -39,6 +40,37 @@ def test_losses_on_features(tmp_path, monkeypatch, capsys):
     measured = {name: set(results.loc[name].index) for name in ("wrn_16_1", "resnet8")}
     assert measured["resnet8"] - measured["wrn_16_1"] == {"KDSVD"}
     assert {"NST", "KDSVD, over: columns", "CC, form: rbf"} < measured["wrn_16_1"]
+
+
+@pytest.mark.slow
+def test_features(monkeypatch, capsys):
+    benchmark = runpy.run_path(str(FOLDER / "features.py"))
+    monkeypatch.setattr(sys, "argv", ["features.py", "--quick", "--rounds", "2"])
+    benchmark["main"]()
+    rows = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines() if "|" in line]
+    found = {row[0].strip(): float(row[2]) for row in rows[2:] if len(row) == 3}
+    assert found["KD"] == 1 and {"AT", "CRD", "CRD, gathered"} < found.keys()
+    assert all(float(number) > 0 for row in rows[-3:] for number in row[1:])
+
+
+def test_the_two_forms_of_crd_have_one_value():
+    benchmark = runpy.run_path(str(FOLDER / "features.py"))
+    index = torch.tensor([3, 19, 25])
+    values = []
+    for kind in ("Gathered", "CRDLoss"):
+        torch.manual_seed(0)
+        pooled = benchmark["Features"]([], torch.randn(3, 6))
+        loss = benchmark[kind](negatives=8)
+        loss.connect(pooled, pooled)
+        loss.connect_samples(torch.arange(30) % 4)
+        torch.manual_seed(1)
+        others, chosen = benchmark["independent"](loss, index)
+        assert (chosen.sum(1) == 8).all()
+        assert (loss.labels[others] != loss.labels[index][:, None])[chosen].all()
+        loss.draw = lambda own, given=(others, chosen): given
+        loss.negatives_of = others.expand(3, -1)[chosen].view(3, 8)
+        values += [loss.distance(pooled, pooled, index).detach() for _ in range(2)]
+    torch.testing.assert_close(values[:2], values[2:])
 
 
 def test_the_straightforward_forms_are_pld():

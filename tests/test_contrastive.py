@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+import warm
 from scipy import stats
 from small import CPU, cells, run, weights
 from test_gang import same, together
@@ -19,7 +20,7 @@ from pld_ray.data.datasets import load
 from pld_ray.distill import keeping
 from pld_ray.distill.distiller import Distiller
 from pld_ray.distill.fit import fit
-from pld_ray.distill.loop import train
+from pld_ray.distill.loop import Gang, train, train_epoch
 from pld_ray.distill.running import Shared, set_up
 from pld_ray.errors import InputError
 from pld_ray.losses import CRDLoss, Features
@@ -333,8 +334,6 @@ def test_batches_come_with_the_indices_of_their_samples(experiment, tmp_path):
     shared = Shared(trial, images, Store(tmp_path), None, lambda: None, CPU)
     member, seen = set_up(trial, shared), []
     member.distiller.register_forward_pre_hook(lambda _, args: seen.append(args))
-    from pld_ray.distill.loop import Gang, train_epoch
-
     gang = Gang(shared, lambda epochs: None, lambda trial, error: None, lambda trial: False)
     gang.runs.append(member)
     train_epoch(gang, [member], 0)
@@ -343,7 +342,14 @@ def test_batches_come_with_the_indices_of_their_samples(experiment, tmp_path):
     assert len(index.unique()) == 64 and index.max() < 70
     labels = torch.from_numpy(images.train_labels)
     assert torch.equal(torch.cat([args[1] for args in seen]), labels[index])
-    assert torch.equal(member.distiller.loss.labels, labels)
+    loss = member.distiller.loss
+    assert torch.equal(loss.labels, labels)
+    negatives = {}
+    for epoch in (0, 4, 1, 4, 0):  # what is drawn for an epoch does not depend on earlier ones
+        member.begin(epoch)
+        negatives.setdefault(epoch, []).append(drawn(loss, index[:5]))
+        torch.rand(7)
+    assert negatives[0][0] == negatives[0][1] != negatives[4][0] == negatives[4][1]
 
 
 def test_two_workers_keep_one_memory_of_all_samples(experiment, tmp_path, monkeypatch):
@@ -381,8 +387,6 @@ torch.save((value.detach(), loss.state_dict()), f"{folder}/{rank}.pt")
 
 
 def test_the_memory_and_z_of_two_workers_are_those_of_one(tmp_path):
-    import warm
-
     started = [warm.start(WORKER, tmp_path, rank) for rank in (0, 1)]
     for process in started:
         process.join(120)

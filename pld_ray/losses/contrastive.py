@@ -108,10 +108,9 @@ class CRDLoss(FeatureLoss):
         for name in ("student_memory", "teacher_memory"):
             self.register_buffer(name, torch.empty(count, self.dim).uniform_(-bound, bound))
         self.register_buffer("scale", torch.zeros(2))
-        for name, of_samples in zip(
-            ("labels", "order", "starts"), (labels.clone(), *_draw(count)), strict=True
-        ):
-            self.register_buffer(name, of_samples, persistent=False)
+        order, starts = _draw(count)
+        for name, new in (("labels", labels.clone()), ("order", order), ("starts", starts)):
+            self.register_buffer(name, new, persistent=False)
 
     def set_epoch(self, epoch: int) -> None:
         """Draw an order of the samples, and where each batch of the epoch begins in it.

@@ -1,5 +1,7 @@
 """Losses on features: AT, FitNet, PKT, RKD, SP and VID, each combined with cross-entropy.
 
+CRD, which keeps a memory of the training samples, is in `contrastive`.
+
     loss = ATLoss()
     loss.connect(student_features, teacher_features)  # once, before the optimizer is created
     loss(student_logits, labels, student_features, teacher_features)
