@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from pld_ray.config.trial import Trial
 from pld_ray.data.datasets import load
-from pld_ray.distill import keeping
+from pld_ray.distill import keeping, running
 from pld_ray.distill.distiller import Distiller
 from pld_ray.distill.fit import fit
 from pld_ray.distill.loop import Gang, train, train_epoch
@@ -365,6 +365,27 @@ def test_two_workers_keep_one_memory_of_all_samples(experiment, tmp_path, monkey
     torch.testing.assert_close(lengths, torch.ones(151))
     on_two_workers([trial], tmp_path / "parts", last=-1)
     assert weights(parts, trial) == weights(whole, trial)
+
+
+def test_no_step_copies_the_memory_between_workers(monkeypatch):
+    left_out = []
+
+    class StandIn:
+        def __init__(self, module, device_ids):
+            pass
+
+        @staticmethod
+        def _set_params_and_buffers_to_ignore_for_model(module, names):
+            left_out.extend(names)
+
+    monkeypatch.setattr(running, "DistributedDataParallel", StandIn)
+    distiller, images, labels = small()
+    distiller.connect(images, labels)
+    running.share_gradients(distiller, CPU)
+    assert {name for name in left_out if name.startswith("loss.")} == {
+        f"loss.{name}"
+        for name in ("student_memory", "teacher_memory", "scale", "labels", "order", "starts")
+    }
 
 
 WORKER = """

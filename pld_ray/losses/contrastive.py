@@ -122,8 +122,8 @@ class CRDLoss(FeatureLoss):
 
     def distance(self, student: Features, teacher: Features, index: Tensor | None = None) -> Tensor:
         """Return the weighted distance; see `FeatureLoss.distance`."""
-        if index is None:
-            raise ValueError("crd: expected the indices of the samples of the batch")
+        if index is None or len(index) < len(student.pooled):
+            raise ValueError("crd: expected the index of each sample of the batch")
         s = F.normalize(self.embed_student(student.pooled))
         t = F.normalize(self.embed_teacher(teacher.pooled))
         own = index[: len(s)]
@@ -196,10 +196,8 @@ class CRDLoss(FeatureLoss):
         """Update the memories with the vectors of a batch, also with those of other workers."""
         if _workers() > 1:
             # A worker with one sample less has the index of its last one twice.
-            repeated = [len(index) - len(student)]
-            student, teacher = (
-                torch.cat([v, *(v[-1:] for _ in range(*repeated))]) for v in (student, teacher)
-            )
+            more = len(index) - len(student)
+            student, teacher = (torch.cat([v, v[-1:].expand(more, -1)]) for v in (student, teacher))
             index, student, teacher = map(_of_all_workers, (index, student, teacher))
         for memory, new in ((self.student_memory, student), (self.teacher_memory, teacher)):
             mixed = memory[index] * self.momentum + new * (1 - self.momentum)
