@@ -213,7 +213,8 @@ def test_fit_is_a_plain_loop(pair):
         optimizer.step()
         seen.append(value.item())
         rates.append(optimizer.param_groups[0]["lr"])
-    assert list(history.columns) == ["epoch", "train_loss", "lr", "images_per_second"]
+    terms = ["loss_ce", "loss_kd"] if isinstance(loss, KDLoss) else []
+    assert list(history.columns) == ["epoch", "train_loss", *terms, "lr", "images_per_second"]
     assert list(history["epoch"]) == [1, 2, 3]
     np.testing.assert_allclose(history["train_loss"], np.reshape(seen, (3, 3)).mean(1), rtol=1e-5)
     np.testing.assert_allclose(history["lr"], rates[2::3], rtol=1e-6)

@@ -27,8 +27,9 @@ def draw(
 ) -> list[Path]:
     """Write the figures of an experiment, each as PNG and PDF.
 
-    These are "accuracy" and "curves", "gains" if there is a method to compare with, and "ranks" and
-    "profiles" of three methods or more. If no trial has finished, nothing is written.
+    These are "accuracy" and "curves", "gains" if there is a method to compare with, "terms" if the
+    losses of some have two terms, and "ranks" and "profiles" of three methods or more. If no trial
+    has finished, nothing is written.
 
     Args:
         records: Records as returned by `records.frames.frame`.
@@ -51,6 +52,8 @@ def draw(
             pictures["gains"] = gains(compared, method_colours(records))
         if len(curves):  # else the files of epochs are lost
             pictures["curves"] = learning_curves(curves, colours)
+        if "loss_ce" in curves:
+            pictures["terms"] = term_curves(curves, colours)
         if len(ranking := comparison.ranking(shown)):
             pictures["ranks"] = ranks(ranking, colours)
             pictures["profiles"] = profiles(shown[shown["finished"]], colours)
@@ -306,11 +309,34 @@ def learning_curves(curves: pd.DataFrame, colours: dict[str, str]) -> Figure:
         curves: Epochs as returned by `records.frames.curves`.
         colours: The colour of each method.
     """
+    labels = {
+        "top1": "validation top-1 (%)",
+        "train_loss": "each method's own training loss",
+    }
+    return _by_epoch(curves, colours, labels)
+
+
+def term_curves(curves: pd.DataFrame, colours: dict[str, str]) -> Figure:
+    """Draw the two terms of the training loss by epoch, for the methods that report them.
+
+    Args:
+        curves: Epochs as returned by `records.frames.curves`, with the column loss_ce.
+        colours: The colour of each method.
+    """
+    labels = {
+        "loss_ce": "training loss: cross-entropy with labels",
+        "loss_kd": "training loss: distillation",
+    }
+    return _by_epoch(curves.dropna(subset="loss_ce"), colours, labels)
+
+
+def _by_epoch(curves: pd.DataFrame, colours: dict[str, str], labels: dict[str, str]) -> Figure:
+    """Draw metrics by epoch. labels: metric -> label of its axis; losses have logarithmic axes."""
     sections = list(curves.groupby(["student", "teacher", "setting"], sort=False))
     figure = Picture(figsize=(7.6, 0.4 + 2.7 * len(sections)))
-    axes = figure.subplots(len(sections), 2, squeeze=False)
+    axes = figure.subplots(len(sections), len(labels), squeeze=False)
     for row, (key, section) in zip(axes, sections, strict=True):
-        for axis, metric in zip(row, ("top1", "train_loss"), strict=True):
+        for axis, (metric, label) in zip(row, labels.items(), strict=True):
             for method, lines in section.groupby("method", sort=False):
                 by_epoch = lines.dropna(subset=metric).groupby("epoch")[metric]
                 mean, std = by_epoch.mean(), by_epoch.std().fillna(0)
@@ -323,13 +349,13 @@ def learning_curves(curves: pd.DataFrame, colours: dict[str, str]) -> Figure:
                     )
             axis.set_xlabel("epoch")
             axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-        row[0].set_ylabel("validation top-1 (%)")
+            axis.set_ylabel(label)
+            if metric != "top1":
+                axis.set_yscale("log")
+                for each in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+                    each(_PlainNumbers(minor_thresholds=(1, 0.4)))
         row[0].set_title(_title(key), loc="left")
-        row[1].set_ylabel("each method's own training loss")
-        row[1].set_yscale("log")
-        for each in (row[1].yaxis.set_major_formatter, row[1].yaxis.set_minor_formatter):
-            each(_PlainNumbers(minor_thresholds=(1, 0.4)))
-        row[1].legend(loc="center left", bbox_to_anchor=(1, 0.5))
+        row[-1].legend(loc="center left", bbox_to_anchor=(1, 0.5))
     figure.tight_layout()
     return figure
 

@@ -170,6 +170,14 @@ class Results:
         """
         return self._drawn("curves")
 
+    def terms_figure(self) -> Figure:
+        """Return the figure of the two terms of the training loss by epoch.
+
+        Raises:
+            InputError: No trial has finished, or none has a loss of two terms.
+        """
+        return self._drawn("terms")
+
     def ablation_figure(
         self, x: str, by: str = "loss.name", facet: str = "", metric: str = "top1"
     ) -> Figure:
@@ -216,7 +224,7 @@ class Results:
         self.store.load_plugins(trial.model_dump(mode="json"))
         return load_student(trial, self.store)
 
-    def _drawn(self, name: Literal["accuracy", "gains", "curves"]) -> Figure:
+    def _drawn(self, name: Literal["accuracy", "gains", "curves", "terms"]) -> Figure:
         """Return one of the figures, in the style of all figures."""
         import matplotlib
 
@@ -240,7 +248,11 @@ class Results:
                 return methods.gains(compared, colours)
             if (curves := self.curves()).empty:
                 raise InputError(f"{plan.experiment.name}: the files of epochs are lost")
-            return methods.learning_curves(curves, colours)
+            if name == "curves":
+                return methods.learning_curves(curves, colours)
+            if "loss_ce" not in curves:
+                raise InputError(f"{plan.experiment.name}: no loss reports two terms")
+            return methods.term_curves(curves, colours)
 
     def _comparable(self) -> Plan:
         """Return the plan, or raise InputError without trials that can be compared."""

@@ -62,7 +62,7 @@ def show(trial: TrialId, storage: Storage = "results") -> None:
     typer.echo(f"{found.label} ({found.id}): {outcome.state(found.epochs)}\n")
     spec = found.model_dump(mode="json", exclude_defaults=True)
     typer.echo(yaml.safe_dump(spec, sort_keys=False, allow_unicode=True))
-    for name in ("top1", "train_loss"):
+    for name in ("top1", "train_loss", "loss_ce", "loss_kd"):
         values = [epoch[name] for epoch in outcome.epochs if name in epoch]
         if values:
             typer.echo(f"{name:10}  {sparkline(values)}  {values[0]:.4g} to {values[-1]:.4g}")

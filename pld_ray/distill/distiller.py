@@ -229,6 +229,19 @@ class Distiller(nn.Module):
         if self.teacher is not None:
             self.teacher.precision = precision
 
+    def with_terms(self, loss: Tensor) -> Tensor:
+        """Return what is reported of the last loss, without gradients.
+
+        Args:
+            loss: What the last forward pass returned.
+
+        Returns:
+            The loss and its cross-entropy term [2], or the loss alone, a scalar, if it has no such
+            term (see `LossOfTerms`).
+        """
+        ce = getattr(self.loss, "ce_term", None)
+        return loss.detach() if ce is None else torch.stack([loss, ce]).detach()
+
     def set_epoch(self, epoch: int) -> None:
         """Tell the loss the epoch (from 0), if it has a schedule."""
         if hasattr(self.loss, "set_epoch"):

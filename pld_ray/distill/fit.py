@@ -81,7 +81,8 @@ def fit(
 
     Returns:
         One row per epoch: epoch, train_loss, lr, images_per_second, and with `val_loader` top1 and
-        top5 in percent, val_loss in nats and ece in [0, 1].
+        top5 in percent, val_loss in nats and ece in [0, 1]. For a loss of two terms also loss_ce,
+        the part of train_loss that is the cross-entropy with the labels, and loss_kd, the rest.
 
     Raises:
         InputError: An argument or a batch cannot be used, or the loss is not finite.
@@ -191,19 +192,19 @@ def _train_epoch(
         schedule.step_update(step)
         rate = optimizer.param_groups[0]["lr"]
         loss = distiller(images, labels, index=index[0] if index else None)
+        losses = losses + distiller.with_terms(loss).double() * len(images)
         update(loss, distiller, optimizer, step, clip_grad, ema)
-        losses = losses + loss.detach().double() * len(images)
         seen += len(images)
         done()
-    total = float(losses)
-    if not math.isfinite(total):
+    means = (losses / seen).flatten().tolist()
+    if not math.isfinite(means[0]):
         raise InputError(
-            f"the training loss is {total / seen} in epoch {epoch + 1}: expected a finite number; "
+            f"the training loss is {means[0]} in epoch {epoch + 1}: expected a finite number; "
             "a lower learning rate, clip_grad, or images without NaN may help"
         )
     return {
         "epoch": epoch + 1,
-        "train_loss": total / seen,
+        **metrics.loss_means(means),
         "lr": rate,
         "images_per_second": seen / (time.perf_counter() - started),
     }

@@ -37,6 +37,7 @@ from pld_ray.distill.device import (
 from pld_ray.distill.evaluation import evaluate_batch, evaluate_teacher, scores, val_batches
 from pld_ray.distill.keeping import keep_checkpoint, keep_epoch, keep_record, resume
 from pld_ray.distill.memory import FirstSteps, NoRoom
+from pld_ray.distill.metrics import loss_means
 from pld_ray.distill.running import Run, Shared, TrainingError, set_up, sum_over_workers
 from pld_ray.distill.targets import LIVE, Targets
 from pld_ray.store.store import Store
@@ -196,10 +197,10 @@ class Gang:
         train_epoch(self, runs, epoch)
         runs = self.still(runs)
         trained = self._shares(runs, started)
-        losses: dict[Run, tuple[float, int]] = {}
+        losses: dict[Run, tuple[dict[str, float], int]] = {}
         for run in runs:
             with self.member(run.trial):
-                losses[run] = mean_loss(run)
+                losses[run] = mean_losses(run)
                 share_buffers(run)
         started = time.perf_counter()
         due = [run for run in self.still(runs) if run.trial.validates(epoch + 1)]
@@ -207,11 +208,11 @@ class Gang:
         validated = self._shares(self.still(due), started)
         for run in self.still(runs):
             parts = _added(trained[run], validated.get(run, {}))
-            train_loss, seen = losses[run]
+            means, seen = losses[run]
             run.history.append(
                 {
                     "epoch": epoch + 1,
-                    "train_loss": train_loss,
+                    **means,
                     **found.get(run, {}),
                     "lr": run.optimizer.param_groups[0]["lr"],
                     "images_per_second": seen / _seconds(trained[run]),
@@ -418,8 +419,8 @@ def _added(first: dict[str, float], second: dict[str, float]) -> dict[str, float
     return {name: first.get(name, 0.0) + second.get(name, 0.0) for name in names}
 
 
-def mean_loss(run: Run) -> tuple[float, int]:
-    """Return the mean loss over the samples of an epoch, and their number.
+def mean_losses(run: Run) -> tuple[dict[str, float], int]:
+    """Return the means of the loss and its terms over the samples of an epoch, and their number.
 
     Raises:
         TrainingError: The loss of a step, or a weight, is not finite.
@@ -427,9 +428,10 @@ def mean_loss(run: Run) -> tuple[float, int]:
     trial, count = run.trial, len(run.shared.images.train)
     every = batches(order(0, 0, count), trial.batch_size, trial.drop_last)
     sizes = torch.tensor([len(batch) for batch in every], dtype=torch.float64)
-    means = sum_over_workers(torch.stack(run.losses).double()).cpu() / run.shared.world
-    check_finite(run, means)
-    return float((means * sizes).sum() / sizes.sum()), int(sizes.sum())
+    steps = torch.stack(run.losses).double().view(len(sizes), -1)  # the loss, and its terms
+    means = sum_over_workers(steps).cpu() / run.shared.world
+    check_finite(run, means[:, 0])
+    return loss_means((sizes @ means / sizes.sum()).tolist()), int(sizes.sum())
 
 
 def share_buffers(run: Run) -> None:

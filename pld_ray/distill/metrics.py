@@ -50,6 +50,19 @@ def sums(logits: Tensor, labels: Tensor, teacher_logits: Tensor | None) -> Tenso
     return torch.cat([torch.stack(scalars), table.flatten()])
 
 
+def loss_means(means: Sequence[float]) -> dict[str, float]:
+    """Return the losses of an epoch by name: train_loss, and its terms if it has two.
+
+    Args:
+        means: The mean of the loss and, of a loss with two terms, the mean of its cross-entropy
+            with the labels, times its weight.
+    """
+    found = {"train_loss": means[0]}
+    for ce in means[1:]:
+        found |= {"loss_ce": ce, "loss_kd": means[0] - ce}
+    return found
+
+
 def own_sums(
     names: Sequence[str], logits: Tensor, labels: Tensor, teacher_logits: Tensor | None
 ) -> Tensor:

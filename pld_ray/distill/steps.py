@@ -211,7 +211,8 @@ class Steps:
             number: The number of the update, from 0.
 
         Returns:
-            The loss before the update, a scalar on the device.
+            The loss before the update, and its term of cross-entropy if it has one, on the device
+            (see `Distiller.with_terms`).
         """
         parts = batch.labels if isinstance(batch.labels, MixedLabels) else (batch.labels,)
         given = *batch.given, *parts, batch.index, *target.tensors()
@@ -225,10 +226,12 @@ class Steps:
             with self.clock("data"):
                 images = batch.make(*tensors)
             loss: Tensor = self.module(images, labels, logits, order, features, index)
-            loss = loss * weight if weight != 1 else loss
+            told = self.distiller.with_terms(loss)
+            if weight != 1:
+                loss, told = loss * weight, told * weight
             with self.clock("student"), self._rates_of_device():
                 update(loss, self.distiller, self.optimizer, number, self.clip_grad, self.ema)
-            return loss.detach()
+            return told
 
         for rate, group in zip(self.rates, self._groups(), strict=True):
             rate.fill_(group["lr"])

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any, TypedDict, Unpack, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from pld_ray.errors import nearest
 
@@ -29,7 +31,39 @@ class Options(TypedDict, total=False):
     reduction: str
 
 
-class DistillationLoss(nn.Module, ABC):
+class LossOfTerms(nn.Module):
+    """Base class of losses that may be the sum of ce_weight CE and a term of distillation.
+
+    Class attributes:
+        ce_weight: The weight of the cross-entropy with the labels; 0 without such a term.
+
+    Attributes:
+        ce_term: The term ce_weight CE of the last loss, reduced as the loss; None if it has no such
+            term, and under torch.compile and torch.func.
+        kd_term: The rest of the last loss, with `keeps_graphs`; else None.
+        keeps_graphs: Whether both terms can be differentiated. By default, `ce_term` is a constant,
+            so that it keeps no activations in memory.
+    """
+
+    ce_weight: float = 0.0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ce_term: Tensor | None = None
+        self.kd_term: Tensor | None = None
+        self.keeps_graphs = False
+
+    def keep_terms(self, ce: Tensor, rest: Callable[[], Tensor]) -> None:
+        """Set `ce_term` and, if it is asked for, `kd_term`."""
+        if transformed():  # a tensor must not leave the function that is transformed
+            self.ce_term, self.kd_term = None, None
+        elif self.keeps_graphs:
+            self.ce_term, self.kd_term = ce, rest()
+        else:
+            self.ce_term = ce.detach()
+
+
+class DistillationLoss(LossOfTerms, ABC):
     """Base class of losses on student logits [..., C], teacher logits [..., C] and labels [...].
 
     There can be any number of leading dimensions: [B, C] for images, [B, L, C] for the tokens of a
@@ -59,6 +93,7 @@ class DistillationLoss(nn.Module, ABC):
             raise TypeError(f"{type(self).__name__}: unknown argument {option!r}; {known}")
         self.set_options(**options)
         self.notes: list[str] = []
+        self._cross_entropy: Tensor | None = None  # ce_weight CE of the samples, in a forward pass
 
     def set_options(self, **options: Unpack[Options]) -> None:
         """Set `ignore_index` and `reduction`; what is not given becomes the default."""
@@ -91,6 +126,26 @@ class DistillationLoss(nn.Module, ABC):
             Losses [N]. At ignored samples they may be any finite number.
         """
 
+    def add_cross_entropy(
+        self, rest: Tensor, student: Tensor, labels: Tensor, known: Tensor | None = None
+    ) -> Tensor:
+        """Return rest + ce_weight CE of every sample; `losses` calls it.
+
+        A loss that adds its cross-entropy here has `ce_term`, so that trials report its terms.
+
+        Args:
+            rest: What else the loss of every sample is, [N].
+            student: Student logits [N, C].
+            labels: Labels [N].
+            known: The cross-entropy of every sample [N], if it is computed already.
+        """
+        if self.ce_weight == 0:
+            self._cross_entropy = torch.zeros_like(rest)
+            return rest
+        ce = F.cross_entropy(student, labels, reduction="none") if known is None else known
+        self._cross_entropy = self.ce_weight * ce
+        return rest + self._cross_entropy
+
     def forward(
         self,
         student_logits: Tensor,
@@ -121,7 +176,12 @@ class DistillationLoss(nn.Module, ABC):
                 f"{type(self).__name__}.losses gives the shape {list(losses.shape)}: expected one "
                 f"loss per sample, {list(rows.shape)}"
             )
-        return self._reduced(losses, kept, sample_weight, labels)
+        loss = self._reduced(losses, kept, sample_weight, labels)
+        self.ce_term, samples, self._cross_entropy = None, self._cross_entropy, None
+        if samples is not None:
+            ce = self._reduced(samples, kept, sample_weight, labels)
+            self.keep_terms(ce, lambda: loss - ce)
+        return loss
 
     def _rows(
         self, student: Tensor, teacher: Any, labels: Tensor

@@ -101,6 +101,4 @@ class DISTLoss(DistillationLoss):
         rows = None if kept is None else kept[:, None].to(q.dtype)
         losses = self.inter_weight * (1 - pearson(q, p, dim=1))
         losses = losses + self.intra_weight * (1 - pearson(q, p, dim=0, kept=rows).mean())
-        if self.ce_weight > 0:
-            losses = losses + self.ce_weight * F.cross_entropy(student, labels, reduction="none")
-        return losses
+        return self.add_cross_entropy(losses, student, labels)

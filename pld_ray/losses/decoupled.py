@@ -80,9 +80,7 @@ class DKDLoss(DistillationLoss):
         distance = self.alpha * kl_divergence(target_p, target_q)
         distance = distance + self.beta * kl_divergence(others_p, others_q)
         losses = self.warmup * self.temperature**2 * distance
-        if self.ce_weight > 0:
-            losses = losses + self.ce_weight * F.cross_entropy(student, labels, reduction="none")
-        return losses
+        return self.add_cross_entropy(losses, student, labels)
 
 
 @register_loss("nkd", label="NKD")
@@ -134,9 +132,8 @@ class NKDLoss(DistillationLoss):
         _, others_q = _split(soften(student, self.temperature), labels)
         cross_entropy = F.cross_entropy(student, labels, reduction="none")
         others = -(others_p.exp() * others_q).sum(1)
-        return (
-            self.ce_weight + p_label
-        ) * cross_entropy + self.gamma * self.temperature**2 * others
+        losses = p_label * cross_entropy + self.gamma * self.temperature**2 * others
+        return self.add_cross_entropy(losses, student, labels, cross_entropy)
 
 
 def _split(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -85,6 +85,4 @@ class KDLoss(DistillationLoss):
             log_m = torch.logaddexp(log_p, log_q) - math.log(2)
             distance = (kl_divergence(log_p, log_m) + kl_divergence(log_q, log_m)) / 2
         losses = (1 - self.ce_weight) * self.temperature**2 * distance
-        if self.ce_weight > 0:
-            losses = losses + self.ce_weight * F.cross_entropy(student, labels, reduction="none")
-        return losses
+        return self.add_cross_entropy(losses, student, labels)

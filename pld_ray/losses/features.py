@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 
+from pld_ray.losses.common import LossOfTerms
 from pld_ray.losses.parameters import Weight
 from pld_ray.losses.registry import register_loss
 
@@ -59,7 +60,7 @@ class TeacherLayers(NamedTuple):
     norms: list[nn.Module]
 
 
-class FeatureLoss(nn.Module, ABC):
+class FeatureLoss(LossOfTerms, ABC):
     """Base class of losses on features: ce_weight CE + distance(student, teacher).
 
     The loss is a mean over the batch and is computed in float32. Only the student and the learnable
@@ -171,7 +172,9 @@ class FeatureLoss(nn.Module, ABC):
             given: Any = tree_map(Tensor.float, student)
             constant: Any = tree_map(lambda x: x.detach().float(), teacher)
             distance = self.distance(given, constant, *(() if index is None else (index,)))
-            return self.ce_weight * F.cross_entropy(student_logits.float(), labels) + distance
+            ce = self.ce_weight * F.cross_entropy(student_logits.float(), labels)
+        self.keep_terms(ce, lambda: distance)
+        return ce + distance
 
     def _stages(self, student: Features, teacher: Features) -> list[tuple[Tensor, Tensor]]:
         """Pair the stages."""

@@ -58,9 +58,7 @@ class TTMLoss(DistillationLoss):
         losses = self.beta * kl_divergence(powers - total, F.log_softmax(student, 1))
         if self.weighted:
             losses = losses * total[:, 0].exp()
-        if self.ce_weight > 0:
-            losses = losses + self.ce_weight * F.cross_entropy(student, labels, reduction="none")
-        return losses
+        return self.add_cross_entropy(losses, student, labels)
 
 
 @register_loss("wttm", label="WTTM")
