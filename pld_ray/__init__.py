@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from pld_ray.data.registry import register_dataset
     from pld_ray.distill.article import PLDKnowledgeDistillation
     from pld_ray.distill.distiller import Distiller
+    from pld_ray.distill.dot import DOT
     from pld_ray.distill.fit import evaluate, fit
     from pld_ray.losses.registry import create_loss, register_loss
     from pld_ray.models.export import save
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {  # where each name is defined; it is imported on first use, since torch takes seconds
+    "DOT": "distill.dot",
     "Distiller": "distill.distiller",
     "Experiment": "config.experiment",
     "PLDKnowledgeDistillation": "distill.article",
@@ -70,6 +72,7 @@ def __dir__() -> list[str]:
 
 
 __all__ = [  # the losses come on top: see `dir(pld_ray)`
+    "DOT",
     "Distiller",
     "Experiment",
     "PLDKnowledgeDistillation",

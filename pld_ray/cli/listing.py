@@ -96,9 +96,11 @@ def _datasets() -> Iterator[tuple[str, tuple[str, ...]]]:
 def _optimizers() -> Iterator[tuple[str, tuple[str, ...]]]:
     from timm.optim import list_optimizers
 
-    from pld_ray.config.registry import OPTIMIZERS
+    from pld_ray.config.registry import BUILT_IN_OPTIMIZERS, OPTIMIZERS
 
     yield from _own(OPTIMIZERS)
+    for name, description in BUILT_IN_OPTIMIZERS.items():
+        yield name, (description,)
     for name, description in list_optimizers(with_description=True):
         yield name, (description,)
 

@@ -7,6 +7,7 @@ from typing import Any
 
 # another name in these fields replaces the whole entry: its parameters fit no other name
 _REPLACED = {"data", "student", "teacher", "loss"}
+_OF_NAME = ("args", "delta")  # fields of an optimizer or schedule that fit its name alone
 _NAMED = _REPLACED | {"optimizer", "schedule"}
 
 
@@ -15,7 +16,7 @@ def merge(low: dict[str, Any], high: Mapping[str, Any]) -> dict[str, Any]:
 
     If the name of a loss, network or dataset differs, the entry of `high` replaces the whole entry
     of `low`. If the name of an optimizer or schedule differs, the parameters that `high` does not
-    set (for example the learning rate) are kept from `low`, but not `args`.
+    set (for example the learning rate) are kept from `low`, but not `args` and `delta`.
 
     Args:
         low: The settings with lower priority.
@@ -32,7 +33,7 @@ def merge(low: dict[str, Any], high: Mapping[str, Any]) -> dict[str, Any]:
             if other and key in _REPLACED:
                 below = {}
             elif other:
-                below = {field: part for field, part in below.items() if field != "args"}
+                below = {field: part for field, part in below.items() if field not in _OF_NAME}
             merged[key] = merge(below, value)
         else:
             merged[key] = value

@@ -161,11 +161,14 @@ class Optimizer(Part):
     """The arguments of timm's optimizer factory, or of an optimizer of the user.
 
     Attributes:
-        name: The name of an optimizer in timm or in a plug-in.
+        name: The name of an optimizer in timm or in a plug-in, or "dot", the distillation-oriented
+            trainer, which has a momentum for each of the two terms of a loss.
         lr: The learning rate.
         weight_decay: The weight decay.
         momentum: The momentum.
         betas: The betas of Adam and similar optimizers; by default those of the optimizer.
+        delta: Of "dot": its momenta are `momentum` + `delta` for the distillation term and
+            `momentum` - `delta` for the cross-entropy term.
         args: Further arguments for the factory.
     """
 
@@ -174,12 +177,24 @@ class Optimizer(Part):
     weight_decay: float = Field(0.0, ge=0)
     momentum: float = Field(0.9, ge=0, lt=1)
     betas: tuple[float, ...] | None = None
+    delta: float = Field(0.075, ge=0)
     args: dict[str, Any] = {}
 
     @model_validator(mode="after")
-    def _own(self) -> Optimizer:
+    def _consistent(self) -> Optimizer:
         if self.name in OPTIMIZERS:
             _check_unused(self, "momentum", "betas")
+        if self.name != "dot" and self.delta != Optimizer.model_fields["delta"].default:
+            raise ValueError(f"delta is {self.delta}: only for dot, and name is {self.name!r}")
+        if self.name == "dot":
+            for field in ("betas", "args"):
+                if getattr(self, field):
+                    raise ValueError(f"{field} is {getattr(self, field)!r}: dot has no {field}")
+            if not 0 <= self.momentum - self.delta <= self.momentum + self.delta < 1:
+                raise ValueError(
+                    f"delta is {self.delta}: expected momentum - delta of at least 0 and "
+                    f"momentum + delta below 1, where momentum is {self.momentum}"
+                )
         return self
 
 

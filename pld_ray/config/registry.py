@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any, TypeVar, get_type_hints
 
@@ -32,6 +32,7 @@ from pld_ray.errors import InputError, nearest
 from pld_ray.plugins import provide
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
+BUILT_IN_OPTIMIZERS = {"dot": "SGD with a momentum for each of the two terms of a loss (DOT)"}
 BUILT_IN_SCHEDULES = ("cosine", "multistep", "step", "poly", "constant")  # of timm
 TAKEN = (  # names in the history of a trial, and columns of tables
     *("top1", "top5", "val_loss", "ece", "kl_teacher_student", "agreement", "train_loss"),
@@ -88,7 +89,7 @@ def register_optimizer(name: str) -> Callable[[_Function], _Function]:
     Raises:
         ValueError: Another optimizer has this name, or an argument has no annotation.
     """
-    return _register("optimizer", name, OPTIMIZERS, 3)
+    return _register("optimizer", name, OPTIMIZERS, 3, BUILT_IN_OPTIMIZERS)
 
 
 def register_schedule(name: str) -> Callable[[_Function], _Function]:
@@ -130,7 +131,7 @@ def metric(name: str) -> Own:
 
 
 def _register(
-    kind: str, name: str, registry: dict[str, Own], passed: int, taken: tuple[str, ...] = ()
+    kind: str, name: str, registry: dict[str, Own], passed: int, taken: Collection[str] = ()
 ) -> Callable[[_Function], _Function]:
     """Return a decorator. The first `passed` arguments of the function are no parameters."""
     if not re.fullmatch("[a-z][a-z0-9_]*", name):

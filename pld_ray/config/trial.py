@@ -152,6 +152,18 @@ class Trial(Part):
                 f"teacher.logits is 'top64': loss {self.loss.name} ranks all classes, and top64 "
                 "keeps the order of 64: expected float16, float32 or live"
             )
+        if self.optimizer.name == "dot":
+            if not getattr(self.loss, "ce_weight", 0):
+                raise ValueError(
+                    f"optimizer is 'dot' and loss {self.loss.name} has no ce_weight above 0: dot "
+                    "needs a loss of two terms, cross-entropy and distillation; set another "
+                    "optimizer for this trial, for a teacher in teacher.train"
+                )
+            if self.workers > 1:
+                raise ValueError(
+                    f"optimizer is 'dot' and workers is {self.workers}: the gradients of its two "
+                    "terms are not averaged over workers: expected workers: 1"
+                )
         if self.loss.needs_teacher and self.teacher is None:
             raise ValueError(f"loss {self.loss.name} needs a teacher: set the field teacher")
         return self

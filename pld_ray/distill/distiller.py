@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from pld_ray.data.mixing import MixedLabels
 from pld_ray.distill.device import Precision, autocast
+from pld_ray.errors import InputError
+from pld_ray.losses.common import LossOfTerms
 from pld_ray.losses.features import FeatureLoss, Features
 from pld_ray.losses.plackett_luce import PLDLoss
 from pld_ray.losses.registry import CLASSES, REGISTRY
@@ -241,6 +243,35 @@ class Distiller(nn.Module):
         """
         ce = getattr(self.loss, "ce_term", None)
         return loss.detach() if ce is None else torch.stack([loss, ce]).detach()
+
+    def keep_graphs(self) -> None:
+        """Let both terms of the loss be differentiated, for `take_terms`.
+
+        Raises:
+            InputError: The loss has no two terms.
+        """
+        if not (isinstance(self.loss, LossOfTerms) and self.loss.ce_weight > 0):
+            said = self.loss.name if hasattr(self.loss, "name") else type(self.loss).__name__
+            raise InputError(
+                f"the loss {said} has no two terms, cross-entropy with the labels and another: "
+                "expected a loss with a ce_weight above 0"
+            )
+        self.loss.keeps_graphs = True
+
+    def take_terms(self) -> tuple[Tensor, Tensor]:
+        """Return the terms of the last loss, cross-entropy and the rest, and forget them.
+
+        Raises:
+            InputError: It has no two terms, or `keep_graphs` was not called before.
+        """
+        ce, kd = getattr(self.loss, "ce_term", None), getattr(self.loss, "kd_term", None)
+        if ce is None or kd is None:
+            raise InputError(
+                "the last loss has no two terms: call distiller.keep_graphs() once, with a loss "
+                "that adds its cross-entropy by add_cross_entropy"
+            )
+        self.loss.ce_term, self.loss.kd_term = None, None
+        return ce, kd
 
     def set_epoch(self, epoch: int) -> None:
         """Tell the loss the epoch (from 0), if it has a schedule."""

@@ -23,10 +23,12 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from pld_ray.config.parts import Optimizer, Schedule
+from pld_ray.config.registry import BUILT_IN_OPTIMIZERS
 from pld_ray.config.validation import validated
 from pld_ray.distill import metrics
 from pld_ray.distill.device import Precision, autocast, pick_device, pick_precision
 from pld_ray.distill.distiller import Distiller, check_logits
+from pld_ray.distill.dot import DOT
 from pld_ray.distill.optimization import create_optimizer, create_schedule, update
 from pld_ray.errors import InputError, nearest
 
@@ -63,8 +65,8 @@ def fit(
             gives (images, labels, index), with the integer indices of the images [B].
         epochs: How often to go through `train_loader`.
         val_loader: If given, the student is evaluated on it after each epoch.
-        optimizer: The name of an optimizer in timm, or an optimizer object. An object keeps its
-            own learning rate and weight decay.
+        optimizer: The name of an optimizer in timm, "dot", or an optimizer object. An object keeps
+            its own learning rate and weight decay.
         lr: Learning rate.
         weight_decay: Weight decay.
         schedule: "cosine", "multistep", "step", "poly", "constant", or a `Schedule` with all its
@@ -283,12 +285,14 @@ def _optimizer(
         )
     if isinstance(optimizer, torch.optim.Optimizer):
         _check_parameters(optimizer, distiller)
+        if isinstance(optimizer, DOT):
+            distiller.keep_graphs()
         return optimizer
     if not isinstance(optimizer, str):
         raise InputError(
             f"optimizer is {optimizer!r}: expected a torch optimizer, or the name of one in timm"
         )
-    known = list_optimizers()
+    known = [*BUILT_IN_OPTIMIZERS, *list_optimizers()]
     if optimizer not in known:
         raise InputError(f"optimizer is {optimizer!r}: not in timm; {nearest(optimizer, known)}")
     settings = {"name": optimizer, "lr": lr, "weight_decay": weight_decay}

@@ -21,6 +21,7 @@ from pld_ray import plugins
 from pld_ray.config.parts import Optimizer, Schedule
 from pld_ray.config.registry import OPTIMIZERS, SCHEDULES
 from pld_ray.distill.distiller import Distiller
+from pld_ray.distill.dot import DOT
 from pld_ray.errors import InputError
 
 CAPTURABLE = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)  # their fused kernels on CUDA
@@ -35,14 +36,18 @@ def create_optimizer(settings: Optimizer, distiller: Distiller) -> torch.optim.O
         distiller: Must be connected if its loss learns parts of its own.
 
     Raises:
-        InputError: An optimizer of the user does not accept the arguments.
+        InputError: An optimizer of the user does not accept the arguments, or the loss has no two
+            terms, which DOT needs.
     """
     learnt = distiller.learnt_by_loss()
-    if settings.name in OPTIMIZERS:
+    if settings.name == "dot" or settings.name in OPTIMIZERS:
         groups = param_groups_weight_decay(distiller.student, settings.weight_decay)
         if learnt:
             groups.append({"params": learnt, "weight_decay": settings.weight_decay})
-        return _own_optimizer(settings, groups)
+        if settings.name != "dot":
+            return _own_optimizer(settings, groups)
+        distiller.keep_graphs()
+        return DOT(groups, settings.lr, settings.momentum, delta=settings.delta)
     betas = {} if settings.betas is None else {"betas": settings.betas}
     optimizer = create_optimizer_v2(
         distiller.student,
@@ -248,9 +253,14 @@ def update(
         clip_grad: The largest norm of all gradients together; None for no clipping.
         ema: The exponential moving average of the student, if there is one.
     """
-    optimizer.zero_grad()
-    loss.backward()
-    if clip_grad:
+    if isinstance(optimizer, DOT):
+        optimizer.backward(*distiller.take_terms())
+    else:
+        optimizer.zero_grad()
+        loss.backward()
+    if clip_grad and isinstance(optimizer, DOT):
+        optimizer.clip_grad_norm(clip_grad)
+    elif clip_grad:
         parameters = [*distiller.student.parameters(), *distiller.learnt_by_loss()]
         nn.utils.clip_grad_norm_(parameters, clip_grad)
     optimizer.step()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from pld_ray.config.parts import Model, Weights
-from pld_ray.config.registry import OPTIMIZERS
+from pld_ray.config.registry import BUILT_IN_OPTIMIZERS, OPTIMIZERS
 from pld_ray.config.trial import Trial
 from pld_ray.data import datasets
 from pld_ray.data.images import Images
@@ -45,7 +45,7 @@ def check_trials(pending: dict[str, Trial], address: str | None = None) -> Check
         reach(address)
     from timm.optim import list_optimizers
 
-    optimizers = {*list_optimizers(), *OPTIMIZERS}
+    optimizers = {*list_optimizers(), *OPTIMIZERS, *BUILT_IN_OPTIMIZERS}
     images: dict[str, Images] = {}
     notes: dict[str, None] = {}
     seen: set[str] = set()
