@@ -13,6 +13,7 @@ import pld_ray
 from pld_ray.losses import (
     REGISTRY,
     CELoss,
+    CTKDLoss,
     DISTLoss,
     DKDLoss,
     KDLoss,
@@ -95,6 +96,7 @@ ALL = [
     LabelSmoothingLoss(0.1),
     *(KDLoss(3.0, 0.2, d) for d in ("forward_kl", "reverse_kl", "jensen_shannon")),
     KDLoss(standardize="both"),
+    CTKDLoss(),
     DISTLoss(),
     DISTLoss(standardize="teacher"),
     DKDLoss(),
@@ -439,7 +441,7 @@ def test_parameters_are_checked():
 
 
 def test_losses_are_importable_from_the_package():
-    names = ["PLD", "KD", "DIST", "DKD", "NKD", "TTM", "WTTM", "ListMLE", "PListMLE"]
+    names = ["PLD", "KD", "CTKD", "DIST", "DKD", "NKD", "TTM", "WTTM", "ListMLE", "PListMLE"]
     for name in names:
         assert issubclass(getattr(pld_ray, f"{name}Loss"), torch.nn.Module)
 

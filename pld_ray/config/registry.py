@@ -40,7 +40,7 @@ TAKEN = (  # names in the history of a trial, and columns of tables
     *("student", "teacher", "setting", "method", "seed", "loss", "optimizer", "original", "gain"),
     *("original_teacher", "own_metrics", "reference", "finished", "notes", "n", "planned", "state"),
     *("teacher_images", "failed", "why", "dataset", "done", "stopped", "open", "trial", "trials"),
-    *("to_draw", "best", "settings", "loss_ce", "loss_kd"),
+    *("to_draw", "best", "settings", "loss_ce", "loss_kd", "temperature"),
 )
 
 

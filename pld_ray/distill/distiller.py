@@ -185,7 +185,8 @@ class Distiller(nn.Module):
     def connect(self, images: Tensor, labels: Tensor | None = None) -> None:
         """Create what a loss on features learns, for the shapes that the networks give.
 
-        Call it once, before the optimizer is made: some losses add parameters here.
+        Any loss is moved to the device of the images. Call it once, before the optimizer is made:
+        some losses add parameters here.
 
         Args:
             images: At least one image [1, channels, H, W] like those of the training.
@@ -196,10 +197,15 @@ class Distiller(nn.Module):
             ValueError: The features of student and teacher cannot be compared, or the labels are
                 missing.
         """
-        if self.connected:
-            return
+        if not self.connected:
+            self._connect(images[:1], labels)
+        if isinstance(self.loss, nn.Module):
+            self.loss.to(images.device)
+
+    def _connect(self, one: Tensor, labels: Tensor | None) -> None:
+        """Create what the loss learns and keeps; see `connect`. one: [1, channels, H, W]."""
         assert self.teacher is not None and isinstance(self.loss, FeatureLoss)
-        one, networks = images[:1], (self.student, self.teacher.network)
+        networks = self.student, self.teacher.network
         with autocast(one.device, self.precision):  # in which the teacher's weights may be
             features = [probe_features(net, one, self.loss.further) for net in networks]
         self.loss.borrow(teacher_layers(self.teacher.network, self.loss.further))
@@ -212,8 +218,11 @@ class Distiller(nn.Module):
                 )
             self.loss.connect_samples(labels.cpu().long())
             self.samples = len(labels)
-        self.loss.to(one.device)
         self.connected = True
+
+    def learnt_numbers(self) -> dict[str, float]:
+        """Return numbers that the loss has learnt, such as a temperature, by name."""
+        return self.loss.learnt() if isinstance(self.loss, LossOfTerms) else {}
 
     def learnt_by_loss(self) -> list[nn.Parameter]:
         """Return the parameters of the loss, which train with the student and are not kept."""

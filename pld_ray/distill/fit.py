@@ -85,6 +85,7 @@ def fit(
         One row per epoch: epoch, train_loss, lr, images_per_second, and with `val_loader` top1 and
         top5 in percent, val_loss in nats and ece in [0, 1]. For a loss of two terms also loss_ce,
         the part of train_loss that is the cross-entropy with the labels, and loss_kd, the rest.
+        For `CTKDLoss` also the temperature after the epoch.
 
     Raises:
         InputError: An argument or a batch cannot be used, or the loss is not finite.
@@ -207,6 +208,7 @@ def _train_epoch(
     return {
         "epoch": epoch + 1,
         **metrics.loss_means(means),
+        **distiller.learnt_numbers(),
         "lr": rate,
         "images_per_second": seen / (time.perf_counter() - started),
     }

@@ -213,6 +213,7 @@ class Gang:
                 {
                     "epoch": epoch + 1,
                     **means,
+                    **run.distiller.learnt_numbers(),
                     **found.get(run, {}),
                     "lr": run.optimizer.param_groups[0]["lr"],
                     "images_per_second": seen / _seconds(trained[run]),

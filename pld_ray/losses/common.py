@@ -53,6 +53,13 @@ class LossOfTerms(nn.Module):
         self.kd_term: Tensor | None = None
         self.keeps_graphs = False
 
+    def learnt(self) -> dict[str, float]:
+        """Return numbers that the loss has learnt, by name, for the log of an epoch. Default: none.
+
+        A name must not be that of another metric.
+        """
+        return {}
+
     def keep_terms(self, ce: Tensor, rest: Callable[[], Tensor]) -> None:
         """Set `ce_term` and, if it is asked for, `kd_term`."""
         if transformed():  # a tensor must not leave the function that is transformed
