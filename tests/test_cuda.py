@@ -30,7 +30,7 @@ def test_a_loss_has_the_value_and_the_gradient_of_float64_on_the_cpu(name, class
     for device, dtype in ((CPU, torch.float64), (CUDA, torch.float32)):
         logits = student.to(device, dtype).requires_grad_()
         given = logits, teacher.to(device, dtype), labels.to(device)
-        loss = create_loss(name, ignore_index=None)(*given)
+        loss = create_loss(name, ignore_index=None).to(device)(*given)  # CTKD learns a scalar
         loss.backward()
         found.append((loss.detach().cpu().double(), logits.grad.cpu().double()))
     (expected, gradient), (ours, our_gradient) = found
