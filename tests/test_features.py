@@ -9,6 +9,7 @@ import torch
 from small import run
 from torch import nn
 from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves, tree_map
 
 from pld_ray import losses
 from pld_ray.config.planning import plan
@@ -20,17 +21,13 @@ from pld_ray.distill.loop import train
 from pld_ray.distill.steps import Target
 from pld_ray.distill.teacher import _cast_weights
 from pld_ray.errors import InputError
-from pld_ray.losses import FeatureLoss, Features
+from pld_ray.losses import FeatureLoss, Features, TeacherLayers
 from pld_ray.losses.features import _same_size
 from pld_ray.models.checks import check_features
 from pld_ray.models.features import WithFeatures, check_further
 from pld_ray.store.store import Store
 
 SHAPES = [(4, 8, 8), (6, 4, 4)], [(8, 4, 4), (6, 4, 4)]  # of student and teacher: channels, h, w
-
-
-NAMED = {name: {} for name, params in losses.REGISTRY.items() if params.needs_features}
-NAMED["kdsvd"] = {"over": "columns"}  # the channels of the first stage differ
 
 
 @pytest.fixture
@@ -42,10 +39,35 @@ def batch():
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
     student, teacher = (
-        Features([draw(5, *shape) for shape in shapes], draw(5, width))
+        Features([draw(5, *shape) for shape in shapes], draw(5, width), {})
         for shapes, width in zip(SHAPES, (7, 9), strict=True)
     )
+    for features, shapes in zip((student, teacher), SHAPES, strict=True):
+        features.further["preact"] = [draw(5, *shape) for shape in shapes]
     return draw(5, 10), torch.tensor([3, 0, 9, 1, 1]), student, teacher
+
+
+NAMES = [  # CRD, which keeps a memory of samples, has tests of its own
+    name
+    for name, params in losses.REGISTRY.items()
+    if params.needs_features and not params.takes_samples
+]
+OPTIONS = {"kdsvd": {"over": "columns"}}  # the channels of the first stage differ
+
+
+def connected(name, student, teacher):
+    """A loss that has seen such features and the last layers of their teacher."""
+    norms = [nn.BatchNorm2d(stage.shape[1]) for stage in teacher.stages]
+    loss = losses.create_loss(name, **OPTIONS.get(name, {}))
+    loss.borrow(TeacherLayers("teacher", nn.Linear(teacher.pooled.shape[1], 10), norms))
+    loss.connect(student, teacher)
+    return loss
+
+
+def leaves(features, make):
+    """Features of which each tensor is a new leaf, and the leaves."""
+    copied = tree_map(make, features)
+    return copied, tree_leaves(copied)
 
 
 def cross_entropy(logits, labels):
@@ -214,18 +236,16 @@ def test_rkd_in_pieces_has_the_same_value_and_gradient(batch, monkeypatch):
     torch.testing.assert_close(value_and_gradient(), whole)
 
 
-@pytest.mark.parametrize("name", NAMED)
+@pytest.mark.parametrize("name", NAMES)
 def test_an_autocast_of_the_caller_does_not_lower_the_precision(batch, name):
-    loss = losses.create_loss(name, **NAMED[name])
-    loss.connect(*batch[2:])
+    loss = connected(name, *batch[2:])
 
     def value_and_gradients(lowered):
-        stages = [stage.clone().requires_grad_() for stage in batch[2].stages]
-        pooled = batch[2].pooled.clone().requires_grad_()
+        student, given = leaves(batch[2], lambda x: x.clone().requires_grad_())
         with torch.autocast("cpu", torch.bfloat16, enabled=lowered):
-            value = loss(*batch[:2], Features(stages, pooled), batch[3])
+            value = loss(*batch[:2], student, batch[3])
         value.backward()
-        return [value.detach(), *(x.grad for x in (*stages, pooled))]
+        return [value.detach(), *(x.grad for x in given)]
 
     expected, under = value_and_gradients(False), value_and_gradients(True)
     assert all(a is b or torch.equal(a, b) for a, b in zip(under, expected, strict=True))
@@ -260,23 +280,14 @@ def test_vid_starts_with_the_variance_it_says_and_is_a_gaussian_likelihood(batch
     assert loss(*batch).item() == pytest.approx(cross_entropy(logits, labels) + total, rel=1e-4)
 
 
-@pytest.mark.parametrize("name", NAMED)
+@pytest.mark.parametrize("name", NAMES)
 def test_gradients_go_to_the_student_alone_and_are_finite_for_equal_images(batch, name):
     logits, labels, student, teacher = batch
-    leaves = [
-        x[:1].expand_as(x).clone().requires_grad_() for x in (*student.stages, student.pooled)
-    ]
-    constant = [x.clone().requires_grad_() for x in (*teacher.stages, teacher.pooled)]
-    loss = losses.create_loss(name, **NAMED[name])
-    loss.connect(student, teacher)
-    value = loss(
-        logits.requires_grad_(),
-        labels,
-        Features(leaves[:-1], leaves[-1]),
-        Features(constant[:-1], constant[-1]),
-    )
-    value.backward()
-    gradients = [x.grad for x in (logits, *leaves) if x.grad is not None]
+    loss = connected(name, student, teacher)
+    ours, given = leaves(student, lambda x: x[:1].expand_as(x).clone().requires_grad_())
+    theirs, constant = leaves(teacher, lambda x: x.clone().requires_grad_())
+    loss(logits.requires_grad_(), labels, ours, theirs).backward()
+    gradients = [x.grad for x in (logits, *given) if x.grad is not None]
     assert len(gradients) > 1 and all(g.isfinite().all() for g in gradients)
     assert all(x.grad is None for x in constant)
 
@@ -315,7 +326,8 @@ def test_taps(name, sizes):
 class Further(FeatureLoss):
     """The distance between the maps before a ReLU, and the logits by the teacher's classifier."""
 
-    name, further = "further", frozenset(["preact"])
+    name = "own"
+    student_further = teacher_further = frozenset(["preact"])
 
     def __init__(self):
         super().__init__(ce_weight=0.0)
@@ -373,18 +385,19 @@ def test_networks_without_a_last_relu_are_told():
         networks = (timm.create_model(name, num_classes=10) for name in (student, teacher))
         return Distiller(*networks, Further())
 
-    said = "further needs feature maps before a ReLU, which {} does not give: expected a CIFAR netw"
+    said = "own compares the {}'s feature maps before a ReLU, which {} does not have: expected a CI"
     for name in ("mobilenetv2_cifar", "mobilenetv1_100", "convnext_atto"):
-        for pair in ((name, "resnet8"), ("resnet8", name)):
-            with pytest.raises(InputError, match=said.format(name)):
+        for side, pair in (("student", (name, "resnet8")), ("teacher", ("resnet8", name))):
+            with pytest.raises(InputError, match=said.format(side, name)):
                 make(*pair)
     silu = timm.create_model("resnet18", num_classes=10, act_layer="silu")
-    with pytest.raises(InputError, match=said.format("resnet18")):
-        check_further(Further(), silu)
+    with pytest.raises(InputError, match=said.format("student", "resnet18")):
+        check_further(Further(), silu, silu)
     wrong = Further()
-    wrong.further = frozenset(["logit"])
-    with pytest.raises(InputError, match="further: further has 'logit': expected 'preact'"):
-        check_further(wrong, silu)
+    wrong.teacher_further = frozenset(["logit"])
+    network = timm.create_model("resnet8", num_classes=10)
+    with pytest.raises(InputError, match="own: teacher_further has 'logit': expected 'preact'"):
+        check_further(wrong, network, silu)
 
 
 @pytest.mark.parametrize("logits", [None, torch.arange(6.0).reshape(2, 3)])
@@ -417,12 +430,15 @@ base:
 """
 
 
-@pytest.mark.parametrize(("loss", "learnt"), [("vid", 3 * 4), ("cc", 4)])
+@pytest.mark.parametrize(
+    ("name", "learnt"),
+    {"vid": 3 * 4, "ofd": 3 * 6, "reviewkd": 4 * 12 + 3 * 2, "srrl": 6, "cc": 4}.items(),
+)
 def test_a_learnt_part_is_trained_kept_on_resume_and_not_saved(
-    experiment, tmp_path, monkeypatch, loss, learnt
+    name, learnt, experiment, tmp_path, monkeypatch
 ):
     monkeypatch.setattr("pld_ray.distill.keeping.CHECKPOINT_SECONDS", 0)
-    trial = plan(experiment(SMALL, f"loss={loss}")).cells[0].trial
+    trial = plan(experiment(SMALL, f"loss={name}")).cells[0].trial
     stores = [Store(tmp_path / name) for name in ("whole", "broken")]
     run(trial, stores[0])
     run(trial.teacher, stores[1])

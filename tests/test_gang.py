@@ -44,6 +44,9 @@ MEMBERS = (
     {"loss": "ce", "student": DROPOUT, "teacher": None},
     {"loss": "dkd", "teacher_logits": "live", "teacher": "other"},
     {"loss": "kd", "optimizer": SGD | {"lr": 1e30}},
+    {"loss": "ofd", "student": {"name": "wrn_16_2"}},
+    {"loss": {"name": "reviewkd", "weight": 5, "student_preact": True}},
+    {"loss": "srrl", "ema": 0.9},
 )
 
 
@@ -118,6 +121,23 @@ def test_what_is_the_same_is_done_once(experiment, monkeypatch):
         run(trial, alone)
     apart = sum(alone.record(trial.id)["teacher_images"] for trial in trials)
     assert apart == 3 * (len(images.val) + 3 * 150)
+
+
+def test_losses_that_need_more_features_share_one_pass_and_resume(experiment, monkeypatch):
+    monkeypatch.setattr(keeping, "CHECKPOINT_SECONDS", 0)
+    trials, alone, gang = members(experiment, 2, 3, 9, 10, 11)
+
+    def stop(epochs):
+        raise SystemExit
+
+    for some in (trials[:3], trials[3:]):  # with and without the maps before a ReLU
+        with pytest.raises(SystemExit):
+            together(some, gang, stop)
+    together(trials, gang)
+    same(trials, alone, gang)
+    seen = sum(gang.record(trial.id)["teacher_images"] for trial in trials)
+    # the pass of one epoch of two gangs and of two epochs of one; logits for DIST, and their check
+    assert seen == 3 * len(load(trials[0].data).val) + 4 * 150 + 2 * 32
 
 
 def test_logits_that_the_pass_for_features_does_not_give_are_computed_apart(

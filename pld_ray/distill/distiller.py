@@ -69,7 +69,7 @@ class FrozenTeacher(nn.Module):
 
         Args:
             images: [B, channels, H, W].
-            further: The features beyond `stages` and `pooled`, as in `FeatureLoss.further`.
+            further: The names of the features beyond `stages` and `pooled`; see `FeatureLoss`.
         """
         return self._run(WithFeatures(self.network, further), images)[1]
 
@@ -166,8 +166,7 @@ class Distiller(nn.Module):
                 f"{type(self.loss).__name__} compares features: expected a teacher network"
             )
         if isinstance(self.loss, FeatureLoss) and teacher is not None:
-            for network in (student, teacher.network):
-                check_further(self.loss, network)
+            check_further(self.loss, student, teacher.network)
         self.takes_samples: bool = getattr(self.loss, "takes_samples", False)
         self.samples = 0  # their number, if the loss takes them
         self.connected = not self.compares_features
@@ -178,7 +177,7 @@ class Distiller(nn.Module):
         """Make the network of the forward pass from the student."""
         network = self.student
         if self.compares_features:
-            network = WithFeatures(self.student, self.loss.further)
+            network = WithFeatures(self.student, self.loss.student_further)
         # In a tuple, so that the student's weights are not registered twice.
         self._network: tuple[Any, nn.Module] = (network, self.student)
 
@@ -205,18 +204,21 @@ class Distiller(nn.Module):
     def _connect(self, one: Tensor, labels: Tensor | None) -> None:
         """Create what the loss learns and keeps; see `connect`. one: [1, channels, H, W]."""
         assert self.teacher is not None and isinstance(self.loss, FeatureLoss)
-        networks = self.student, self.teacher.network
+        loss, teacher = self.loss, self.teacher.network
         with autocast(one.device, self.precision):  # in which the teacher's weights may be
-            features = [probe_features(net, one, self.loss.further) for net in networks]
-        self.loss.borrow(teacher_layers(self.teacher.network, self.loss.further))
-        self.loss.connect(*features)
+            features = (
+                probe_features(self.student, one, loss.student_further),
+                probe_features(teacher, one, loss.teacher_further),
+            )
+        loss.borrow(teacher_layers(teacher, loss.teacher_further))
+        loss.connect(*features)
         if self.takes_samples:
             if labels is None:
                 raise ValueError(
-                    f"{type(self.loss).__name__} keeps a memory of the training samples: expected "
+                    f"{type(loss).__name__} keeps a memory of the training samples: expected "
                     "distiller.connect(images, labels), with the labels of all of them"
                 )
-            self.loss.connect_samples(labels.cpu().long())
+            loss.connect_samples(labels.cpu().long())
             self.samples = len(labels)
         self.connected = True
 
@@ -344,7 +346,7 @@ class Distiller(nn.Module):
             target = teacher_features
             if target is None:
                 with self.clock("teacher"):
-                    target = self.teacher.features(images, self.loss.further)
+                    target = self.teacher.features(images, self.loss.teacher_further)
         elif target is None and self.needs_teacher:
             if self.teacher is None:
                 raise ValueError(

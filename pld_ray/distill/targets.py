@@ -77,7 +77,7 @@ class Targets:
         for key in (key for key, count in users.items() if count > 1):
             runs = [run for run in self.runs if id(run.live_teacher) == key]
             losses = [run.distiller.loss for run in runs]
-            further = [loss.further for loss in losses if isinstance(loss, FeatureLoss)]
+            further = [loss.teacher_further for loss in losses if isinstance(loss, FeatureLoss)]
             teacher = runs[0].live_teacher
             assert teacher is not None
             with runs[0].shared.clock(LIVE):
@@ -93,7 +93,7 @@ class Targets:
         found = self.live.get(id(run.live_teacher), Target())
         if found.features is not None and run.distiller.compares_features:
             stages, pooled, further = found.features
-            own = {name: further[name] for name in run.distiller.loss.further}
+            own = {name: further[name] for name in run.distiller.loss.teacher_further}
             return Target(features=Features(stages, pooled, own))
         return Target() if run.distiller.compares_features else Target(logits=found.logits)
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from typing import Annotated, Any, ClassVar, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
 from pydantic import Field
@@ -38,7 +38,7 @@ class Features(NamedTuple):
     Attributes:
         stages: Feature maps [B, channels, h, w] of the stages, without the stem.
         pooled: Input of the last linear layer [B, width].
-        further: What else a loss asks for, by the names in `FeatureLoss.further`.
+        further: What else a loss asks for, by its name, such as "preact".
     """
 
     stages: list[Tensor]
@@ -50,12 +50,14 @@ class TeacherLayers(NamedTuple):
     """Layers of a frozen teacher, of which a loss may copy constants.
 
     Attributes:
+        network: The name of the teacher, for messages.
         classifier: The last layer, which maps the pooled features [B, width] to logits [B, C]. Its
             weights are bfloat16 if the teacher computes in bfloat16.
         norms: The batch norm before the last ReLU of each stage. Empty if the network has none, or
             if the loss does not ask for "preact".
     """
 
+    network: str
     classifier: nn.Module
     norms: list[nn.Module]
 
@@ -72,15 +74,17 @@ class FeatureLoss(LossOfTerms, ABC):
 
     Attributes:
         name: The name of the loss in YAML; `register_loss` sets it.
-        further: Names of what the loss needs in `Features.further`, from each of the two networks:
+        student_further: Names of what the loss needs in `Features.further` of the student. There is
             "preact", the stages before their last ReLU.
+        teacher_further: The same of the teacher.
         takes_samples: Whether the loss needs `connect_samples`, and the indices of the samples of
             each batch.
         notes: Messages for the user, as in `DistillationLoss`.
     """
 
     name = ""
-    further: ClassVar[frozenset[str]] = frozenset()
+    student_further: frozenset[str] = frozenset()
+    teacher_further: frozenset[str] = frozenset()
     takes_samples = False
 
     def __init__(self, ce_weight: float) -> None:
@@ -145,6 +149,15 @@ class FeatureLoss(LossOfTerms, ABC):
             teacher: Features of the teacher, float32, without gradients.
         """
 
+    def logit_distance(self, student_logits: Tensor, teacher: Features) -> Tensor | None:
+        """Return a term of the student's logits, a scalar that is added to `distance`, or None.
+
+        Args:
+            student_logits: Student logits [B, C], float32.
+            teacher: Features of the teacher, float32, without gradients.
+        """
+        return None
+
     def forward(
         self,
         student_logits: Tensor,
@@ -172,6 +185,9 @@ class FeatureLoss(LossOfTerms, ABC):
             given: Any = tree_map(Tensor.float, student)
             constant: Any = tree_map(lambda x: x.detach().float(), teacher)
             distance = self.distance(given, constant, *(() if index is None else (index,)))
+            further = self.logit_distance(student_logits.float(), constant)
+            if further is not None:
+                distance = distance + further
             ce = self.ce_weight * F.cross_entropy(student_logits.float(), labels)
         self.keep_terms(ce, lambda: distance)
         return ce + distance
@@ -193,11 +209,11 @@ class FeatureLoss(LossOfTerms, ABC):
 def _same_size(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
     """Average-pool two maps [B, *, h, w] to the smaller height and width of the two."""
     size = min(one.shape[2], other.shape[2]), min(one.shape[3], other.shape[3])
-    first, second = (x if x.shape[2:] == size else _pool(x, *size) for x in (one, other))
+    first, second = (x if x.shape[2:] == size else average_pool(x, *size) for x in (one, other))
     return first, second
 
 
-def _pool(x: Tensor, height: int, width: int) -> Tensor:
+def average_pool(x: Tensor, height: int, width: int) -> Tensor:
     """Average-pool maps [B, *, h, w] to [B, *, height, width], as `F.adaptive_avg_pool2d` does.
 
     The backward pass of that function adds in any order on CUDA, so that results are not the same

@@ -91,12 +91,14 @@ def check_features(
         assert isinstance(loss, FeatureLoss)
         images = torch.zeros(batch, channels, image_size, image_size)
         networks = [create_model(model, *shape) for model in (trial.student, teacher)]
-        for network in networks:
-            check_further(loss, network)
-        features: list[Any] = [probe_features(net, images, loss.further) for net in networks]
+        check_further(loss, *networks)
+        asked = loss.student_further, loss.teacher_further
+        features: list[Any] = [
+            probe_features(*of) for of in zip(networks, [images] * 2, asked, strict=True)
+        ]
         try:
             with plugins.errors_told(f"loss {trial.loss.name}"):
-                loss.borrow(teacher_layers(networks[1], loss.further))
+                loss.borrow(teacher_layers(networks[1], asked[1]))
                 loss.connect(*features)
                 if loss.takes_samples:
                     assert labels is not None

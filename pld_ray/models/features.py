@@ -84,20 +84,22 @@ class WithFeatures(nn.Module):
         return network.get_classifier()(pooled), Features(stages, pooled, further)
 
 
-def check_further(loss: FeatureLoss, network: nn.Module) -> None:
-    """Check that a network gives the further features that a loss needs.
+def check_further(loss: FeatureLoss, student: nn.Module, teacher: nn.Module) -> None:
+    """Check that student and teacher give the further features that a loss needs.
 
     Raises:
-        InputError: It does not, or the loss asks for something else.
+        InputError: They do not, or the loss asks for something else.
     """
-    if unknown := sorted(loss.further - {"preact"}):
-        raise InputError(f"{loss.name}: further has {unknown[0]!r}: expected 'preact'")
-    if "preact" in loss.further and not has_preactivations(network):
-        raise InputError(
-            f"{loss.name} needs feature maps before a ReLU, which {_name(network)} does not give: "
-            "expected a CIFAR network other than mobilenetv2_cifar, or a ResNet of timm with ReLU, "
-            "such as resnet18"
-        )
+    sides = ("student", student, loss.student_further), ("teacher", teacher, loss.teacher_further)
+    for side, network, further in sides:
+        if unknown := sorted(further - {"preact"}):
+            raise InputError(f"{loss.name}: {side}_further has {unknown[0]!r}: expected 'preact'")
+        if "preact" in further and not has_preactivations(network):
+            raise InputError(
+                f"{loss.name} compares the {side}'s feature maps before a ReLU, which "
+                f"{_name(network)} does not have: expected a CIFAR network other than "
+                "mobilenetv2_cifar, or a ResNet of timm with ReLU, such as resnet18"
+            )
 
 
 def _name(network: nn.Module) -> str:
@@ -116,7 +118,7 @@ def teacher_layers(network: nn.Module, further: frozenset[str] = frozenset()) ->
             norms = timm_resnet.last_norms(network, stages)
         else:
             norms = of.last_norms(stages)
-    return TeacherLayers(of.get_classifier(), norms)
+    return TeacherLayers(_name(network), of.get_classifier(), norms)
 
 
 @torch.no_grad()
