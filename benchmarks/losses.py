@@ -2,17 +2,11 @@
 
     .venv/bin/python benchmarks/losses.py              # two minutes on 2 cores; also CUDA, if any
     .venv/bin/python benchmarks/losses.py --rounds 5   # quick run
-    .venv/bin/python benchmarks/losses.py --features --rounds 9   # losses on features; 4 minutes
 
 In each round, every loss is timed once, in a new random order, and its time is divided by the time
 of KD in the same round. The table shows the median of these ratios. The script writes losses.csv
 and losses.png to --out. For comparison, it also times two simple implementations of PLD: a loop
 over the batch, and autograd through logcumsumexp.
-
-With --features, it measures losses on features of networks, for 64 random images of 32x32 pixels:
-forward and backward pass of the loss, relative to a whole step with KD (forward passes of teacher
-and student, loss, backward pass; no optimizer). On a CPU these are seconds of the processor, so
-that other work on the machine matters less. The file is features.csv.
 """
 
 from __future__ import annotations
@@ -39,17 +33,8 @@ from torch.nn import functional as F
 
 from analysis.figures.style import STYLE, save
 from pld_ray import losses
-from pld_ray.config.parts import Model
-from pld_ray.distill.distiller import Distiller
-from pld_ray.models.factory import create_model
-from pld_ray.models.features import WithFeatures
 
 SIZES = [(128, 10), (128, 100), (256, 1000), (64, 21841), (16, 100000)]
-PAIRS = [("resnet56", "resnet20"), ("resnet50_cifar", "mobilenetv2_cifar")]  # teacher, student
-VARIANTS = {  # of losses on features
-    "KDSVD, over: columns": losses.REGISTRY["kdsvd"](name="kdsvd", over="columns"),
-    "CC, form: rbf": losses.REGISTRY["cc"](name="cc", form="rbf"),
-}
 BLOCK = 0.02  # seconds for which a loss is repeated in one measurement
 Inputs = tuple[Tensor, Tensor, Tensor]
 
@@ -145,62 +130,18 @@ def methods(given: Inputs) -> dict[str, Callable[[], None]]:
     return found
 
 
-def feature_methods(teacher: str, student: str, device: str) -> dict[str, Callable[[], None]]:
-    """Return the losses on features to time, and "KD", a whole step with KD.
-
-    Losses that cannot compare these networks are left out.
-
-    Args:
-        teacher: Name of the teacher.
-        student: Name of the student.
-        device: "cpu" or "cuda".
-    """
-    torch.manual_seed(0)
-    images, labels = torch.randn(64, 3, 32, 32).to(device), torch.randint(100, (64,)).to(device)
-    networks = [
-        create_model(Model(name=name), 100, 3, 32).to(device) for name in (student, teacher)
-    ]
-    kd = Distiller(*networks, losses.KDLoss())
-    with torch.no_grad():
-        (logits, ours), (_, theirs) = (WithFeatures(network)(images) for network in networks)
-    for leaf in (logits, *ours.stages, ours.pooled):
-        leaf.requires_grad_()
-
-    def step() -> None:
-        kd.zero_grad()
-        kd(images, labels).backward()
-
-    def alone(loss: losses.FeatureLoss) -> Callable[[], None]:
-        def run() -> None:
-            loss(logits, labels, ours, theirs).backward()
-
-        return run
-
-    found = {"KD": step}
-    chosen = {p.label: p(name=n) for n, p in losses.REGISTRY.items() if p.needs_features}
-    for name, params in (chosen | VARIANTS).items():
-        loss = losses.create_loss(params)
-        try:
-            loss.connect(ours, theirs)
-            loss.to(device).distance(ours, theirs)
-        except ValueError:
-            continue
-        found[name] = alone(loss)
-    return found
-
-
-def seconds(run: Callable[[], None], device: str, clock: Callable[[], float]) -> float:
+def seconds(run: Callable[[], None], device: str) -> float:
     """Return the mean seconds per call, over calls that take BLOCK seconds in total."""
     calls, elapsed = 0, 0.0
     if device == "cuda":
         torch.cuda.synchronize()
-    started = clock()
+    started = time.perf_counter()
     while elapsed < BLOCK:
         run()
         calls += 1
         if device == "cuda":
             torch.cuda.synchronize()
-        elapsed = clock() - started
+        elapsed = time.perf_counter() - started
     return elapsed / calls
 
 
@@ -232,30 +173,26 @@ def _status(field: str) -> int:
     raise RuntimeError(f"/proc/self/status has no {field}")
 
 
-def measure(
-    runs: dict[str, Callable[[], None]],
-    device: str,
-    rounds: int,
-    clock: Callable[[], float] = time.perf_counter,
-) -> pd.DataFrame:
-    """Measure losses.
+def measure(batch: int, classes: int, device: str, rounds: int) -> pd.DataFrame:
+    """Measure all losses at one size.
 
     Args:
-        runs: The losses to time: name -> function that runs one forward and backward pass.
+        batch: Batch size.
+        classes: Number of classes.
         device: "cpu" or "cuda".
         rounds: How often each loss is timed.
-        clock: Returns seconds.
 
     Returns:
         One row per loss: median milliseconds, median and quartiles of the ratio to KD, peak MiB.
     """
+    runs = methods(inputs(batch, classes, device))
     for run in runs.values():
         run()
     peaks = {name: peak_mib(run, device) for name, run in runs.items()}
     times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds):
         for name in random.sample(list(runs), len(runs)):
-            times[name].append(seconds(runs[name], device, clock))
+            times[name].append(seconds(runs[name], device))
     frame = pd.DataFrame(times)
     ratios = frame.div(frame["KD"], axis=0)
     columns = {
@@ -266,29 +203,20 @@ def measure(
         "peak_mib": pd.Series(peaks),
     }
     rows = pd.DataFrame(columns).rename_axis("loss").reset_index()
-    return rows.assign(device=device)
+    return rows.assign(device=device, batch=batch, classes=classes)
 
 
-def show(results: pd.DataFrame, console: Console, sizes: list[str], title: str) -> None:
-    """Print two tables per device: time relative to KD, and peak memory.
-
-    Args:
-        results: The rows of `measure`.
-        console: Where to print.
-        sizes: The columns of the results that say what was measured.
-        title: What the ratio to KD is.
-    """
+def show(results: pd.DataFrame, console: Console) -> None:
+    """Print two tables per device: time relative to KD, and peak memory."""
     for device, part in results.groupby("device"):
-        for value, heading in (
-            ("ratio_to_kd", title),
+        for value, title in (
+            ("ratio_to_kd", "time of forward + backward pass, relative to KD"),
             ("peak_mib", "peak memory in MiB, including the gradient"),
         ):
-            table = Table(" x ".join(sizes), title=f"{device}: {heading}", box=box.SIMPLE)
-            wide = part.pivot(index="loss", columns=sizes, values=value)[
-                list(part[sizes].drop_duplicates().itertuples(index=False, name=None))
-            ]
-            for column in wide.columns:
-                table.add_column("x".join(map(str, column)), justify="right")
+            table = Table("batch x classes", title=f"{device}: {title}", box=box.SIMPLE)
+            wide = part.pivot(index="loss", columns=["batch", "classes"], values=value)
+            for batch, classes in wide.columns:
+                table.add_column(f"{batch}x{classes}", justify="right")
             for loss in part["loss"].unique():
                 cells = [cell(x) for x in wide.loc[loss]]
                 table.add_row(loss, *cells)
@@ -358,7 +286,7 @@ def draw(results: pd.DataFrame, path: Path) -> None:
 
 
 def main() -> None:
-    """Measure all sizes or pairs on all devices, and print, write and plot the results."""
+    """Measure all sizes on all devices, and print, write and plot the results."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
@@ -366,35 +294,23 @@ def main() -> None:
     parser.add_argument(
         "--out", type=Path, default=Path("results/benchmarks"), help="output folder"
     )
-    parser.add_argument("--features", action="store_true", help="steps with losses on features")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-    sizes: list[tuple[Any, Any]] = list(PAIRS if arguments.features else SIZES)
-    names = ["teacher", "student"] if arguments.features else ["batch", "classes"]
     console, parts = Console(), []
     for device in devices:
-        for size in sizes:
-            with console.status(f"{device}: {size[0]} x {size[1]}"):
-                if arguments.features:
-                    clock = time.process_time if device == "cpu" else time.perf_counter
-                    runs = feature_methods(*size, device)
-                    part = measure(runs, device, arguments.rounds, clock)
-                    part["ratio_to_kd"] *= 100
-                else:
-                    part = measure(methods(inputs(*size, device)), device, arguments.rounds)
-                parts.append(part.assign(**dict(zip(names, size, strict=True))))
+        for batch, classes in SIZES:
+            with console.status(f"{device}: {batch} x {classes}"):
+                parts.append(measure(batch, classes, device, arguments.rounds))
     results = pd.concat(parts)
-    title = "time of forward + backward pass, relative to KD"
-    if arguments.features:
-        title = "time of forward + backward pass of the loss, in % of a whole step with KD"
-    show(results, console, names, title)
+    show(results, console)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    file = arguments.out / ("features.csv" if arguments.features else "losses.csv")
-    results.round(4).to_csv(file, index=False)
-    if not arguments.features:
-        draw(results, file.with_suffix(""))
-    console.print(f"written: {file}; torch {torch.__version__}, {torch.get_num_threads()} threads")
+    results.round(4).to_csv(arguments.out / "losses.csv", index=False)
+    draw(results, arguments.out / "losses")
+    console.print(
+        f"written: {arguments.out}/losses.csv, losses.png; torch {torch.__version__}, "
+        f"{torch.get_num_threads()} threads"
+    )
 
 
 if __name__ == "__main__":

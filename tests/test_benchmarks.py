@@ -29,20 +29,6 @@ def test_losses(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_losses_on_features(tmp_path, monkeypatch, capsys):
-    benchmark = runpy.run_path(str(FOLDER / "losses.py"))
-    benchmark["PAIRS"][:] = [("wrn_16_2", "wrn_16_1"), ("resnet14", "resnet8")]
-    arguments = ["losses.py", "--features", "--rounds", "1", "--out", str(tmp_path)]
-    monkeypatch.setattr(sys, "argv", arguments)
-    benchmark["main"]()
-    results = pd.read_csv(tmp_path / "features.csv").set_index(["student", "loss"])
-    assert (results["milliseconds"] > 0).all() and "in % of a whole step" in capsys.readouterr().out
-    measured = {name: set(results.loc[name].index) for name in ("wrn_16_1", "resnet8")}
-    assert measured["resnet8"] - measured["wrn_16_1"] == {"KDSVD"}
-    assert {"NST", "KDSVD, over: columns", "CC, form: rbf"} < measured["wrn_16_1"]
-
-
-@pytest.mark.slow
 def test_features(monkeypatch, capsys):
     benchmark = runpy.run_path(str(FOLDER / "features.py"))
     monkeypatch.setattr(sys, "argv", ["features.py", "--quick", "--rounds", "2"])
