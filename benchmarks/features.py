@@ -1,6 +1,6 @@
 """Measure losses on features: the time of a step beside that of KD, and the draws of CRD.
 
-    .venv/bin/python benchmarks/features.py            # MINUTES minutes on one core
+    .venv/bin/python benchmarks/features.py            # four minutes of one core
     .venv/bin/python benchmarks/features.py --quick    # a check that it runs
 
 Two parts:
@@ -147,13 +147,11 @@ def draws(device: torch.device, rounds: int, quick: bool) -> Iterator[Row]:
         loss.connect(pooled, pooled)
         loss.connect_samples(labels)
         loss.embed_teacher.load_state_dict(loss.embed_student.state_dict())
-        loss.momentum = 0.0
-        loss.to(device)
         with torch.no_grad():
-            for part in torch.arange(samples, device=device).split(BATCH):
-                given = Features([], features[part.cpu()].to(device))
-                loss.distance(given, given, part)
-        loss.eval()
+            vectors = torch.nn.functional.normalize(loss.embed_student(features))
+        loss.student_memory.copy_(vectors)
+        loss.teacher_memory.copy_(vectors)
+        loss.to(device)
 
         def gradient(index: Tensor, loss: CRDLoss = loss, features: Tensor = features) -> Tensor:
             given = Features([], features[index].to(device))
@@ -161,6 +159,9 @@ def draws(device: torch.device, rounds: int, quick: bool) -> Iterator[Row]:
             return torch.autograd.grad(value, loss.embed_student.weight)[0]  # type: ignore[arg-type]
 
         index, found = torch.randperm(samples)[:BATCH], {}
+        loss.train()
+        gradient(index)  # finds Z
+        loss.eval()
         for name in ("Shared candidates", "Independent draws"):
             if name == "Independent draws":
                 loss.draw = partial(independent, loss)  # type: ignore[method-assign]
