@@ -93,7 +93,8 @@ def inputs(batch: int, classes: int, device: str) -> Inputs:
     student = 3 * torch.randn(batch, classes, generator=generator)
     rank = 1 + torch.rand(batch, classes, generator=generator).argsort(1)
     teacher = torch.randn(batch, classes, generator=generator) - 3 * rank.log()
-    labels = torch.randint(classes, (batch,), generator=generator)
+    # each twice: some losses take two views of an image
+    labels = torch.randint(classes, (batch // 2,), generator=generator).repeat(2)
     return student.to(device), teacher.to(device), labels.to(device)
 
 

@@ -148,7 +148,8 @@ def losses() -> str:
         schema = loss_schema(params)
         schema["properties"].pop("name")
         taken = takes.get(params.takes, "nothing")
-        text += [f"## {name}", f"{params.label} in tables. From the teacher: {taken}."]
+        said = f"{params.label} in tables. From the teacher: {taken}."
+        text += [f"## {name}", said + " Two views of each image." * params.paired]
         text.append(schema["description"])
         if schema["properties"]:
             text.append(_table(schema))

@@ -151,5 +151,39 @@ def ttm_rows(student, teacher, labels, tau, ce_weight, beta, weighted):
     return values, gradients
 
 
+def mlkd(student, teacher, labels, taus, ce_weight, kd_weight, variant, standardized="none"):
+    """MLKD by loops over temperatures, pairs of images and pairs of classes; 2B rows."""
+    images, classes = len(labels) // 2, student.shape[1]
+    sure = [softmax(t).max() for t in teacher[:images]]
+    summed = sum(softmax(t) for t in teacher[:images])
+    of_image = [float(x <= np.median(sure)) for x in sure]
+    of_class = [float(x <= np.median(summed)) for x in summed]
+    if variant == "paper":
+        of_image, of_class = [1.0] * images, [1.0] * classes
+    if variant == "released":
+        of_image, of_class = [np.mean(of_image)] * images, [np.mean(of_class)] * classes
+    seen = standardize(student) if standardized == "both" else student
+    against = teacher if standardized == "none" else standardize(teacher)
+    total = 0.0
+    for number, tau in enumerate(taus):
+        each = [
+            tau**2 * kl(softmax(t / tau), softmax(s / tau))
+            for s, t in zip(seen, against, strict=True)
+        ]
+        first, second = each[:images], each[images:]
+        total += sum(w * x for w, x in zip(of_image, first, strict=True)) / images
+        swapped = variant == "released" and number >= len(taus) - 2
+        total += np.mean(first if swapped else second)
+        p = np.array([softmax(t / tau) for t in teacher[:images]])
+        q = np.array([softmax(s / tau) for s in student[:images]])
+        for i in range(images):
+            for j in range(images):
+                total += of_image[j] * (p[i] @ p[j] - q[i] @ q[j]) ** 2 / images
+        for a in range(classes):
+            for b in range(classes):
+                total += of_class[b] * (p[:, a] @ p[:, b] - q[:, a] @ q[:, b]) ** 2 / classes
+    return kd_weight * total + 2 * ce_weight * cross_entropy(student, labels)
+
+
 def standardize(logits):
     return (logits - logits.mean(1, keepdims=True)) / logits.std(1, ddof=1, keepdims=True)

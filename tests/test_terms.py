@@ -22,15 +22,16 @@ from pld_ray.store.store import Store
 TERMED = [name for name, params in REGISTRY.items() if "ce_weight" in params.model_fields]
 
 
-def batch(rows=7, classes=6):
+def batch(rows=8, classes=6):
+    """Logits and labels; the labels are those of two views of each image."""
     generator = torch.Generator().manual_seed(0)
     student, teacher = torch.randn(2, rows, classes, generator=generator, dtype=torch.float64)
-    return student, teacher, torch.randint(classes, (rows,), generator=generator)
+    return student, teacher, torch.randint(classes, (rows // 2,), generator=generator).repeat(2)
 
 
 def features():
     generator = torch.Generator().manual_seed(1)
-    sizes = (7, 4, 8, 8), (7, 6, 4, 4), (7, 8, 2, 2)
+    sizes = (8, 4, 8, 8), (8, 6, 4, 4), (8, 8, 2, 2)
     stages = [torch.randn(size, generator=generator) for size in sizes]
     return Features(stages, stages[-1].mean((2, 3)), {"preact": stages})
 

@@ -13,12 +13,15 @@ from pld_ray.store.store import Store
 from pld_ray.sweep.search import SearchProgress
 from pld_ray.units import duration, in_bytes
 
+RANDOM = ("pad", "flip", "random_resized_crop", "augment", "mixup", "cutmix")
+"""Fields of a bank that make its images depend on the seed."""
+
 
 def seconds(plan: Plan, store: Store, done: set[str]) -> dict[str, float]:
     """Estimate the seconds that each trial takes, from finished trials that are similar.
 
-    Trials are similar if they have the same student, teacher, data, batch size and number of
-    workers. The time is proportional to the number of epochs.
+    Trials are similar if they have the same student, teacher, data, batch size, number of workers
+    and number of views of an image. The time is proportional to the number of epochs.
 
     Args:
         plan: The plan whose trials are estimated.
@@ -50,7 +53,7 @@ def _kinds(trials: dict[str, Trial]) -> dict[str, tuple[Any, ...]]:
         if same not in by_settings:
             data = trial.data.model_dump_json()
             kind = trial.student.name, trial.teacher_name, data, trial.batch_size, trial.workers
-            by_settings[same] = kind
+            by_settings[same] = *kind, len(trial.each_view)
         found[key] = by_settings[same]
     return found
 
@@ -173,6 +176,11 @@ def show(plan: Plan, store: Store, done: set[str]) -> None:
         f"{len(plan.teacher_ids)}): {len(plan.trials) - len(left)} done, {len(left)} to run"
         + (f" ({epochs:,} epochs)" if left else "")
     )
+    if pairs := [plan.trials[key].epochs for key in left if len(plan.trials[key].each_view) > 1]:
+        print(
+            f"{sum(pairs):,} of these epochs prepare two views of each image, for "
+            f"{len(pairs)} trials whose loss compares them"
+        )
     if together:
         print(_gang_line(together))
     known = [estimate[key] for key in left if key in estimate]
@@ -232,6 +240,7 @@ def bank_row(bank: PlannedBank) -> dict[str, Any]:
     return {
         "teacher": trial.teacher_name,
         "data": trial.data.name,
+        "augment": list(trial.data.augment) if bank.split == "train" else [],
         "split": bank.split,
         "seed": trial.seed if bank.split == "train" and trial.data.augmented else None,
         "logits": trial.teacher_logits if bank.split == "train" else "float32",
@@ -261,9 +270,10 @@ def show_banks(store: Store) -> None:
     shown: list[tuple[Any, ...]] = []
     for about, key, files in sorted(rows, key=lambda row: str(row[0])):
         spec, views = about["spec"], {name.split("/")[0] for name in files if "/" in name}
-        seed = str(spec["seed"]) if spec["pad"] or spec["flip"] else "any"
+        seed = str(spec["seed"]) if any(spec.get(field) for field in RANDOM) else "any"
+        data = " +".join([about["data"], *spec.get("augment", ())])
         size = in_bytes(sum(files.values()))
-        shown.append((key, about["teacher"], about["data"], spec["split"], seed, len(views), size))
+        shown.append((key, about["teacher"], data, spec["split"], seed, len(views), size))
     print(aligned(("key", "teacher", "data", "split", "seed", "views", "size"), shown))
     total = sum(sum(files.values()) for files in banks.values())
     print(f"\n{len(banks)} banks, {in_bytes(total)} in {store.uri}")

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from pld_ray import plugins
+from pld_ray.config.parts import Data
 from pld_ray.config.trial import Trial
 
 SAME = (
@@ -43,6 +44,8 @@ def gang_key(trial: Trial, auto: bool) -> tuple[str, str]:
     stream = stream_key(trial)
     if not auto or _prepares_long(trial):
         return stream, ""
+    if second := trial.each_view[1:]:
+        return stream, json.dumps(second[0].data.augment)
     if trial.teacher is not None and trial.runs_teacher:
         return stream, trial.teacher.model_dump_json()
     return stream, trial.id
@@ -64,7 +67,8 @@ class PlannedGang:
 
     Attributes:
         trials: The trials.
-        apart: Epochs for which images are prepared if each trial is alone.
+        apart: Epochs for which images are prepared if each trial is alone. An epoch of a loss that
+            takes two views of each image counts twice, here and in the other numbers.
         together: Epochs for which they are prepared in the gang.
         taught_apart: Epochs for which networks of teachers run in the steps of trials alone.
         taught_together: The same in the gang.
@@ -104,14 +108,17 @@ def planned(trials: Iterable[Trial], largest: int | None = None) -> list[Planned
 
 def _planned(gang: list[Trial]) -> PlannedGang:
     """Return what it spares that some trials step together."""
-    taught: dict[str, list[int]] = defaultdict(list)  # by the teacher whose network runs
+    shown: dict[Data, list[int]] = defaultdict(list)  # epochs of trials by the view of images
+    taught: dict[tuple[str, Data], list[int]] = defaultdict(list)  # also by the teacher that runs
     for trial in gang:
-        if trial.teacher is not None and trial.runs_teacher:
-            taught[trial.teacher.model_dump_json()].append(trial.epochs)
+        for each in trial.each_view:
+            shown[each.data].append(trial.epochs)
+            if trial.teacher is not None and trial.runs_teacher:
+                taught[trial.teacher.model_dump_json(), each.data].append(trial.epochs)
     return PlannedGang(
         trials=tuple(gang),
-        apart=sum(trial.epochs for trial in gang),
-        together=max(trial.epochs for trial in gang),
+        apart=sum(map(sum, shown.values())),
+        together=sum(map(max, shown.values())),
         taught_apart=sum(map(sum, taught.values())),
         taught_together=sum(map(max, taught.values())),
     )

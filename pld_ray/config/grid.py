@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, get_origin
 
 from pld_ray.errors import InputError
+from pld_ray.losses import REGISTRY
 
 
 def axis(key: str, values: Any, where: str) -> tuple[tuple[str, ...], list[tuple[Any, ...]]]:
@@ -45,7 +46,8 @@ def each_loss(loss: Any) -> Iterator[Any]:
 
     Args:
         loss: The name of a loss, or a mapping whose values may be lists, such as
-            `{name: kd, temperature: [1, 4]}`.
+            `{name: kd, temperature: [1, 4]}`. If a parameter is a list itself, its values are in a
+            list of lists; a list without lists is one value.
 
     Yields:
         Losses whose parameters are single values.
@@ -53,6 +55,15 @@ def each_loss(loss: Any) -> Iterator[Any]:
     if not isinstance(loss, dict):
         yield loss
         return
-    lists = [v if isinstance(v, list) else [v] for v in loss.values()]
+    name = loss.get("name")
+    fields = REGISTRY[name].model_fields if isinstance(name, str) and name in REGISTRY else {}
+    lists = []
+    for key, value in loss.items():
+        single = not isinstance(value, list) or (
+            key in fields
+            and get_origin(fields[key].annotation) is tuple
+            and not any(isinstance(each, list) for each in value)
+        )
+        lists.append([value] if single else value)
     for values in itertools.product(*lists):
         yield dict(zip(loss, values, strict=True))

@@ -11,6 +11,7 @@ from pydantic_core import PydanticCustomError
 from pld_ray.config.registry import BUILT_IN_SCHEDULES, OPTIMIZERS, SCHEDULES
 from pld_ray.config.validation import Part
 from pld_ray.errors import nearest
+from pld_ray.losses.parameters import Transform
 
 
 class Model(Part):
@@ -25,9 +26,7 @@ class Model(Part):
     args: dict[str, Any] = {}
 
 
-Augment = Literal[
-    "own", "randaugment", "autoaugment", "trivialaugment", "random_erasing", "color_jitter"
-]
+Augment = Literal["own", Transform]
 AUGMENTS: tuple[str, ...] = get_args(Augment)
 # fields of data that change no stored image, only what training makes of it
 ON_THE_FLY = ("pad", "flip", "augment", "mixup", "cutmix")
@@ -78,10 +77,10 @@ class Data(Part):
             `image_size`. The images then stay encoded until a batch needs them.
         crop_pct: With `random_resized_crop`, the side of the central crop of a validation image
             as a fraction of the image's shorter side.
-        augment: The names of further transforms of torchvision for training images, applied after
-            crop and flip: "randaugment", "autoaugment", "trivialaugment", "random_erasing",
-            "color_jitter", or a list of them. "own" says that a dataset of your own gives random
-            images.
+        augment: The names of further transforms for training images, applied after crop and flip:
+            "randaugment", "autoaugment", "trivialaugment", "random_erasing" and "color_jitter" of
+            torchvision, "cutout" (a grey square of up to half the side), or a list of them. "own"
+            says that a dataset of your own gives random images.
         mixup: The alpha of Mixup: training images are mixed with others, with shares drawn from
             Beta(alpha, alpha).
         cutmix: The alpha of CutMix: a box of the image is replaced by that of another image. With

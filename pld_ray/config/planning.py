@@ -392,6 +392,7 @@ def _cell(raw: dict[str, Any], taught: dict[str, Any], experiment: Experiment) -
         changed["teacher"] = None
     if not trial.loss.needs_teacher or trial.loss.needs_features:
         changed["teacher_logits"] = "float16"
-    if not trial.data.augmented or (trial.views or 0) >= trial.epochs:
+    augmented = any(each.data.augmented for each in trial.each_view)
+    if not augmented or (trial.views or 0) >= trial.epochs:
         changed["views"] = None
     return Cell(trial.model_copy(update=changed) if changed else trial, trial.teacher_name)

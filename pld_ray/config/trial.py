@@ -143,6 +143,12 @@ class Trial(Part):
                 f"data.{field}: loss {self.loss.name} keeps a memory of single samples, and a "
                 f"mixed image is of two: expected another loss, or no {field}"
             )
+        if self.data.mixes and self.loss.paired:
+            field = "mixup" if self.data.mixup else "cutmix"
+            raise ValueError(
+                f"data.{field}: loss {self.loss.name} compares two views of one image, and a mixed "
+                f"image shows two: expected another loss, or no {field}"
+            )
         if (
             self.teacher_logits == "top64"
             and self.loss.takes == "order"
@@ -167,6 +173,18 @@ class Trial(Part):
         if self.loss.needs_teacher and self.teacher is None:
             raise ValueError(f"loss {self.loss.name} needs a teacher: set the field teacher")
         return self
+
+    @property
+    def each_view(self) -> tuple[Trial, ...]:
+        """The trial for each view of an image that its loss takes: itself, which is the first.
+
+        The second one, if there is one, has the data settings of the second view.
+        """
+        if not self.loss.paired:
+            return (self,)
+        strong: tuple[Any, ...] = getattr(self.loss, "strong", ())
+        data = self.data.model_copy(update={"augment": (*self.data.augment, *strong)})
+        return self, self.model_copy(update={"data": data})
 
     def view(self, epoch: int) -> int:
         """Return the index of the augmentation that an epoch uses: 0 if there is only one."""

@@ -208,8 +208,15 @@ def load(data: Data) -> Images:
     )
 
 
-def check_augmentation(data: Data, train: Bytes | EncodedImages | DrawnImages) -> None:
+def check_augmentation(
+    data: Data, train: Bytes | EncodedImages | DrawnImages, field: str = "data.augment"
+) -> None:
     """Check that training images can be augmented as the settings say.
+
+    Args:
+        data: The settings.
+        train: The training images.
+        field: The field that names the transforms, for messages.
 
     Raises:
         InputError: They cannot.
@@ -217,18 +224,19 @@ def check_augmentation(data: Data, train: Bytes | EncodedImages | DrawnImages) -
     if not isinstance(train, (np.ndarray, EncodedImages)):
         from pld_ray.data import drawn
 
-        drawn.check_augmentation(data, train)
+        drawn.check_augmentation(data, train, field)
     elif "own" in data.augment:
         raise InputError(
             f"data.augment is own: {data.name} has no transform of its own; accepted: "
             f"{', '.join(sorted(set(AUGMENTS) - {'own'}))}"
         )
     channels = train.shape[3]
-    coloured = [name for name in data.augment if name not in ("own", "random_erasing")]
+    uncoloured = "own", "random_erasing", "cutout"
+    coloured = [name for name in data.augment if name not in uncoloured]
     if coloured and channels not in (1, 3):
         raise InputError(
-            f"data.augment is {coloured[0]}: the images of {data.name} have {channels} channels: "
-            "expected grey or colour images, or random_erasing"
+            f"{field} is {coloured[0]}: the images of {data.name} have {channels} channels: "
+            "expected grey or colour images, or random_erasing or cutout"
         )
 
 

@@ -243,8 +243,13 @@ def drawn_split(data: Data, dataset: Any, split: str) -> tuple[DrawnImages, Ints
     return replace(images, random=random_ones), labels
 
 
-def check_augmentation(data: Data, images: DrawnImages) -> None:
+def check_augmentation(data: Data, images: DrawnImages, field: str = "data.augment") -> None:
     """Check the augmentation of a map-style dataset.
+
+    Args:
+        data: The settings.
+        images: The images of the dataset.
+        field: The field that names the transforms, for messages.
 
     Raises:
         InputError: Its images are random and `augment` does not say so, or they are
@@ -254,9 +259,9 @@ def check_augmentation(data: Data, images: DrawnImages) -> None:
         raise InputError(f"{images.name}: its images are random: {_RANDOM}")
     further = [name for name in data.augment if name != "own"]
     if images.floats and (data.pad or data.flip or further):
-        field = "pad" if data.pad else "flip" if data.flip else "augment"
+        field = "data.pad" if data.pad else "data.flip" if data.flip else field
         raise InputError(
-            f"data.{field}: {images.name} gives floating-point images, which are used as they are: "
+            f"{field}: {images.name} gives floating-point images, which are used as they are: "
             "expected images of uint8, or the augmentation in the dataset's own transform"
         )
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -55,6 +56,40 @@ class Batch:
         return Batch(tuple(x.clone() for x in self.given), self.make, copied, index)
 
 
+@dataclass(frozen=True)
+class _Joined:
+    """Makes the images of two batches; equal to another one that makes them in the same way.
+
+    Attributes:
+        first: Makes the images of the first batch.
+        second: Makes those of the second batch.
+        given: The number of tensors that the first batch gives.
+    """
+
+    first: Callable[..., Tensor]
+    second: Callable[..., Tensor]
+    given: int
+
+    def __call__(self, *given: Tensor) -> Tensor:
+        images = self.first(*given[: self.given]), self.second(*given[self.given :])
+        return torch.cat(images)
+
+
+def joined(batches: Sequence[Batch]) -> Batch:
+    """Return the batch [2B] of the first and the second views of the same images, in this order.
+
+    Args:
+        batches: The batch [B] of each view, with labels that are not mixed; a single one is
+            returned as it is.
+    """
+    if len(batches) == 1:
+        return batches[0]
+    first, second = batches
+    assert isinstance(first.labels, Tensor) and isinstance(second.labels, Tensor)
+    make = _Joined(first.make, second.make, len(first.given))
+    return Batch((*first.given, *second.given), make, torch.cat([first.labels, second.labels]))
+
+
 class Stream:
     """Batches of normalised images on a device.
 
@@ -93,6 +128,12 @@ class Stream:
         mean, std = torch.tensor(images.mean), torch.tensor(images.std)
         self.scale = (1 / (255 * std)).to(device)
         self.shift = (-mean / std).to(device)
+
+    def with_data(self, data: Data) -> Stream:
+        """Return a stream of the same images that augments them as other settings say."""
+        other = copy(self)
+        other.data, other.mixers = data, {}
+        return other
 
     @property
     def costly(self) -> bool:

@@ -20,6 +20,8 @@ from pld_ray.data.drawn import image_seeds, seed_everything
 from pld_ray.data.sampling import Ints
 from pld_ray.errors import InputError
 
+GREY = 127  # of 255
+
 
 def transform(names: tuple[str, ...]) -> Callable[[Tensor], Tensor]:
     """Return the transform of uint8 images [channels, H, W] with these names, in this order."""
@@ -31,9 +33,29 @@ def transform(names: tuple[str, ...]) -> Callable[[Tensor], Tensor]:
         "trivialaugment": v2.TrivialAugmentWide,
         "random_erasing": v2.RandomErasing,
         "color_jitter": lambda: v2.ColorJitter(0.4, 0.4, 0.4),
+        "cutout": lambda: cutout,
     }
     assert made.keys() == set(AUGMENTS) - {"own"}
     return v2.Compose([made[name]() for name in names])
+
+
+def cutout(image: Tensor) -> Tensor:
+    """Fill a square of an image with grey (DeVries and Taylor 2017, "Cutout").
+
+    Its side is uniform between 0 and half the shorter side of the image, as in FixMatch and its
+    successors. Its centre is uniform in the image; what lies outside of the image is left out.
+
+    Args:
+        image: An image, uint8 [channels, H, W].
+    """
+    height, width = image.shape[1:]
+    side, y, x = torch.rand(3).tolist()
+    half = side * min(height, width) / 4
+    rows = slice(max(0, round(y * height - half)), round(y * height + half))
+    columns = slice(max(0, round(x * width - half)), round(x * width + half))
+    image = image.clone()
+    image[:, rows, columns] = GREY
+    return image
 
 
 class _Batches(Dataset[Any]):

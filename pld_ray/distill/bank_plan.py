@@ -31,7 +31,8 @@ class PlannedBank:
     """A bank that trials of a plan need.
 
     Attributes:
-        trial: One of the trials that need the bank; none of them has more views.
+        trial: One of the trials that need the bank; none of them has more views. Its data settings
+            are those of the images of the bank (see `Trial.each_view`).
         split: "train" or "val".
         classes: Number of classes.
         views: Number of views that the bank has when it is complete.
@@ -76,19 +77,21 @@ def planned(
     """
     size = cache(size)
     found: dict[str, PlannedBank] = {}
-    keys: dict[tuple[int, int, str], str] = {}
+    keys: dict[tuple[int, int, str, int], str] = {}
     trials = list(trials)
     for trial in trials:
         if not uses_bank(trial):
             continue
-        for split in ("train", "val"):
+        parts: list[tuple[Split, int, Trial]]
+        parts = [("train", number, each) for number, each in enumerate(trial.each_view)]
+        for split, number, seen in [*parts, ("val", 0, trial)]:
             # trials that differ in the seed only share their settings, and often their banks
-            seed = trial.seed if split == "train" and trial.data.augmented else 0
-            same = id(trial.settings), seed, split
+            seed = trial.seed if split == "train" and seen.data.augmented else 0
+            same = id(trial.settings), seed, split, number
             if same not in keys:
-                keys[same] = planned_key(trial, split)
+                keys[same] = planned_key(seen, split)
             key = keys[same]
-            count = views(trial) if split == "train" else 1
+            count = views(seen) if split == "train" else 1
             if key not in found:
                 samples = size(trial.data)
                 logits = trial.teacher_logits if split == "train" else "float32"
@@ -96,9 +99,9 @@ def planned(
                 images = samples.train if split == "train" else samples.val
                 ordered = split == "train" and keeps_order(samples.classes, logits)
                 order = order_type(samples.classes).itemsize * images if ordered else 0
-                found[key] = PlannedBank(trial, split, samples.classes, count, row * images, order)
+                found[key] = PlannedBank(seen, split, samples.classes, count, row * images, order)
             if count > found[key].views:
-                found[key].trial, found[key].views = trial, count
+                found[key].trial, found[key].views = seen, count
             if trial.loss.needs_order:
                 found[key].ranked_views = max(count, found[key].ranked_views)
     for key, files in store.banks().items() if found else ():

@@ -161,6 +161,7 @@ class Distiller(nn.Module):
         name: str = getattr(self.loss, "name", "")
         registered = isinstance(self.loss, CLASSES.get(name, ()))
         self.needs_teacher = not registered or REGISTRY[name].needs_teacher
+        self.paired = registered and REGISTRY[name].paired
         if self.compares_features and teacher is None:
             raise ValueError(
                 f"{type(self.loss).__name__} compares features: expected a teacher network"
@@ -294,6 +295,12 @@ class Distiller(nn.Module):
         # A ragged batch would otherwise change the kernels of the later, whole batches.
         self._network = (torch.compile(self._network[0], dynamic=False), self.student)
 
+    def _outputs(self, name: str, network: nn.Module, images: Tensor) -> Any:
+        """Return what a network gives for images; it sees each view of them in its own pass."""
+        if not self.paired:
+            return network(images)
+        return torch.cat([check_logits(name, network(view)) for view in images.chunk(2)])
+
     def forward(
         self,
         images: Tensor,
@@ -304,6 +311,10 @@ class Distiller(nn.Module):
         index: Tensor | None = None,
     ) -> Tensor:
         """Return the loss of a batch.
+
+        A loss that takes two views of each image, such as `MLKDLoss`, gets 2B rows: those of the
+        first views, and then those of the second views in the same order. The networks see one
+        view after the other, so that batch norm has the statistics of each view.
 
         Args:
             images: [B, channels, H, W].
@@ -354,9 +365,9 @@ class Distiller(nn.Module):
                     "teacher_logits"
                 )
             with self.clock("teacher"):
-                target = self.teacher(images)
+                target = self._outputs("teacher", self.teacher, images)
         with self.clock("student"), autocast(images.device, self.precision):
-            outputs = self._network[0](images)
+            outputs = self._outputs("student", self._network[0], images)
         with self.clock("loss"):
             if self.compares_features:
                 logits, features = outputs

@@ -62,7 +62,9 @@ def fit(
         train_loader: Anything that can be iterated once per epoch and gives (images, labels):
             float images [B, channels, H, W] and integer labels [B]. It needs a length, unless the
             schedule is "constant". For a loss that keeps a memory of the training samples (CRD) it
-            gives (images, labels, index), with the integer indices of the images [B].
+            gives (images, labels, index), with the integer indices of the images [B]. For a loss
+            that takes two views of each image, such as `MLKDLoss`, a batch is `torch.cat` of the
+            first views and of the second views, with the labels twice.
         epochs: How often to go through `train_loader`.
         val_loader: If given, the student is evaluated on it after each epoch.
         optimizer: The name of an optimizer in timm, "dot", or an optimizer object. An object keeps
@@ -105,9 +107,12 @@ def fit(
         task = bar.add_task("", total=epochs * steps if hasattr(train_loader, "__len__") else None)
         for epoch in range(epochs):
             bar.update(task, description=f"epoch {epoch + 1}/{epochs}")
+            given = checked_batches(
+                train_loader, place, "train_loader", distiller.samples, distiller.paired
+            )
             row = _train_epoch(
-                distiller, checked_batches(train_loader, place, "train_loader", distiller.samples),
-                epoch, steps, stepper, schedule_, clip_grad, average, lambda: bar.advance(task),
+                distiller, given, epoch, steps,
+                stepper, schedule_, clip_grad, average, lambda: bar.advance(task),
             )  # fmt: skip
             if val_loader is not None:
                 student = distiller.student if average is None else average.module
@@ -195,9 +200,10 @@ def _train_epoch(
         schedule.step_update(step)
         rate = optimizer.param_groups[0]["lr"]
         loss = distiller(images, labels, index=index[0] if index else None)
-        losses = losses + distiller.with_terms(loss).double() * len(images)
+        size = len(images) // (2 if distiller.paired else 1)
+        losses = losses + distiller.with_terms(loss).double() * size
         update(loss, distiller, optimizer, step, clip_grad, ema)
-        seen += len(images)
+        seen += size
         done()
     means = (losses / seen).flatten().tolist()
     if not math.isfinite(means[0]):
@@ -330,11 +336,16 @@ def _length(loader: Iterable[Any], schedule: Schedule) -> int:
 
 
 def checked_batches(
-    loader: Iterable[Any], device: torch.device, name: str, samples: int = 0
+    loader: Iterable[Any],
+    device: torch.device,
+    name: str,
+    samples: int = 0,
+    paired: bool = False,
 ) -> Iterator[Batch]:
     """The batches of a loader on the device, float32, checked; InputError if there is none.
 
-    With `samples`, each batch has the indices of its images among so many training samples.
+    With `samples`, each batch has the indices of its images among so many training samples. With
+    `paired`, it holds two views of each image.
     """
     count = 0
     for batch in loader:
@@ -356,6 +367,12 @@ def checked_batches(
             raise InputError(f"{name}: labels are {labels.dtype}: expected class indices")
         if len(images) == 0:
             continue
+        first, second = labels[: len(labels) // 2], labels[len(labels) // 2 :]
+        if paired and not torch.equal(first, second):
+            raise InputError(
+                f"{name}: the loss takes two views of each image: expected batches of the first "
+                "views and then the second views of the same images, with their labels twice"
+            )
         count += 1
         index = [_checked_index(batch, samples, name)] if samples else []
         images, labels, *index = (x.to(device, non_blocking=True) for x in (images, labels, *index))

@@ -26,7 +26,7 @@ from torch import Tensor
 from pld_ray.config.trial import Trial
 from pld_ray.data.images import Images
 from pld_ray.data.sampling import Ints, batches, order
-from pld_ray.data.stream import Batch
+from pld_ray.data.stream import Batch, joined
 from pld_ray.distill.bank import Ledger
 from pld_ray.distill.device import (
     lacks_deterministic,
@@ -354,24 +354,31 @@ def train_epoch(gang: Gang, runs: list[Run], epoch: int) -> None:
     alone = len(runs) == 1
     for run in runs:
         run.begin(epoch)
-    view = trial.view(epoch)
+    views = {
+        stream: each.view(epoch)
+        for run in runs
+        for stream, each in zip(run.streams, run.trial.each_view, strict=True)
+    }
     samples = order(trial.seed, epoch, len(shared.images.train))
     global_batches = list(batches(samples, trial.batch_size, trial.drop_last))
     shares = [batch[shared.rank :: shared.world] for batch in global_batches]
-    prepared = shared.stream.batches(shares, view)
+    prepared = {stream: stream.batches(shares, view) for stream, view in views.items()}
     if any(run.distiller.takes_samples for run in runs):
-        prepared = _with_indices(prepared, global_batches, shares, shared)
-    with closing(Targets(runs, shares, view)) as targets:
+        prepared[shared.stream] = _with_indices(
+            prepared[shared.stream], global_batches, shares, shared
+        )
+    with closing(Targets(runs, shares, views)) as targets:
         for number, (batch, share) in enumerate(zip(global_batches, shares, strict=True)):
-            each = any(run.update.graphs is not None for run in runs)
+            graphs = any(run.update.graphs is not None for run in runs)
             for clock in (shared.clock, *(run.clock for run in runs)):
-                clock.step(number, shared.steps, each)
+                clock.step(number, shared.steps, graphs)
             with shared.clock("data"):
-                ours = next(prepared)
+                ours = {stream: next(batches) for stream, batches in prepared.items()}
             if targets.read():
                 with shared.clock("data"):
-                    ours = replace(ours, given=(ours.images,), make=_as_they_are)
-                targets.compute(ours.images)
+                    for stream, each in ours.items():
+                        ours[stream] = replace(each, given=(each.images,), make=_as_they_are)
+                targets.compute({stream: each.images for stream, each in ours.items()})
             step = epoch * shared.steps + number
             # The shares of a ragged batch differ by one sample. With these weights the mean of the
             # workers' gradients is the gradient of the mean over the batch.
@@ -379,7 +386,8 @@ def train_epoch(gang: Gang, runs: list[Run], epoch: int) -> None:
             for run in runs:
                 with gang.member(run.trial), nullcontext() if alone else run.own_random():
                     run.schedule.step_update(step)
-                    given = ours, targets.of(run)
+                    seen = joined([ours[stream] for stream in run.streams])
+                    given = seen, targets.of(run)
                     if not alone and run.own_code:
                         given = given[0].copy(), given[1].copy()
                     with gang.room_for(run):

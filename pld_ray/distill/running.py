@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pld_ray import plugins
+from pld_ray.config.parts import Data
 from pld_ray.config.trial import Trial
 from pld_ray.data.images import Images
 from pld_ray.data.sampling import batches, order, random_bits
@@ -49,7 +50,7 @@ class Shared:
         rank: The number of this worker, from 0.
         world: The number of workers.
         clock: Measures what is done once for all trials.
-        stream: The images.
+        stream: The images. All trials see these views of them.
         steps: Updates in an epoch.
         val_index: This worker's share of the validation images.
         validated: The teacher's logits on the validation batches of this worker, and its scores,
@@ -78,7 +79,8 @@ class Shared:
         self.validated: dict[Any, tuple[list[Tensor], dict[str, float]]] = {}
         self._holder = f"{trial.id}/{self.rank}"
         self._teachers: dict[str, Teacher] = {}
-        self._banks: dict[tuple[str, str], tuple[Bank, Bank]] = {}
+        self._streams = {trial.data: self.stream}
+        self._banks: dict[tuple[str, str, Data], tuple[Bank, Bank]] = {}
 
     def teacher(self, trial: Trial) -> Teacher | None:
         """Return the teacher of a trial, or None if it has none."""
@@ -89,19 +91,32 @@ class Shared:
             self._teachers[name] = Teacher(trial, self.images, self.store, self.device)
         return self._teachers[name]
 
-    def banks(self, trial: Trial) -> tuple[Bank, Bank] | tuple[None, None]:
-        """Return the banks of training and validation images that a trial reads, if it does."""
+    def streams(self, trial: Trial) -> tuple[Stream, ...]:
+        """Return the images of each view that a trial takes."""
+        for each in trial.each_view:
+            if each.data not in self._streams:
+                self._streams[each.data] = self.stream.with_data(each.data)
+        return tuple(self._streams[each.data] for each in trial.each_view)
+
+    def banks(self, trial: Trial) -> tuple[tuple[Bank, ...], Bank | None]:
+        """Return the banks that a trial reads, if it does: of each view, and of validation images.
+
+        The first ones are in the order of its streams.
+        """
         teacher = self.teacher(trial)
         if teacher is None or not uses_bank(trial):
-            return None, None
+            return (), None
         assert trial.teacher is not None
-        key = trial.teacher.model_dump_json(), trial.teacher_logits
-        if key not in self._banks:
-            given = teacher, trial, self.stream, self.clock, self.ledger, self._holder
-            self._banks[key] = open_banks(*given)
-        train = self._banks[key][0]
-        train.views = max(train.views, views(trial))
-        return self._banks[key]
+        found = []
+        for each, stream in zip(trial.each_view, self.streams(trial), strict=True):
+            key = trial.teacher.model_dump_json(), trial.teacher_logits, each.data
+            if key not in self._banks:
+                given = teacher, each, stream, self.clock, self.ledger, self._holder
+                self._banks[key] = open_banks(*given)
+            train = self._banks[key][0]
+            train.views = max(train.views, views(each))
+            found.append(self._banks[key])
+        return tuple(train for train, _ in found), found[0][1]
 
 
 @dataclass(eq=False)  # a run is itself only
@@ -114,7 +129,8 @@ class Run:
     distiller: Distiller
     update: Steps
     teacher: Teacher | None
-    bank: Bank | None
+    streams: tuple[Stream, ...]  # the images of each view
+    banks: tuple[Bank, ...]  # the teacher's logits of each view, if they are stored
     val_bank: Bank | None
     optimizer: torch.optim.Optimizer
     schedule: Any
@@ -180,8 +196,8 @@ def set_up(trial: Trial, shared: Shared) -> Run:
     student = student.to(memory_format=memory_format(trial.channels_last))
     clock = Clock(device, shared.alive)
     teacher = shared.teacher(trial)
-    bank, val_bank = shared.banks(trial)
-    distiller = make_distiller(trial, student, teacher if bank is None else None, shared.images)
+    banks, val_bank = shared.banks(trial)
+    distiller = make_distiller(trial, student, None if banks else teacher, shared.images)
     distiller.clock = clock
     optimizer = create_optimizer(trial.optimizer, distiller)
     ema = MovingAverage(student, decay=trial.ema) if trial.ema else None
@@ -193,7 +209,8 @@ def set_up(trial: Trial, shared: Shared) -> Run:
         distiller=distiller,
         update=Steps(trial, distiller, module, optimizer, ema, clock),
         teacher=teacher,
-        bank=bank,
+        streams=shared.streams(trial),
+        banks=banks,
         val_bank=val_bank,
         optimizer=optimizer,
         schedule=create_schedule(trial.schedule, optimizer, trial.epochs, shared.steps),

@@ -180,7 +180,8 @@ class Steps:
         ema: MovingAverage | None,
         clock: Clock,
     ) -> None:
-        self.batch_size, self.clip_grad = trial.batch_size, trial.clip_grad
+        self.rows = trial.batch_size * len(trial.each_view)  # of a whole batch
+        self.clip_grad = trial.clip_grad
         self.distiller, self.module, self.optimizer, self.ema = distiller, module, optimizer, ema
         self.clock = clock
         self.graphs = graphs_for(trial, optimizer, clock, alone=module is distiller)
@@ -235,7 +236,7 @@ class Steps:
 
         for rate, group in zip(self.rates, self._groups(), strict=True):
             rate.fill_(group["lr"])
-        if self.graphs is None or len(parts[0]) < self.batch_size:
+        if self.graphs is None or len(parts[0]) < self.rows:
             return step(*given)
         loss_numbers = [(k, x) for k, x in vars(self.distiller.loss).items() if _is_number(x)]
         form = batch.make, loss_numbers, [None if x is None else (x.shape, x.dtype) for x in given]

@@ -8,14 +8,15 @@ live teachers, if at least two trials need the same one
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from pld_ray import plugins
 from pld_ray.data.sampling import Ints
-from pld_ray.data.stream import upload
+from pld_ray.data.stream import Stream, upload
 from pld_ray.distill.bank import Bank
 from pld_ray.distill.running import Run
 from pld_ray.distill.steps import Target
@@ -36,19 +37,20 @@ class Targets:
     Args:
         runs: The trials.
         shares: The indices of samples of each batch, [B]: this worker's share of the batch.
-        view: The view of the images.
+        views: The view of the images of each stream.
     """
 
-    def __init__(self, runs: list[Run], shares: list[Ints], view: int) -> None:
+    def __init__(self, runs: list[Run], shares: list[Ints], views: dict[Stream, int]) -> None:
         self.runs = runs
         self.stored: dict[int, Stored] = {}  # of the batch, by the bank
-        self.live: dict[int, Target] = {}  # of the batch, by the teacher
+        self.live: dict[tuple[int, Stream], Target] = {}  # of the batch, by teacher and stream
         self.readers: dict[int, _Reader] = {}
-        for bank in {id(run.bank): run.bank for run in runs}.values():
-            if bank is not None:
-                readers = [run for run in runs if run.bank is bank]
-                bank.readers, ordered = len(readers), any(map(_needs_order, readers))
-                self.readers[id(bank)] = _Reader(bank, ordered, shares, view, runs[0])
+        streams = {id(bank): s for run in runs for bank, s in zip(run.banks, run.streams)}  # noqa: B905
+        for bank in {id(bank): bank for run in runs for bank in run.banks}.values():
+            readers = [run for run in runs if id(bank) in map(id, run.banks)]
+            bank.readers, ordered = len(readers), any(map(_needs_order, readers))
+            stream = streams[id(bank)]
+            self.readers[id(bank)] = _Reader(bank, ordered, shares, views[stream], stream)
 
     def read(self) -> bool:
         """Read the stored logits of the next batch; return whether `compute` is needed."""
@@ -63,39 +65,53 @@ class Targets:
         for reader in self.readers.values():
             reader.bank.end()
 
-    def compute(self, images: Tensor) -> None:
+    def compute(self, images: dict[Stream, Tensor]) -> None:
         """Compute missing logits of banks, and outputs of teachers that at least two trials need.
 
         Args:
-            images: The images of the batch [B, channels, H, W].
+            images: The images of the batch [B, channels, H, W] in each stream.
         """
         for key, reader in self.readers.items():
             if key not in self.stored:
-                self.stored[key] = reader.add(_for(reader.bank.teacher, images))
+                given = _for(reader.bank.teacher, images[reader.stream])
+                self.stored[key] = reader.add(given)
         users = Counter(id(run.live_teacher) for run in self.runs if run.live_teacher is not None)
         self.live = {}
         for key in (key for key, count in users.items() if count > 1):
             runs = [run for run in self.runs if id(run.live_teacher) == key]
-            losses = [run.distiller.loss for run in runs]
-            further = [loss.teacher_further for loss in losses if isinstance(loss, FeatureLoss)]
             teacher = runs[0].live_teacher
             assert teacher is not None
-            with runs[0].shared.clock(LIVE):
-                given = _for(teacher, images)
-                logits, union = len(further) < len(runs), frozenset().union(*further)
-                self.live[key] = _outputs(teacher, given, logits, union if further else None)
+            for stream in dict.fromkeys(stream for run in runs for stream in run.streams):
+                losses = [run.distiller.loss for run in runs if stream in run.streams]
+                further = [loss.teacher_further for loss in losses if isinstance(loss, FeatureLoss)]
+                with runs[0].shared.clock(LIVE):
+                    given = _for(teacher, images[stream])
+                    logits, union = len(further) < len(losses), frozenset().union(*further)
+                    found = _outputs(teacher, given, logits, union if further else None)
+                self.live[key, stream] = found
 
     def of(self, run: Run) -> Target:
         """Return what is known for a trial."""
-        if run.bank is not None:
-            logits, order = self.stored[id(run.bank)]
+        if run.banks:
+            logits, order = _joined([self.stored[id(bank)] for bank in run.banks])
             return Target(logits, order if _needs_order(run) else None)
-        found = self.live.get(id(run.live_teacher), Target())
-        if found.features is not None and run.distiller.compares_features:
-            stages, pooled, further = found.features
+        teacher = id(run.live_teacher)
+        found = [self.live.get((teacher, stream), Target()) for stream in run.streams]
+        if run.distiller.compares_features:
+            if found[0].features is None:
+                return Target()
+            stages, pooled, further = found[0].features
             own = {name: further[name] for name in run.distiller.loss.teacher_further}
             return Target(features=Features(stages, pooled, own))
-        return Target() if run.distiller.compares_features else Target(logits=found.logits)
+        known = [(each.logits, None) for each in found if each.logits is not None]
+        return Target(logits=_joined(known)[0]) if known else Target()
+
+
+def _joined(views: Sequence[Stored]) -> Stored:
+    """Return the logits and the order of all views of the images, one view after the other."""
+    if len(views) == 1:
+        return views[0]
+    return torch.cat([logits for logits, _ in views]), None
 
 
 def _for(teacher: Teacher, images: Tensor) -> Tensor:
@@ -135,21 +151,23 @@ class _Reader:
         ordered: Whether a trial needs the order of the classes.
         shares: The indices of samples of each batch, [B].
         view: The view of the images.
-        run: A trial that reads the bank.
+        stream: The images.
 
     Attributes:
         batches: For each batch, the logits, float32 [B, C], and the order [B, C] or None; or None
             if `add` computes them.
     """
 
-    def __init__(self, bank: Bank, ordered: bool, shares: list[Ints], view: int, run: Run) -> None:
+    def __init__(
+        self, bank: Bank, ordered: bool, shares: list[Ints], view: int, stream: Stream
+    ) -> None:
         self.bank, self.ordered, self.shares, self.view = bank, ordered, shares, view
-        self.shared, self.number = run.shared, -1
+        self.stream, self.number = stream, -1
         # The rows of a chunk are those of some batches, if all are trained on in the same order.
         rows = bank.spec.order(view, len(bank.labels))
         follows = np.array_equal(np.concatenate(shares), rows)
-        costly = run.shared.stream.costly
-        self.batches = self._with_images() if follows and costly else self._in_advance()
+        together = follows and stream.costly
+        self.batches = self._with_images() if together else self._in_advance()
 
     def add(self, images: Tensor) -> Stored:
         """Compute the logits of the present batch, and their order where it is kept."""
@@ -170,7 +188,7 @@ class _Reader:
         copy.
         """
         size = 4 * len(self.bank.labels) * self.bank.classes
-        whole = self.shared.device.type != "cpu" and size <= ON_DEVICE
+        whole = self.stream.device.type != "cpu" and size <= ON_DEVICE
         for part in [self.shares] if whole else [[share] for share in self.shares]:
             read = self.bank.read(np.concatenate(part), self.view, self.ordered)
             logits, order = self._uploaded(*read)
@@ -179,5 +197,5 @@ class _Reader:
             yield from zip(logits.split(lengths), orders, strict=True)
 
     def _uploaded(self, logits: Tensor, order: Tensor | None) -> Stored:
-        device = self.shared.device
+        device = self.stream.device
         return upload(logits, device), None if order is None else upload(order, device)

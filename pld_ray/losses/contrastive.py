@@ -25,7 +25,7 @@ EPS = 1e-7
 """What the authors' code adds to the denominators."""
 
 
-@register_loss("crd", label="CRD", takes="features")
+@register_loss("crd", label="CRD", takes="features", takes_samples=True)
 class CRDLoss(FeatureLoss):
     """Contrastive representation distillation, CRD (Tian et al. 2020), as the authors' code has it.
 
@@ -56,7 +56,6 @@ class CRDLoss(FeatureLoss):
         ce_weight: Weight of the cross-entropy with the labels, at least 0. Default: 1.
     """
 
-    takes_samples = True
     student_memory: Tensor  # [n, dim]
     teacher_memory: Tensor  # [n, dim]
     scale: Tensor  # Z of both sides, [2]

@@ -15,6 +15,10 @@ Temperature = Annotated[float, Field(gt=0)]
 Weight = Annotated[float, Field(ge=0)]
 Standardize = Literal["none", "both", "teacher"]
 Takes = Literal["nothing", "logits", "order", "features"]
+Transform = Literal[
+    "randaugment", "autoaugment", "trivialaugment", "random_erasing", "color_jitter", "cutout"
+]
+Strong = Annotated[tuple[Transform, ...], Field(min_length=1)]
 
 
 def _top_k(value: Any) -> Any:
@@ -52,6 +56,8 @@ class LossParams(BaseModel):
         needs_teacher: Whether the loss compares the student with a teacher.
         needs_features: Whether the loss compares feature maps instead of logits.
         takes_samples: Whether the loss takes the indices of the training samples.
+        paired: Whether the loss takes two views of each image. The second one has the transforms
+            of the parameter `strong` in addition.
         source: "module:class" of the loss.
     """
 
@@ -60,7 +66,8 @@ class LossParams(BaseModel):
     takes: ClassVar[Takes]
     needs_teacher: ClassVar[bool]
     needs_features: ClassVar[bool]
-    takes_samples: ClassVar[bool]
+    takes_samples: ClassVar[bool] = False
+    paired: ClassVar[bool] = False
     source: ClassVar[str]
     name: str
 

@@ -35,9 +35,17 @@ from pld_ray.plugins import provide
 _Loss = TypeVar("_Loss", bound=type[Any])
 PACKAGE = "pld_ray.losses"
 OPTIONS = {"ignore_index", "reduction"}  # arguments of every loss on logits
+FLAGS = ("paired", "takes_samples")  # arguments of `register_loss`
 
 
-def register_loss(name: str, *, label: str, takes: Takes = "logits") -> Callable[[_Loss], _Loss]:
+def register_loss(
+    name: str,
+    *,
+    label: str,
+    takes: Takes = "logits",
+    paired: bool = False,
+    takes_samples: bool = False,
+) -> Callable[[_Loss], _Loss]:
     """Register a loss class under its name in YAML.
 
     Args:
@@ -45,11 +53,18 @@ def register_loss(name: str, *, label: str, takes: Takes = "logits") -> Callable
         label: The name in tables, such as "KD".
         takes: What the loss takes from the teacher: "nothing", its "logits", its logits and the
             "order" of the classes, sorted by the logits, or its "features" (a `FeatureLoss`).
+        paired: Whether the loss takes two views of each image: 2B rows, those of the first views
+            and then those of the second ones. Its parameter `strong`, of the type
+            `pld_ray.losses.parameters.Strong`, names the further transforms of the second views.
+        takes_samples: Whether the loss, a `FeatureLoss`, takes the indices of the training samples
+            (see `FeatureLoss.connect_samples`).
 
     The constructor then checks its arguments by their annotations.
 
     Raises:
-        ValueError: Another loss has this name or label, or an argument has no annotation.
+        ValueError: Another loss has this name or label, or an argument has no annotation, or a
+            paired loss has no parameter `strong` or takes neither nothing nor logits, or a loss
+            that takes samples takes no features.
     """
 
     def register(cls: _Loss) -> _Loss:
@@ -61,13 +76,20 @@ def register_loss(name: str, *, label: str, takes: Takes = "logits") -> Callable
                 raise ValueError(
                     f"loss {name!r}: the tables have {label!r} already: expected another label"
                 )
+            fields = _fields(cls)
+            if paired and ("strong" not in fields or takes not in ("nothing", "logits")):
+                raise ValueError(
+                    f"loss {name!r} is paired: expected a parameter `strong`, and takes='logits' "
+                    "or 'nothing'"
+                )
+            if takes_samples and takes != "features":
+                raise ValueError(f"loss {name!r} takes samples: expected takes='features'")
             known = REGISTRY[name] = _describe(
-                name, label, takes, source, cls.__doc__, _fields(cls)
+                name, label, takes, source, cls.__doc__, fields, paired, takes_samples
             )
-            known.takes_samples = getattr(cls, "takes_samples", False)
         elif known.source != source:
             raise ValueError(f"loss {name!r}: {known.source} has this name already, not {source}")
-        cls.name, CLASSES[name] = name, cls
+        cls.name, cls.takes_samples, CLASSES[name] = name, takes_samples, cls
         provide("loss", name, cls.__module__, lambda: (REGISTRY.pop(name), CLASSES.pop(name)))
         cls.__init__ = _checked(cls.__init__, known)
         return cls
@@ -96,13 +118,20 @@ def create_loss(loss: str | LossParams, **arguments: Any) -> Any:
 
 
 def _describe(
-    name: str, label: str, takes: Takes, source: str, doc: str | None, fields: dict[str, Any]
+    name: str,
+    label: str,
+    takes: Takes,
+    source: str,
+    doc: str | None,
+    fields: dict[str, Any],
+    paired: bool,
+    takes_samples: bool,
 ) -> type[LossParams]:
     """The settings class of a loss. fields: (annotation, default) of each parameter."""
     model = create_model(name, __base__=LossParams, __doc__=doc, **fields)
     model.label, model.takes, model.source = label, takes, source
     model.needs_teacher, model.needs_features = takes != "nothing", takes == "features"
-    model.takes_samples = False
+    model.paired, model.takes_samples = paired, takes_samples
     return model
 
 
@@ -179,9 +208,8 @@ def _declared() -> Iterator[tuple[str, type[LossParams]]]:
                     given = {k.arg: ast.literal_eval(k.value) for k in decorator.keywords}
                     takes = given.get("takes", "logits")
                     source, doc = f"{module}:{cls.name}", ast.get_docstring(cls)
-                    params = _describe(name, given["label"], takes, source, doc, _read(cls))
-                    params.takes_samples = "takes_samples = True" in map(ast.unparse, cls.body)
-                    yield name, params
+                    about = name, given["label"], takes, source, doc, _read(cls)
+                    yield name, _describe(*about, *(given.get(flag, False) for flag in FLAGS))
 
 
 def _read(cls: ast.ClassDef) -> dict[str, Any]:

@@ -39,7 +39,8 @@ def check_loss(params: LossParams, classes: int) -> None:
     student, teacher = drawn[0].requires_grad_(), drawn[1]
     try:
         module = create_loss(params)
-        given = student, teacher if params.needs_teacher else None, torch.arange(4) % classes
+        labels = torch.arange(2).repeat(2) if params.paired else torch.arange(4)
+        given = student, teacher if params.needs_teacher else None, labels % classes
         with warnings.catch_warnings(action="ignore"):  # such as of PLD: they are random logits
             loss = module(*given)
         gradient = None

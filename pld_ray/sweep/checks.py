@@ -53,7 +53,8 @@ def check_trials(pending: dict[str, Trial], address: str | None = None) -> Check
         key = datasets.sharing_key(trial.data)
         if key not in images:
             images[key] = datasets.load(trial.data)
-        datasets.check_augmentation(trial.data, images[key].train)
+        for each, field in zip(trial.each_view, ("data.augment", "loss.strong"), strict=False):
+            datasets.check_augmentation(each.data, images[key].train, field)
         if trial.optimizer.name not in optimizers:
             hint = nearest(trial.optimizer.name, optimizers)
             raise InputError(f"optimizer.name is {trial.optimizer.name!r}: not in timm; {hint}")
