@@ -72,6 +72,7 @@ def trained(monkeypatch, tmp_path, trial, kind=StandIn, warm=steps.WARM_UP):
         (["loss=kd", "data.mixup=0.4", "data.cutmix=1.0"], 1, 9),
         # from epoch 2 on, most partners are in other batches, so that a batch needs more images
         (["loss=kd", "data.mixup=0.4", "teacher.views=1"], 2, 6),
+        (["loss=mlkd"], 1, 9),  # two views of each image
         # the weight of DKD rises in each epoch: a graph holds it, so each epoch has its own
         (["loss={name: dkd, warmup_epochs: 3}"], 3, 3),
     ],
