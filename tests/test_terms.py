@@ -58,6 +58,7 @@ def test_the_term_is_the_weighted_cross_entropy(name, ce_weight):
     loss = create_loss(name, ce_weight=ce_weight)
     value(loss, student.requires_grad_(), teacher, labels)
     expected = ce_weight * reference.cross_entropy(student.detach().numpy(), labels.numpy())
+    expected *= 1 + REGISTRY[name].paired  # MLKD adds the means over both views
     assert loss.ce_term.item() == pytest.approx(expected, rel=1e-6)
     assert not loss.ce_term.requires_grad and loss.kd_term is None
     copy.deepcopy(loss)
@@ -73,7 +74,7 @@ def test_both_terms_have_the_gradients_of_the_loss(name):
     total = value(loss, x, teacher, labels)
     torch.testing.assert_close(loss.ce_term + loss.kd_term, total)
     one_hot = torch.nn.functional.one_hot(labels, x.shape[1])
-    expected = 0.7 * (x.detach().softmax(1) - one_hot) / len(x)
+    expected = 0.7 * (x.detach().softmax(1) - one_hot) / len(x) * (1 + REGISTRY[name].paired)
     (ce,) = torch.autograd.grad(loss.ce_term, x, retain_graph=True)
     (whole,) = torch.autograd.grad(total, x, retain_graph=True)
     torch.testing.assert_close(ce, expected, rtol=1e-5, atol=1e-8)
@@ -88,7 +89,7 @@ def test_both_terms_have_the_gradients_of_the_loss(name):
 
 def test_ignored_labels_weights_and_sums():
     student, teacher, labels = batch()
-    weight = torch.arange(7.0, dtype=torch.float64)
+    weight = torch.arange(8.0, dtype=torch.float64)
     labels[3] = -100
     rows = [i for i in range(8) if i != 3]
     ce = [reference.cross_entropy(student[[i]].numpy(), labels[[i]].numpy()) for i in rows]
@@ -115,7 +116,7 @@ def test_transformed_losses_keep_no_tensor():
 def test_mixed_labels_are_two_weighted_ones():
     student, teacher, labels = batch()
     logits = student.float()
-    mixed = MixedLabels(labels, labels.flip(0), torch.linspace(0, 1, 7))
+    mixed = MixedLabels(labels, labels.flip(0), torch.linspace(0, 1, 8))
     network = torch.nn.Identity()
     network.register_parameter("w", torch.nn.Parameter(torch.ones(1)))
     distiller = Distiller(network, None, create_loss("kd", ce_weight=0.4))
@@ -127,7 +128,7 @@ def test_mixed_labels_are_two_weighted_ones():
     )
     told = distiller.with_terms(total)
     assert told.shape == (2,) and told[0] == total
-    assert told[1].item() == pytest.approx(0.4 * expected / 7, rel=1e-5)
+    assert told[1].item() == pytest.approx(0.4 * expected / 8, rel=1e-5)
 
 
 def test_losses_without_terms_report_one_number():

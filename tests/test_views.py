@@ -92,12 +92,12 @@ def test_the_training_loss_is_the_mean_over_images(experiment, tmp_path, monkeyp
         return found
 
     def counted(run):
-        counts.append(mean_loss(run)[1])
-        return mean_loss(run)
+        counts.append(mean_losses(run)[1])
+        return mean_losses(run)
 
-    mean_loss, counts = loop.mean_loss, []
+    mean_losses, counts = loop.mean_losses, []
     monkeypatch.setattr(MLKDLoss, "losses", noted)
-    monkeypatch.setattr(loop, "mean_loss", counted)
+    monkeypatch.setattr(loop, "mean_losses", counted)
     store = Store(tmp_path / "results")
     run(trial, store)
     expected = sum(loss * count for loss, count in steps) / 70

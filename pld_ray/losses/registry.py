@@ -124,8 +124,8 @@ def _describe(
     source: str,
     doc: str | None,
     fields: dict[str, Any],
-    paired: bool,
-    takes_samples: bool,
+    paired: bool = False,
+    takes_samples: bool = False,
 ) -> type[LossParams]:
     """The settings class of a loss. fields: (annotation, default) of each parameter."""
     model = create_model(name, __base__=LossParams, __doc__=doc, **fields)
