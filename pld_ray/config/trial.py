@@ -299,6 +299,8 @@ class Trial(Part):
 
 
 def _short(value: Any) -> str:
+    if isinstance(value, tuple):
+        return ",".join(map(_short, value))
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
