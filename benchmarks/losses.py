@@ -131,18 +131,20 @@ def methods(given: Inputs) -> dict[str, Callable[[], None]]:
     return found
 
 
-def seconds(run: Callable[[], None], device: str) -> float:
+def seconds(
+    run: Callable[[], None], device: str, clock: Callable[[], float] = time.perf_counter
+) -> float:
     """Return the mean seconds per call, over calls that take BLOCK seconds in total."""
     calls, elapsed = 0, 0.0
     if device == "cuda":
         torch.cuda.synchronize()
-    started = time.perf_counter()
+    started = clock()
     while elapsed < BLOCK:
         run()
         calls += 1
         if device == "cuda":
             torch.cuda.synchronize()
-        elapsed = time.perf_counter() - started
+        elapsed = clock() - started
     return elapsed / calls
 
 
@@ -174,7 +176,13 @@ def _status(field: str) -> int:
     raise RuntimeError(f"/proc/self/status has no {field}")
 
 
-def measure(batch: int, classes: int, device: str, rounds: int) -> pd.DataFrame:
+def measure(
+    batch: int,
+    classes: int,
+    device: str,
+    rounds: int,
+    clock: Callable[[], float] = time.perf_counter,
+) -> pd.DataFrame:
     """Measure all losses at one size.
 
     Args:
@@ -182,6 +190,7 @@ def measure(batch: int, classes: int, device: str, rounds: int) -> pd.DataFrame:
         classes: Number of classes.
         device: "cpu" or "cuda".
         rounds: How often each loss is timed.
+        clock: Returns the seconds since some time.
 
     Returns:
         One row per loss: median milliseconds, median and quartiles of the ratio to KD, peak MiB.
@@ -193,7 +202,7 @@ def measure(batch: int, classes: int, device: str, rounds: int) -> pd.DataFrame:
     times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds):
         for name in random.sample(list(runs), len(runs)):
-            times[name].append(seconds(runs[name], device))
+            times[name].append(seconds(runs[name], device, clock))
     frame = pd.DataFrame(times)
     ratios = frame.div(frame["KD"], axis=0)
     columns = {
@@ -295,14 +304,22 @@ def main() -> None:
     parser.add_argument(
         "--out", type=Path, default=Path("results/benchmarks"), help="output folder"
     )
+    parser.add_argument(
+        "--cpu-time",
+        action="store_true",
+        help="measure the CPU time of one thread, on a machine that does other work",
+    )
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
+    clock = time.process_time if arguments.cpu_time else time.perf_counter
+    if arguments.cpu_time:
+        torch.set_num_threads(1)
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     console, parts = Console(), []
     for device in devices:
         for batch, classes in SIZES:
             with console.status(f"{device}: {batch} x {classes}"):
-                parts.append(measure(batch, classes, device, arguments.rounds))
+                parts.append(measure(batch, classes, device, arguments.rounds, clock))
     results = pd.concat(parts)
     show(results, console)
     arguments.out.mkdir(parents=True, exist_ok=True)

@@ -53,7 +53,7 @@ def _kinds(trials: dict[str, Trial]) -> dict[str, tuple[Any, ...]]:
         if same not in by_settings:
             data = trial.data.model_dump_json()
             kind = trial.student.name, trial.teacher_name, data, trial.batch_size, trial.workers
-            by_settings[same] = *kind, len(trial.each_view)
+            by_settings[same] = *kind, trial.loss.paired
         found[key] = by_settings[same]
     return found
 
@@ -176,7 +176,7 @@ def show(plan: Plan, store: Store, done: set[str]) -> None:
         f"{len(plan.teacher_ids)}): {len(plan.trials) - len(left)} done, {len(left)} to run"
         + (f" ({epochs:,} epochs)" if left else "")
     )
-    if pairs := [plan.trials[key].epochs for key in left if len(plan.trials[key].each_view) > 1]:
+    if pairs := [plan.trials[key].epochs for key in left if plan.trials[key].loss.paired]:
         print(
             f"{sum(pairs):,} of these epochs prepare two views of each image, for "
             f"{len(pairs)} trials whose loss compares them"

@@ -45,7 +45,11 @@ class Targets:
         self.stored: dict[int, Stored] = {}  # of the batch, by the bank
         self.live: dict[tuple[int, Stream], Target] = {}  # of the batch, by teacher and stream
         self.readers: dict[int, _Reader] = {}
-        streams = {id(bank): s for run in runs for bank, s in zip(run.banks, run.streams)}  # noqa: B905
+        streams = {
+            id(bank): stream
+            for run in runs
+            for bank, stream in zip(run.banks, run.streams, strict=False)
+        }
         for bank in {id(bank): bank for run in runs for bank in run.banks}.values():
             readers = [run for run in runs if id(bank) in map(id, run.banks)]
             bank.readers, ordered = len(readers), any(map(_needs_order, readers))
