@@ -75,8 +75,10 @@ class FeatureLoss(LossOfTerms, ABC):
     Attributes:
         name: The name of the loss in YAML; `register_loss` sets it.
         student_further: Names of what the loss needs in `Features.further` of the student. There is
-            "preact", the stages before their last ReLU.
+            "preact", the stages before their last ReLU; "cells2", the logits [B, 2 * 2, C] of the
+            2x2 cells of the last feature map, and likewise "cells1", "cells4" and so on.
         teacher_further: The same of the teacher.
+        takes_labels: Whether `distance` gets the labels as a third argument.
         takes_samples: Whether the loss needs `connect_samples`, and the indices of the samples of
             each batch.
         notes: Messages for the user, as in `DistillationLoss`.
@@ -85,6 +87,7 @@ class FeatureLoss(LossOfTerms, ABC):
     name = ""
     student_further: frozenset[str] = frozenset()
     teacher_further: frozenset[str] = frozenset()
+    takes_labels = False
     takes_samples = False
 
     def __init__(self, ce_weight: float) -> None:
@@ -142,7 +145,8 @@ class FeatureLoss(LossOfTerms, ABC):
     def distance(self, student: Features, teacher: Features) -> Tensor:
         """Return the weighted distance between the features, a scalar.
 
-        If `takes_samples` is true, there is a third argument `index`, which `forward` describes.
+        With `takes_labels` there is a further argument `labels`, and with `takes_samples` a last
+        argument `index`; `forward` describes both.
 
         Args:
             student: Features of the student, float32.
@@ -184,7 +188,9 @@ class FeatureLoss(LossOfTerms, ABC):
         with torch.autocast(student_logits.device.type, enabled=False):
             given: Any = tree_map(Tensor.float, student)
             constant: Any = tree_map(lambda x: x.detach().float(), teacher)
-            distance = self.distance(given, constant, *(() if index is None else (index,)))
+            taken = [labels] if self.takes_labels else []
+            taken += [] if index is None else [index]
+            distance = self.distance(given, constant, *taken)
             further = self.logit_distance(student_logits.float(), constant)
             if further is not None:
                 distance = distance + further

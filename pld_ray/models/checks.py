@@ -101,6 +101,8 @@ def check_features(
             with plugins.errors_told(f"loss {trial.loss.name}"):
                 loss.borrow(teacher_layers(networks[1], asked[1]))
                 loss.connect(*features)
+                if loss.takes_labels:
+                    features.append(torch.zeros(batch, dtype=torch.int64))
                 if loss.takes_samples:
                     assert labels is not None
                     loss.connect_samples(torch.tensor(labels, device="cpu"))

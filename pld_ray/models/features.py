@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 import torch
+from timm.models.efficientnet import EfficientNet
 from timm.models.resnet import ResNet
 from torch import Tensor, nn
 
 from pld_ray.errors import InputError
-from pld_ray.losses.features import FeatureLoss, Features, TeacherLayers
+from pld_ray.losses.features import FeatureLoss, Features, TeacherLayers, average_pool
 from pld_ray.models import timm_resnet
 
 
@@ -51,6 +53,14 @@ def has_preactivations(network: nn.Module) -> bool:
     return bool(getattr(network, "has_preactivations", False))
 
 
+def has_linear_head(network: nn.Module) -> bool:
+    """Return whether the logits are a linear layer of the mean of the last map [B, width, h, w]."""
+    if isinstance(network, ResNet | EfficientNet):
+        pooling: Any = network.global_pool
+        return pooling.pool_type == "avg" and isinstance(network.get_classifier(), nn.Linear)
+    return bool(getattr(network, "has_linear_head", False))
+
+
 class WithFeatures(nn.Module):
     """A network whose forward pass returns its features beside its logits.
 
@@ -59,7 +69,8 @@ class WithFeatures(nn.Module):
             `forward_head` and `get_classifier`. Its weights and their names stay as they are.
         further: The features to return beyond `stages` and `pooled`. "preact" needs a ResNet of
             timm, or a network with the attribute `has_preactivations` and the methods
-            `forward_preactivations` and `last_norms` of `CifarNet`.
+            `forward_preactivations` and `last_norms` of `CifarNet`. "cells2" and the like need a
+            network with a linear head (see `has_linear_head`).
     """
 
     def __init__(self, network: nn.Module, further: frozenset[str] = frozenset()) -> None:
@@ -67,6 +78,7 @@ class WithFeatures(nn.Module):
         self.network = network
         self.stages = feature_stages(network)
         self.further = further
+        self.scales = _scales(further)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Features]:
         """Return the logits [B, C] and the features of images [B, channels, H, W]."""
@@ -81,7 +93,31 @@ class WithFeatures(nn.Module):
         else:
             last, stages = network.forward_intermediates(x, indices=self.stages)
         pooled = network.forward_head(last, pre_logits=True)
-        return network.get_classifier()(pooled), Features(stages, pooled, further)
+        logits = network.get_classifier()(pooled)
+        for scale in self.scales:
+            further[f"cells{scale}"] = [_cells(network, last, scale)]
+        return logits, Features(stages, pooled, further)
+
+
+def _scales(further: frozenset[str]) -> list[int]:
+    """Return the numbers of "cells2" and the like, in one order in all processes."""
+    return sorted(int(name[5:]) for name in further if re.fullmatch("cells[1-9][0-9]*", name))
+
+
+def _cells(network: Any, last: Tensor, scale: int) -> Tensor:
+    """Return the logits of the cells of the last feature map.
+
+    Args:
+        network: A network with a linear head.
+        last: Its last feature map [B, width, h, w].
+        scale: The number m of cells along each side.
+
+    Returns:
+        Logits [B, m * m, C]. The mean over the cells is that of the image if m divides h and w.
+    """
+    cells = average_pool(last, scale, scale).flatten(2).transpose(1, 2)  # [B, m m, width]
+    logits: Tensor = network.forward_head(cells.flatten(0, 1)[:, :, None, None])
+    return logits.unflatten(0, cells.shape[:2])
 
 
 def check_further(loss: FeatureLoss, student: nn.Module, teacher: nn.Module) -> None:
@@ -92,14 +128,38 @@ def check_further(loss: FeatureLoss, student: nn.Module, teacher: nn.Module) -> 
     """
     sides = ("student", student, loss.student_further), ("teacher", teacher, loss.teacher_further)
     for side, network, further in sides:
-        if unknown := sorted(further - {"preact"}):
-            raise InputError(f"{loss.name}: {side}_further has {unknown[0]!r}: expected 'preact'")
+        by_head = {f"cells{scale}" for scale in _scales(further)}
+        if unknown := sorted(further - {"preact"} - by_head):
+            raise InputError(
+                f"{loss.name}: {side}_further has {unknown[0]!r}: expected 'preact', or 'cells2' "
+                "and the like"
+            )
+        if by_head & further:
+            check_linear_head(loss.name, network)
         if "preact" in further and not has_preactivations(network):
             raise InputError(
                 f"{loss.name} compares the {side}'s feature maps before a ReLU, which "
                 f"{_name(network)} does not have: expected a CIFAR network other than "
                 "mobilenetv2_cifar, or a ResNet of timm with ReLU, such as resnet18"
             )
+
+
+def check_linear_head(loss: str, network: nn.Module) -> None:
+    """Check that a loss can compute logits from the last feature map of a network.
+
+    Args:
+        loss: The name of the loss, for the message.
+        network: The network.
+
+    Raises:
+        InputError: It has no linear head.
+    """
+    if not has_linear_head(network):
+        raise InputError(
+            f"{loss} needs networks that end with average pooling and a linear layer, as "
+            f"{_name(network)} does not: expected a CIFAR network, or a ResNet, EfficientNet, "
+            "MobileNetV1 or MobileNetV2 of timm"
+        )
 
 
 def _name(network: nn.Module) -> str:

@@ -31,7 +31,12 @@ class CifarNet(nn.Module):
         he_normal: Whether the weights of convolutions are drawn from a normal distribution of
             variance 2 / (k^2 outputs), and their biases are 0. Otherwise they stay torch's default.
         relu_last: Whether a ReLU ends each stage, so that there is a map before it.
+
+    Class attributes:
+        has_linear_head: The logits are a linear layer of the mean of the last feature map.
     """
+
+    has_linear_head = True
 
     def __init__(
         self,
