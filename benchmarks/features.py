@@ -43,6 +43,7 @@ from pld_ray.losses import CRDLoss, Features, create_loss
 from pld_ray.losses.contrastive import EPS
 from pld_ray.losses.registry import REGISTRY
 from pld_ray.models.factory import create_model
+from pld_ray.models.reused import reuse_classifier
 
 CLASSES, BATCH = 100, 64
 Row = dict[str, Any]
@@ -90,6 +91,8 @@ def stepper(name: str, samples: int, device: torch.device, quick: bool) -> Calla
     networks = ("resnet8", "resnet20") if quick else ("resnet20", "resnet56")
     student, teacher = (create_model(Model(name=net), CLASSES, 3, 32) for net in networks)
     loss = Gathered() if name == "CRD, gathered" else create_loss(name)
+    if loss.name == "simkd":
+        student = reuse_classifier(student, teacher, torch.randn(1, 3, 32, 32))
     distiller = Distiller(student, teacher, loss).to(device, memory_format=torch.channels_last)
     images = torch.randn(BATCH, 3, 32, 32, device=device).to(memory_format=torch.channels_last)
     labels = torch.arange(samples) % CLASSES

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from pld_ray.distill.fit import evaluate, fit
     from pld_ray.losses.registry import create_loss, register_loss
     from pld_ray.models.export import save
+    from pld_ray.models.reused import reuse_classifier
     from pld_ray.store.store import Store
 
 __version__ = "0.1.0"
@@ -45,6 +46,7 @@ _HOME = {  # where each name is defined; it is imported on first use, since torc
     "register_optimizer": "config.registry",
     "register_schedule": "config.registry",
     "results": "api.results",
+    "reuse_classifier": "models.reused",
     "run": "api.results",
     "save": "models.export",
     "status": "api.results",
@@ -90,6 +92,7 @@ __all__ = [  # the losses come on top: see `dir(pld_ray)`
     "register_optimizer",
     "register_schedule",
     "results",
+    "reuse_classifier",
     "run",
     "save",
     "status",

@@ -123,8 +123,8 @@ class Subject(NamedTuple):
     Attributes:
         trial: The finished trial of the student.
         shape: (number of classes, number of channels, image size).
-        weights: Parameters by name, in the order of the network.
-        buffers: Buffers by name.
+        weights: Parameters that were trained by name, in the order of the network.
+        buffers: Buffers, and parameters that were frozen, by name.
         x: Images [N, channels, H, W].
         labels: Labels [N].
         teacher_logits: Teacher logits [N, C]; None if the loss needs none.
@@ -153,10 +153,10 @@ class Subject(NamedTuple):
 
     def network(self) -> nn.Module:
         """Create the student's network in evaluation mode: batch norm uses trained statistics."""
-        from pld_ray.models.factory import create_model
+        from pld_ray.models.factory import create_student
 
         self._load_plugins()
-        return create_model(self.trial.student, *self.shape).eval()
+        return create_student(self.trial, *self.shape).eval()
 
     def _load_plugins(self) -> None:
         """Import the plug-ins of the trial, if this process has not done it."""
@@ -180,7 +180,7 @@ def subject(trial: Trial, images: Any, store: Store, count: int) -> Subject:
     """
     from pld_ray.data.stream import Stream
     from pld_ray.distill.teacher import Teacher
-    from pld_ray.models.factory import create_model
+    from pld_ray.models.factory import create_student
 
     cpu = torch.device("cpu")
     data = trial.data.model_copy(update={"mixup": None, "cutmix": None})
@@ -189,9 +189,10 @@ def subject(trial: Trial, images: Any, store: Store, count: int) -> Subject:
     x, labels = next(stream.train([shown], trial.view(0)))
     assert isinstance(labels, Tensor)
     state = store.load_weights(trial)
-    network = create_model(trial.student, *images.shape)
+    network = create_student(trial, *images.shape)
     # Directions are drawn in the order of the network's parameters; a file of weights has no order.
-    weights = {name: state.pop(name) for name, _ in network.named_parameters()}
+    trained = [name for name, weight in network.named_parameters() if weight.requires_grad]
+    weights = {name: state.pop(name) for name in trained}
     logits = None
     if trial.teacher is not None and not trial.loss.needs_features:
         logits = Teacher(trial, images, store, cpu)(x)

@@ -27,6 +27,7 @@ from pld_ray.models.features import (
     probe_features,
     teacher_layers,
 )
+from pld_ray.models.reused import ReusedClassifier
 
 
 class FrozenTeacher(nn.Module):
@@ -167,6 +168,11 @@ class Distiller(nn.Module):
                 f"{type(self.loss).__name__} compares features: expected a teacher network"
             )
         if isinstance(self.loss, FeatureLoss) and teacher is not None:
+            if self.loss.reuses_classifier and not isinstance(student, ReusedClassifier):
+                raise ValueError(
+                    f"{type(self.loss).__name__}: the student predicts by the teacher's "
+                    "classifier: expected reuse_classifier(student, teacher, images) as the student"
+                )
             check_further(self.loss, student, teacher.network)
         self.takes_samples: bool = getattr(self.loss, "takes_samples", False)
         self.samples = 0  # their number, if the loss takes them

@@ -27,7 +27,8 @@ from pld_ray.distill.optimization import MovingAverage, create_optimizer, create
 from pld_ray.distill.steps import Steps
 from pld_ray.distill.teacher import Teacher
 from pld_ray.losses.registry import create_loss
-from pld_ray.models.factory import create_model
+from pld_ray.models.factory import create_student
+from pld_ray.models.reused import ReusedClassifier
 from pld_ray.store.store import Store
 
 
@@ -192,10 +193,12 @@ def set_up(trial: Trial, shared: Shared) -> Run:
     """Make all that a trial needs; the first weights are the same on every worker."""
     device = shared.device
     seed_epoch(trial.seed, epoch=0, rank=0)
-    student = create_model(trial.student, *shared.images.shape).to(device)
-    student = student.to(memory_format=memory_format(trial.channels_last))
+    student = create_student(trial, *shared.images.shape)
     clock = Clock(device, shared.alive)
     teacher = shared.teacher(trial)
+    if isinstance(student, ReusedClassifier) and teacher is not None:
+        student.copy_classifier(teacher.network)
+    student = student.to(device).to(memory_format=memory_format(trial.channels_last))
     banks, val_bank = shared.banks(trial)
     distiller = make_distiller(trial, student, None if banks else teacher, shared.images)
     distiller.clock = clock

@@ -14,7 +14,12 @@ from pld_ray.config.trial import Trial
 from pld_ray.data.images import Images
 from pld_ray.distill.device import memory_format, pick_precision
 from pld_ray.distill.distiller import FrozenTeacher
-from pld_ray.models.factory import Renormalize, create_model, load_teacher, pretrained_statistics
+from pld_ray.models.factory import (
+    Renormalize,
+    create_student,
+    load_teacher,
+    pretrained_statistics,
+)
 from pld_ray.store.store import Store
 
 
@@ -51,7 +56,7 @@ class Teacher:
     def _load(self) -> nn.Module:
         teacher = self.trial.teacher
         if isinstance(teacher, Trial):
-            model = create_model(teacher.student, *self.images.shape)
+            model = create_student(teacher, *self.images.shape)
             model.load_state_dict(self.store.load_weights(teacher))
             return model
         assert teacher is not None

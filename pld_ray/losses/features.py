@@ -76,8 +76,11 @@ class FeatureLoss(LossOfTerms, ABC):
         name: The name of the loss in YAML; `register_loss` sets it.
         student_further: Names of what the loss needs in `Features.further` of the student. There is
             "preact", the stages before their last ReLU; "cells2", the logits [B, 2 * 2, C] of the
-            2x2 cells of the last feature map, and likewise "cells1", "cells4" and so on.
+            2x2 cells of the last feature map, and likewise "cells1", "cells4" and so on; "last",
+            the feature map [B, width, h, w] before the pooling.
         teacher_further: The same of the teacher.
+        reuses_classifier: Whether the student predicts by the classifier of its teacher. A trial
+            then trains a `ReusedClassifier` (pld_ray/models/reused.py).
         takes_labels: Whether `distance` gets the labels as a third argument.
         takes_samples: Whether the loss needs `connect_samples`, and the indices of the samples of
             each batch.
@@ -87,6 +90,7 @@ class FeatureLoss(LossOfTerms, ABC):
     name = ""
     student_further: frozenset[str] = frozenset()
     teacher_further: frozenset[str] = frozenset()
+    reuses_classifier = False
     takes_labels = False
     takes_samples = False
 

@@ -6,4 +6,4 @@ ONNX runtimes load.
 Uses: losses, config, store.
 """
 
-from pld_ray.models import networks  # noqa: F401 - registers them with timm
+from pld_ray.models import networks, reused  # noqa: F401 - registers them with timm

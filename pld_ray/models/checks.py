@@ -16,7 +16,7 @@ from pld_ray.config.parts import Model, Weights
 from pld_ray.config.trial import Trial
 from pld_ray.errors import InputError
 from pld_ray.losses import FeatureLoss, LossParams, create_loss
-from pld_ray.models.factory import create_model
+from pld_ray.models.factory import create_model, student_model, teacher_model
 from pld_ray.models.features import check_further, probe_features, teacher_layers
 from pld_ray.models.weights import fit_weights
 
@@ -84,14 +84,15 @@ def check_features(
     Raises:
         InputError: The features cannot be compared, or the loss cannot be used with the samples.
     """
-    teacher = trial.teacher.student if isinstance(trial.teacher, Trial) else trial.teacher
-    assert teacher is not None
     shape = classes, channels, image_size
+    models = student_model(trial, *shape), teacher_model(trial, *shape)
+    if models[0] != trial.student:
+        check_model(models[0], *shape, batch)
     with torch.device("meta"):
         loss = create_loss(trial.loss)
         assert isinstance(loss, FeatureLoss)
         images = torch.zeros(batch, channels, image_size, image_size)
-        networks = [create_model(model, *shape) for model in (trial.student, teacher)]
+        networks = [create_model(model, *shape) for model in models]
         check_further(loss, *networks)
         asked = loss.student_further, loss.teacher_further
         features: list[Any] = [
@@ -114,7 +115,7 @@ def check_features(
         except ValueError as error:
             if ONE_IMAGE in str(error):
                 raise _one_image_told(f"loss {trial.loss.name}", image_size) from None
-            raise InputError(f"{teacher.name} → {trial.student.name}: {error}") from None
+            raise InputError(f"{trial.teacher_name} → {trial.student.name}: {error}") from None
 
 
 def check_model(

@@ -16,7 +16,7 @@ from torch import nn
 
 from pld_ray.config.trial import Trial
 from pld_ray.errors import InputError
-from pld_ray.models.factory import create_model
+from pld_ray.models.factory import create_student, student_model
 from pld_ray.store.files import Files
 from pld_ray.store.store import Store
 
@@ -61,6 +61,7 @@ def save(
     convolution = next((p for p in network.parameters() if p.ndim == 4), None)
     if convolution is not None:
         args = {"in_chans": convolution.shape[1], **args}
+    args = {**getattr(network, "model_args", {}), **args}
     classes: Any = network.num_classes
     _check_shapes(known["architecture"], {"num_classes": classes, **args}, state)
     _, height, width = known.get("input_size") or (3, 224, 224)
@@ -86,9 +87,7 @@ def load_student(trial: Trial, store: Store) -> nn.Module:
     record = store.record(trial.id)
     assert record is not None  # else it has no weights
     data = record["data"]
-    network = create_model(
-        trial.student, len(data["class_names"]), data["channels"], data["image_size"]
-    )
+    network = create_student(trial, len(data["class_names"]), data["channels"], data["image_size"])
     network.load_state_dict(load(weights))
     return network.eval()
 
@@ -120,11 +119,12 @@ def export_student(trial: Trial, store: Store, folder: Path, onnx: bool = False)
         files = {"model.onnx": _onnx(network, channels, size)}
     else:
         files = {"model.safetensors": store.weights(trial)}
-    args = {"in_chans": channels, **trial.student.args}
+    model = student_model(trial, classes, channels, size)
+    args = {"in_chans": channels, **model.args}
     known: Any = network.pretrained_cfg
     if known.get("fixed_input_size"):
         args.setdefault("img_size", size)
-    name = trial.student.name.split(".")[0]  # without timm's tag, which names other weights
+    name = model.name.split(".")[0]  # without timm's tag, which names other weights
     config = _config(network, name, classes, args, (size, size))
     shown = {"mean": data["mean"], "std": data["std"], "crop_pct": trial.data.crop_pct}
     config["pretrained_cfg"] |= shown | {"interpolation": "bicubic"}

@@ -8,7 +8,10 @@ from torch import Tensor, nn
 
 from pld_ray import plugins
 from pld_ray.config.parts import Model, Weights
+from pld_ray.config.trial import Trial
 from pld_ray.errors import InputError, nearest
+from pld_ray.losses import create_loss
+from pld_ray.models.reused import map_shapes
 from pld_ray.models.weights import fit_weights
 
 # arguments of timm.create_model that decide with which weights a network begins
@@ -61,6 +64,51 @@ def create_model(
             f"model {model.name!r} cannot be made with {args}: {where}{kind}"
             f"{error or 'unsupported size'}"
         ) from None
+
+
+def student_model(trial: Trial, classes: int, channels: int, image_size: int) -> Model:
+    """Return the network that a trial trains, evaluates and keeps.
+
+    That is the student of the trial, unless its loss makes another network of it.
+
+    Args:
+        trial: The trial.
+        classes: Number of classes.
+        channels: Number of image channels.
+        image_size: Height and width of the images, in pixels.
+
+    Raises:
+        InputError: A network cannot be made, or the loss cannot use it.
+    """
+    if not trial.loss.needs_features:
+        return trial.student
+    shape = classes, channels, image_size
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):  # draws no number of the trial's
+        loss = create_loss(trial.loss)
+        if not loss.reuses_classifier:
+            return trial.student
+        student, teacher = (
+            create_model(each, *shape) for each in (trial.student, teacher_model(trial, *shape))
+        )
+        images = torch.zeros(1, channels, image_size, image_size)
+        inputs, width, size = map_shapes(student, teacher, images)
+    own = {"student": trial.student.name, "student_args": trial.student.args, "inputs": inputs}
+    own |= {"width": width, "size": list(size), "factor": loss.factor}
+    return Model(name="reused_classifier", args=own)
+
+
+def teacher_model(trial: Trial, classes: int, channels: int, image_size: int) -> Model | Weights:
+    """Return the network of the teacher of a trial, which has one; see `student_model`."""
+    if isinstance(trial.teacher, Trial):
+        return student_model(trial.teacher, classes, channels, image_size)
+    assert trial.teacher is not None
+    return trial.teacher
+
+
+def create_student(trial: Trial, classes: int, channels: int, image_size: int) -> nn.Module:
+    """Create the network that a trial trains, evaluates and keeps; see `student_model`."""
+    shape = classes, channels, image_size
+    return create_model(student_model(trial, *shape), *shape)
 
 
 def load_teacher(teacher: Weights, classes: int, channels: int, image_size: int) -> nn.Module:

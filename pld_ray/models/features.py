@@ -69,8 +69,8 @@ class WithFeatures(nn.Module):
             `forward_head` and `get_classifier`. Its weights and their names stay as they are.
         further: The features to return beyond `stages` and `pooled`. "preact" needs a ResNet of
             timm, or a network with the attribute `has_preactivations` and the methods
-            `forward_preactivations` and `last_norms` of `CifarNet`. "cells2" and the like need a
-            network with a linear head (see `has_linear_head`).
+            `forward_preactivations` and `last_norms` of `CifarNet`. "cells2" and the like, and
+            "last", need a network with a linear head (see `has_linear_head`).
     """
 
     def __init__(self, network: nn.Module, further: frozenset[str] = frozenset()) -> None:
@@ -94,6 +94,8 @@ class WithFeatures(nn.Module):
             last, stages = network.forward_intermediates(x, indices=self.stages)
         pooled = network.forward_head(last, pre_logits=True)
         logits = network.get_classifier()(pooled)
+        if "last" in self.further:
+            further["last"] = [last]
         for scale in self.scales:
             further[f"cells{scale}"] = [_cells(network, last, scale)]
         return logits, Features(stages, pooled, further)
@@ -128,11 +130,11 @@ def check_further(loss: FeatureLoss, student: nn.Module, teacher: nn.Module) -> 
     """
     sides = ("student", student, loss.student_further), ("teacher", teacher, loss.teacher_further)
     for side, network, further in sides:
-        by_head = {f"cells{scale}" for scale in _scales(further)}
+        by_head = {"last", *(f"cells{scale}" for scale in _scales(further))}
         if unknown := sorted(further - {"preact"} - by_head):
             raise InputError(
-                f"{loss.name}: {side}_further has {unknown[0]!r}: expected 'preact', or 'cells2' "
-                "and the like"
+                f"{loss.name}: {side}_further has {unknown[0]!r}: expected 'preact', 'last', or "
+                "'cells2' and the like"
             )
         if by_head & further:
             check_linear_head(loss.name, network)
