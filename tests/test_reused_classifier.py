@@ -188,7 +188,7 @@ def outputs(network, trial):
             [network(x) for x in stream.val([torch.arange(len(images.val)).numpy()])]
         )
     right = logits.argmax(1) == torch.from_numpy(images.val_labels)
-    return logits, 100 * right.double().mean().item()
+    return logits, 100 * right.sum().item() / len(right)
 
 
 def test_a_stored_student_has_the_recorded_top1(trained):
@@ -231,7 +231,7 @@ def test_an_exported_student_gives_the_same_logits(trained, tmp_path):
 
 def test_a_trained_student_teaches_another(trained, experiment):
     trial, store = trained
-    logits, top1 = outputs(load_student(trial, store), trial)
+    _, top1 = outputs(load_student(trial, store), trial)
     teacher = trial.model_dump(mode="json")
     base = trial.teacher.model_dump(mode="json") | {"teacher": teacher}
     base |= {"epochs": 1, "batch_size": 40}
@@ -242,7 +242,6 @@ def test_a_trained_student_teaches_another(trained, experiment):
         record = run(student, store)
         assert record["metrics"]["teacher_top1"] == top1
     assert isinstance(load_student(student, store), ReusedClassifier)
-    assert logits.shape == (len(load(trial.data).val), 10)
 
 
 def test_landscapes_move_what_was_trained(trained):
