@@ -44,6 +44,9 @@ def batch():
     )
     for features, shapes in zip((student, teacher), SHAPES, strict=True):
         features.further["preact"] = [draw(5, *shape) for shape in shapes]
+        features.further["last"] = [draw(5, 9, 4, 4)]
+        for m in (1, 2, 4):
+            features.further[f"cells{m}"] = [draw(5, m * m, 10)]
     return draw(5, 10), torch.tensor([3, 0, 9, 1, 1]), student, teacher
 
 

@@ -33,7 +33,10 @@ def features():
     generator = torch.Generator().manual_seed(1)
     sizes = (8, 4, 8, 8), (8, 6, 4, 4), (8, 8, 2, 2)
     stages = [torch.randn(size, generator=generator) for size in sizes]
-    return Features(stages, stages[-1].mean((2, 3)), {"preact": stages})
+    further = {"preact": stages, "last": stages[-1:]}
+    for m in (1, 2, 4):
+        further[f"cells{m}"] = [torch.randn(8, m * m, 6, generator=generator)]
+    return Features(stages, stages[-1].mean((2, 3)), further)
 
 
 def value(loss, student, teacher, labels, **further):
