@@ -237,7 +237,7 @@ def test_a_member_without_memory_leaves_before_its_first_step(experiment, monkey
 
 def test_nothing_is_held_of_a_member_that_left(experiment, monkeypatch):
     trials, _, gang = members(experiment, 8, 0, 1)
-    students, made = [], running.create_model
+    students, made = [], running.create_student
 
     def create(*arguments):
         students.append(weakref.ref(made(*arguments)))
@@ -248,7 +248,7 @@ def test_nothing_is_held_of_a_member_that_left(experiment, monkeypatch):
         left = [student() is not None for student in students]
         assert left == [False, True, True]
 
-    monkeypatch.setattr(running, "create_model", create)
+    monkeypatch.setattr(running, "create_student", create)
     together(trials, gang, report)
     gc.collect()
     assert not any(student() for student in students)
