@@ -1,108 +1,116 @@
 """Measure a step of MLKD, which takes two views of each image, against a step of KD.
 
-    .venv/bin/python benchmarks/views.py                 # five minutes on 2 cores
-    .venv/bin/python benchmarks/views.py --rounds 1 --images 128      # quick run
+    .venv/bin/python benchmarks/views.py                 # a minute on one core
+    .venv/bin/python benchmarks/views.py --rounds 1      # quick run
 
-Trials of ResNet-56 → ResNet-20 with batches of 64 train on noise of 32x32 pixels in this process,
-in turn: KD and MLKD, with a full bank and with a live teacher. The table has the median
-milliseconds of a step in their second epoch, and the median of the ratios to KD in the same round.
-"Data ms" is the time for which a step waits for its images; one process per core augments them.
+Steps of ResNet-56 → ResNet-20 with batches of 64 images of 32x32 pixels are done in turn, on one
+thread: KD and MLKD, with the teacher's logits given, as a bank gives them, and with a live teacher.
+The table has the median CPU time of a step and of preparing its images, which is the work of other
+processes in a trial, and the median of the ratios of steps to KD in the same round. CPU time hardly
+depends on what else the machine does.
 """
 
 from __future__ import annotations
 
 import argparse
-import tempfile
-from pathlib import Path
-from typing import Any
+import time
+from collections.abc import Callable
 
+import numpy as np
 import pandas as pd
 import torch
-from grid import random_images
-from safetensors.torch import save_file
+from torch import Tensor
 
-from pld_ray.config.parts import Model
-from pld_ray.config.trial import Trial
+from pld_ray.config.parts import Data, Model, Optimizer
 from pld_ray.data.images import Images
-from pld_ray.distill.loop import train
+from pld_ray.data.stream import Stream
+from pld_ray.data.workers import _Batches
+from pld_ray.distill.distiller import Distiller
+from pld_ray.distill.optimization import create_optimizer, update
+from pld_ray.losses import create_loss
 from pld_ray.models.factory import create_model
-from pld_ray.store.store import Store
 
-BATCH = 64
+BATCH, CPU = 64, torch.device("cpu")
 
 
-def step(
-    loss: str, logits: str, rate: float, weights: Path, images: Images, store: Store
-) -> dict[str, Any]:
-    """Train a trial of two epochs, and return the milliseconds of a step of the second one.
+def milliseconds(run: Callable[[], object]) -> float:
+    """Return the milliseconds of CPU time that a call takes."""
+    started = time.process_time()
+    run()
+    return 1e3 * (time.process_time() - started)
+
+
+def preparing() -> dict[str, Callable[[], object]]:
+    """Return what makes the images of a batch of each loss."""
+    rng = np.random.default_rng(0)
+    pixels, labels = rng.integers(0, 256, (BATCH, 32, 32, 3), np.uint8), np.arange(BATCH)
+    images = Images(pixels, labels, pixels, labels, 100, (0.5,) * 3, (0.3,) * 3)
+    stream, index = Stream(images, Data(name="noise", pad=4, flip=True), 0, CPU), np.arange(BATCH)
+    changed = _Batches(
+        lambda index: torch.from_numpy(pixels[index]), ("randaugment", "cutout"), 0, 0
+    )
+
+    def first() -> None:
+        next(iter(stream.train([index], 0)))
+
+    def both() -> None:
+        first()
+        changed[index]
+
+    return {"kd": first, "mlkd": both}
+
+
+def step(name: str, live: bool) -> Callable[[], object]:
+    """Return a function that does a step of a loss."""
+    torch.manual_seed(0)
+    student, teacher = (create_model(Model(name=n), 100, 3, 32) for n in ("resnet20", "resnet56"))
+    distiller = Distiller(student, teacher, create_loss(name, ignore_index=None)).train()
+    distiller.to(memory_format=torch.channels_last)
+    optimizer = create_optimizer(Optimizer(name="sgd", lr=0.01, momentum=0.9), distiller)
+    rows = BATCH * (2 if distiller.paired else 1)
+    images = torch.randn(rows, 3, 32, 32).contiguous(memory_format=torch.channels_last)
+    labels, logits = torch.arange(BATCH).repeat(rows // BATCH), torch.randn(rows, 100)
+    given: Tensor | None = None if live else logits
+
+    def run() -> None:
+        update(distiller(images, labels, given), distiller, optimizer, 0, None, None)
+
+    return run
+
+
+def measure(rounds: int) -> pd.DataFrame:
+    """Time all steps.
 
     Args:
-        loss: The name of the loss.
-        logits: How the teacher's logits are stored, or "live".
-        rate: The learning rate. Trials with different rates share their banks.
-        weights: The teacher's weights.
-        images: The images.
-        store: The store of the trial and its banks.
-    """
-    settings = {
-        "data": {"name": "parquet:random", "pad": 4, "flip": True},
-        "student": {"name": "resnet20"},
-        "teacher": {"name": "resnet56", "weights": str(weights)},
-        "teacher_logits": logits,
-        "loss": loss,
-        "optimizer": {"name": "sgd", "lr": rate, "momentum": 0.9},
-        "batch_size": BATCH,
-        "epochs": 2,
-    }
-    trial = Trial.model_validate(settings)
-    train(trial, images, store, lambda metrics: None)
-    epoch = store.epochs(trial.id)[-1]
-    waited = epoch["data_seconds"] / (len(images.train) / BATCH)
-    return {
-        "loss": loss,
-        "logits": logits,
-        "step_ms": 1e3 * BATCH / epoch["images_per_second"],
-        "data_ms": 1e3 * waited,
-    }
-
-
-def measure(rounds: int, count: int) -> pd.DataFrame:
-    """Time all trials.
-
-    Args:
-        rounds: How often each trial is timed.
-        count: Number of training images.
+        rounds: How often each step is timed.
 
     Returns:
-        One row per loss and kind of logits: median milliseconds of a step and of what it waits for
-        images, and the median ratio to KD.
+        One row per loss and kind of logits: median milliseconds of a step and of preparing its
+        images, and the median ratio of the step to that of KD.
     """
-    images, rows = random_images(count), []
-    with tempfile.TemporaryDirectory() as folder:
-        weights, store = Path(folder, "teacher.safetensors"), Store(folder)
-        save_file(create_model(Model(name="resnet56"), *images.shape).state_dict(), weights)
-        for number in range(-1, rounds):  # the first round fills the banks
-            for logits in ("float16", "live"):
-                found = [
-                    step(loss, logits, 0.01 + 1e-6 * number, weights, images, store)
-                    for loss in ("kd", "mlkd")
-                ]
-                for row in found if number >= 0 else ():
-                    rows.append(row | {"ratio": row["step_ms"] / found[0]["step_ms"]})
-    return pd.DataFrame(rows).groupby(["logits", "loss"]).median().reset_index()
+    prepare, rows = preparing(), []
+    steps = {(logits, name): step(name, logits == "live")
+             for logits in ("given", "live") for name in ("kd", "mlkd")}  # fmt: skip
+    for number in range(-1, rounds):  # the first round is not counted
+        taken = {key: milliseconds(run) for key, run in steps.items()}
+        for (logits, name), found in taken.items() if number >= 0 else ():
+            images = milliseconds(prepare[name])
+            ratio = found / taken[logits, "kd"]
+            rows.append((logits, name, found, images, ratio))
+    frame = pd.DataFrame(rows, columns=["logits", "loss", "step", "images", "ratio"])
+    return frame.groupby(["logits", "loss"]).median().reset_index()
 
 
 def main() -> None:
     """Measure, and print the table."""
     parser = argparse.ArgumentParser(description="Time of a step with two views of each image.")
-    parser.add_argument("--rounds", type=int, default=5, help="how often each trial is timed")
-    parser.add_argument("--images", type=int, default=2048, help="number of training images")
+    parser.add_argument("--rounds", type=int, default=15, help="how often each step is timed")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    print("| Logits | Loss | Step ms | Data ms | To KD |")
-    print("| ------ | ---- | ------: | ------: | ----: |")
-    for row in measure(arguments.rounds, arguments.images).to_dict("records"):
-        times = f"{row['step_ms']:.0f} | {row['data_ms']:.1f} | {row['ratio']:.2f}"
+    print("| Logits | Loss | Step ms | Images ms | To KD |")
+    print("| ------ | ---- | ------: | --------: | ----: |")
+    for row in measure(arguments.rounds).to_dict("records"):
+        times = f"{row['step']:.0f} | {row['images']:.1f} | {row['ratio']:.2f}"
         print(f"| {row['logits']} | {row['loss']} | {times} |")
 
 

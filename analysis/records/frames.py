@@ -241,6 +241,12 @@ def summary(records: pd.DataFrame, metrics: list[str]) -> pd.DataFrame:
     return table.reset_index()
 
 
+def _listed(value: Any) -> str:
+    """Return a value as tables show it; the parts of a list follow each other."""
+    parts = value if isinstance(value, tuple) else (value,)
+    return " ".join(f"{part:g}" if isinstance(part, float) else str(part) for part in parts)
+
+
 def _methods(plan: Plan) -> list[str]:
     """Return the label of each cell's loss, with the parameters that vary for the same loss.
 
@@ -258,7 +264,7 @@ def _methods(plan: Plan) -> list[str]:
         differ = [
             f"{SYMBOLS.get(field, field)} = {_number(value, values[loss.name, field])}"
             if isinstance(value, float)
-            else f"{field} = {value}"
+            else f"{field} = {_listed(value)}"
             for field, value in loss
             if len(values[loss.name, field]) > 1
             or (field in varied and isinstance(value, str) and field != "name")
