@@ -42,8 +42,8 @@ def transform(names: tuple[str, ...]) -> Callable[[Tensor], Tensor]:
 def cutout(image: Tensor) -> Tensor:
     """Fill a square of an image with grey (DeVries and Taylor 2017, "Cutout").
 
-    Its side is uniform between 0 and half the shorter side of the image, as in FixMatch and its
-    successors. Its centre is uniform in the image; what lies outside of the image is left out.
+    Its side is uniform between 0 and half the shorter side of the image, as in the strong views of
+    Jin et al. 2023. Its centre is uniform in the image; what lies outside of the image is left out.
 
     Args:
         image: An image, uint8 [channels, H, W].
