@@ -39,7 +39,27 @@ PUBLISHED = {  # parameters of mdistiller, RepDistiller, DIST, cls_KD and TTM
     "nkd": {"temperature": 3, "ce_weight": 1, "gamma": 3.5},
     "ttm": {"temperature": 10, "ce_weight": 1, "beta": 45},
     "wttm": {"temperature": 5, "ce_weight": 1, "beta": 4},
+    "cc": {"weight": 0.02, "form": "differences", "dim": 128, "ce_weight": 1},
+    "nst": {"weight": 50, "ce_weight": 1},
+    "kdsvd": {"weight": 1, "vectors": 1, "over": "columns", "ce_weight": 1},
+    "crd": {
+        **{"weight": 0.8, "negatives": 16384, "temperature": 0.07, "momentum": 0.5, "dim": 128},
+        "ce_weight": 1,
+    },
+    "ofd": {"weight": 1e-3, "ce_weight": 1},
+    "reviewkd": {"warmup_epochs": 20, "student_preact": False, "ce_weight": 1},
+    "srrl": {"weight": 1, "ce_weight": 1, "kd_weight": 1},
+    "simkd": {"factor": 2, "weight": 1, "ce_weight": 0},
+    "ctkd": {"ce_weight": 0.1, "beta": 0.9, "lowest": 1, "span": 20, "curriculum_epochs": 10},
+    "mlkd": {"ce_weight": 0.1, "kd_weight": 0.9, "temperatures": (4, 3, 5, 2, 6)},
+    "sdd": {"base": "kd", "temperature": 4},
     "pld": {"temperature": 4},
+}
+REVIEW = {  # weights of ReviewKD by its authors
+    **{("wrn_40_2", "wrn_16_2"): 5, ("wrn_40_2", "wrn_40_1"): 5, ("resnet56", "resnet20"): 0.6},
+    **{("resnet110", "resnet32"): 1, ("resnet32x4", "resnet8x4"): 5},
+    **{("resnet32x4", "shufflenetv1"): 5, ("resnet32x4", "shufflenetv2"): 8},
+    ("wrn_40_2", "shufflenetv1"): 5,
 }
 NAMES = ("benchmark_homogeneous", "benchmark_heterogeneous")
 
@@ -107,6 +127,8 @@ def test_what_rules_set_by_pair(plans):
         assert cell.trial.optimizer.lr == rate, pair_of(cell)
         if cell.trial.loss.name == "dkd":
             assert cell.trial.loss.beta == beta, pair_of(cell)
+        if cell.trial.loss.name == "reviewkd" and pair_of(cell) in REVIEW:
+            assert cell.trial.loss.weight == REVIEW[pair_of(cell)], pair_of(cell)
 
 
 def test_settings_of_methods_are_the_published_ones(plans):

@@ -29,18 +29,18 @@ def test_losses(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_features(monkeypatch, capsys):
-    benchmark = runpy.run_path(str(FOLDER / "features.py"))
-    monkeypatch.setattr(sys, "argv", ["features.py", "--quick", "--rounds", "2"])
+def test_steps(monkeypatch, capsys):
+    benchmark = runpy.run_path(str(FOLDER / "steps.py"))
+    monkeypatch.setattr(sys, "argv", ["steps.py", "--quick", "--rounds", "2"])
     benchmark["main"]()
     rows = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines() if "|" in line]
     found = {row[0].strip(): float(row[2]) for row in rows[2:] if len(row) == 3}
-    assert found["KD"] == 1 and {"AT", "CRD", "CRD, gathered"} < found.keys()
+    assert found["KD"] == 1 and {"AT", "PLD", "MLKD", "CRD", "CRD, gathered"} < found.keys()
     assert all(float(number) > 0 for row in rows[-3:] for number in row[1:])
 
 
 def test_the_two_forms_of_crd_have_one_value():
-    benchmark = runpy.run_path(str(FOLDER / "features.py"))
+    benchmark = runpy.run_path(str(FOLDER / "steps.py"))
     index = torch.tensor([3, 19, 25])
     values = []
     for kind in ("Gathered", "CRDLoss"):
@@ -109,18 +109,6 @@ def test_grid_counts_the_teachers_images(tmp_path, local_ray):
     console = Console(width=120, file=io.StringIO())
     grid.show(pd.DataFrame([row]), console)
     assert "| resnet20 → resnet8" in console.file.getvalue()
-
-
-def test_views(monkeypatch, capsys):
-    benchmark = runpy.run_path(str(FOLDER / "views.py"))
-    monkeypatch.setattr(sys, "argv", ["views.py", "--rounds", "1"])
-    benchmark["main"]()
-    rows = [line.split("|") for line in capsys.readouterr().out.splitlines()[2:]]
-    assert [(row[1].strip(), row[2].strip()) for row in rows] == [
-        (logits, loss) for logits in ("given", "live") for loss in ("kd", "mlkd")
-    ]
-    assert [float(row[5]) for row in rows][::2] == [1, 1]
-    assert all(float(row[3]) > 0 and float(row[4]) > 0 for row in rows)
 
 
 @pytest.mark.slow

@@ -31,8 +31,9 @@ class OFDLoss(FeatureLoss):
     The margin is -3 standard deviations if fewer than 0.1% of the values are negative, as in the
     authors' code.
 
-    The networks need maps before a last ReLU, which mobilenetv2_cifar does not have. The teacher
-    also needs a batch norm there: a CIFAR ResNet, Wide ResNet or VGG, or a ResNet of timm.
+    The networks need maps before a last ReLU. The stages of mobilenetv2_cifar end without a ReLU;
+    as a student, it is compared by them as they are. The teacher needs a batch norm before the
+    ReLU: a CIFAR ResNet, Wide ResNet or VGG, or a ResNet of timm.
 
     The paper lets the batch norms of the teacher use the statistics of the batch. Here the teacher
     is frozen as for all losses, and they use those of its training.

@@ -46,11 +46,16 @@ def feature_stages(network: nn.Module) -> list[int]:
     return [i for i, reduction in enumerate(reductions) if reduction > 2]
 
 
-def has_preactivations(network: nn.Module) -> bool:
-    """Return whether a network gives its stages before their last ReLU."""
+def has_preactivations(network: nn.Module, linear: bool = False) -> bool:
+    """Return whether a network gives its stages before their last ReLU.
+
+    Args:
+        network: The network.
+        linear: Whether stages that end without a ReLU count too, as they are.
+    """
     if isinstance(network, ResNet):
         return timm_resnet.is_plain(network)
-    return bool(getattr(network, "has_preactivations", False))
+    return hasattr(network, "has_preactivations") and (linear or bool(network.has_preactivations))
 
 
 def has_linear_head(network: nn.Module) -> bool:
@@ -138,11 +143,12 @@ def check_further(loss: FeatureLoss, student: nn.Module, teacher: nn.Module) -> 
             )
         if by_head & further:
             check_linear_head(loss.name, network)
-        if "preact" in further and not has_preactivations(network):
+        if "preact" in further and not has_preactivations(network, linear=side == "student"):
+            other = "" if side == "student" else " other than mobilenetv2_cifar"
             raise InputError(
                 f"{loss.name} compares the {side}'s feature maps before a ReLU, which "
-                f"{_name(network)} does not have: expected a CIFAR network other than "
-                "mobilenetv2_cifar, or a ResNet of timm with ReLU, such as resnet18"
+                f"{_name(network)} does not have: expected a CIFAR network{other}, or a ResNet of "
+                "timm with ReLU, such as resnet18"
             )
 
 

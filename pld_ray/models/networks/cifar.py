@@ -107,6 +107,9 @@ class CifarNet(nn.Module):
             The last feature map [B, width, h, w], the outputs of the stages, and the same maps
             before the last ReLU.
         """
+        if not self.has_preactivations:  # no ReLU follows: the stages are what it would be given
+            last_map, linear = self.forward_intermediates(x, indices)
+            return last_map, linear, linear
         x = self.stem(x)
         before, stages = [], []
         for stage in self.stages:

@@ -1,7 +1,7 @@
-"""Measure losses on features: the time of a step beside that of KD, and the draws of CRD.
+"""Measure a training step with each loss beside one with KD, and the draws of CRD.
 
-    .venv/bin/python benchmarks/features.py            # four minutes of one core
-    .venv/bin/python benchmarks/features.py --quick    # a check that it runs
+    .venv/bin/python benchmarks/steps.py            # ten minutes on one core
+    .venv/bin/python benchmarks/steps.py --quick    # a check that it runs
 
 Two parts:
 
@@ -102,6 +102,8 @@ def stepper(name: str, samples: int, device: torch.device, quick: bool) -> Calla
     parameters = [*student.parameters(), *distiller.learnt_by_loss()]
     optimizer = torch.optim.SGD(parameters, 0.01, momentum=0.9)
     given = images, labels[index].to(device)
+    if distiller.paired:
+        given = torch.cat([images, images]), given[1].repeat(2)
     index = index.to(device)
     if isinstance(loss, Gathered):
         loss.negatives_of = torch.stack(
@@ -121,7 +123,7 @@ def stepper(name: str, samples: int, device: torch.device, quick: bool) -> Calla
 def steps(device: torch.device, rounds: int, quick: bool) -> Iterator[Row]:
     """Yield the times of a step with each loss."""
     samples = 1000 if quick else 50_000
-    names = ["kd", *(n for n, loss in REGISTRY.items() if loss.needs_features), "CRD, gathered"]
+    names = [*(name for name, loss in REGISTRY.items() if loss.needs_teacher), "CRD, gathered"]
     todo = {name: stepper(name, samples, device, quick) for name in names}
     found: dict[str, list[float]] = {name: [] for name in names}
     clock = time.perf_counter if device.type == "cuda" else time.process_time
