@@ -185,8 +185,13 @@ def test_commands_take_a_part(cli, tmp_path):
     assert "Table 1" in table and "| PLD" in table
 
 
-@pytest.mark.parametrize("command", ["run", "plan", "status", "tables", "figures", "best", "power",
-                                     "landscape", "report", "export", "bank build"])  # fmt: skip
+COMMANDS = (
+    *("run", "plan", "status", "tables", "literature", "figures", "best", "power", "landscape"),
+    *("report", "export", "bank build"),
+)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_refuses_other_names(cli, tmp_path, command):
     done = cli(*command.split(), "demo", "--methods", "kd,pldd", cwd=tmp_path)
     assert done.returncode == 2 and done.stderr == (

@@ -76,6 +76,8 @@ def tables(
 def literature(
     experiment: ExperimentName,
     overrides: Overrides = None,
+    methods: Methods = None,
+    pairs: Pairs = None,
     plugin: Plugins = None,
     smoke: Smoke = False,
     storage: Storage = "results",
@@ -102,7 +104,7 @@ def literature(
     mean ranks, and gains over KD and CE, for homogeneous and heterogeneous
     pairs. Without results, the tables show what is reported.
     """
-    plan, store = session.opened(experiment, overrides, smoke, storage)
+    plan, store = session.opened(experiment, chosen(overrides, methods, pairs), smoke, storage)
     session.write_literature(plan, store, out, reported or (), everything, sources)
 
 
