@@ -14,7 +14,7 @@ from pld_ray.config.parts import Optimizer
 from pld_ray.distill import keeping
 from pld_ray.distill.optimization import create_optimizer
 from pld_ray.errors import InputError
-from pld_ray.losses import create_loss
+from pld_ray.losses import KDLoss, create_loss
 from pld_ray.store.store import Store
 
 LR, MU, DECAY, DELTA = 0.1, 0.9, 0.01, 0.075
@@ -217,6 +217,19 @@ def test_losses_without_terms_are_refused(loss):
         create_optimizer(Optimizer(name="dot"), distiller)
 
 
+def test_a_loss_that_overrides_forward_is_refused():
+    """What it adds to the loss would be in neither of the two terms."""
+
+    class Decayed(KDLoss):
+        def forward(self, student, teacher, labels, **options):
+            return super().forward(student, teacher, labels, **options) + student.square().mean()
+
+    distiller = Distiller(nn.Linear(2, 2), nn.Linear(2, 2), Decayed())
+    with pytest.raises(InputError, match="the forward pass of Decayed is its own"):
+        distiller.keep_graphs()
+    assert not distiller.loss.keeps_graphs
+
+
 # ---------------------------------------------------------------- trials
 
 DOTTED = [
@@ -231,6 +244,7 @@ DOTTED = [
     [
         (["loss=pld"], "optimizer is 'dot' and loss pld has no ce_weight above 0"),
         (["loss={name: kd, ce_weight: 0}"], "loss kd has no ce_weight above 0"),
+        (["loss={name: sdd, ce_weight: 0}"], "loss sdd has no ce_weight above 0"),
         (["teacher.train={epochs: 1}"], "loss ce has no ce_weight .* in teacher.train"),
         (["workers=2"], "optimizer is 'dot' and workers is 2: .* expected workers: 1"),
         (["optimizer.delta=0.2"], "delta is 0.2: expected momentum - delta"),
@@ -241,6 +255,16 @@ DOTTED = [
 def test_refusals_of_a_plan(experiment, overrides, said):
     with pytest.raises(InputError, match=said):
         cells(experiment, "loss=kd", *DOTTED, *overrides)
+
+
+def test_a_weight_that_the_loss_chooses_is_one(experiment):
+    """SDD has the weights of its base; with kd, that of the cross-entropy is 0.1."""
+    (trial,) = cells(experiment, "grid.loss=[sdd]", "epochs=1", *DOTTED)
+    store = Store(experiment.folder / "store")
+    run(trial, store)
+    (epoch,) = store.epochs(trial.id)
+    assert 0.1 * 1.5 < epoch["loss_ce"] < 0.1 * 4  # about 0.1 log 10
+    assert epoch["loss_ce"] + epoch["loss_kd"] == pytest.approx(epoch["train_loss"])
 
 
 def test_a_trial_resumes_and_a_gang_has_the_same_bits(experiment, monkeypatch):

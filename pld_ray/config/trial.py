@@ -159,7 +159,7 @@ class Trial(Part):
                 "keeps the order of 64: expected float16, float32 or live"
             )
         if self.optimizer.name == "dot":
-            if not getattr(self.loss, "ce_weight", 0):
+            if getattr(self.loss, "ce_weight", 0) == 0:  # None: the loss chooses a weight above 0
                 raise ValueError(
                     f"optimizer is 'dot' and loss {self.loss.name} has no ce_weight above 0: dot "
                     "needs a loss of two terms, cross-entropy and distillation; set another "

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from pld_ray.data.mixing import MixedLabels
 from pld_ray.distill.device import Precision, autocast
 from pld_ray.errors import InputError
-from pld_ray.losses.common import LossOfTerms
+from pld_ray.losses.common import DistillationLoss, LossOfTerms
 from pld_ray.losses.features import FeatureLoss, Features
 from pld_ray.losses.plackett_luce import PLDLoss
 from pld_ray.losses.registry import CLASSES, REGISTRY
@@ -266,13 +266,19 @@ class Distiller(nn.Module):
         """Let both terms of the loss be differentiated, for `take_terms`.
 
         Raises:
-            InputError: The loss has no two terms.
+            InputError: The loss has no two terms, or its class overrides `forward`, which could add
+                what is in neither of them.
         """
         if not (isinstance(self.loss, LossOfTerms) and self.loss.ce_weight > 0):
             said = self.loss.name if hasattr(self.loss, "name") else type(self.loss).__name__
             raise InputError(
                 f"the loss {said} has no two terms, cross-entropy with the labels and another: "
                 "expected a loss with a ce_weight above 0"
+            )
+        if type(self.loss).forward not in (FeatureLoss.forward, DistillationLoss.forward):
+            raise InputError(
+                f"the forward pass of {type(self.loss).__name__} is its own, so that its two terms "
+                "are not known: expected one that overrides distance or losses, but not forward"
             )
         self.loss.keeps_graphs = True
 
