@@ -25,6 +25,7 @@ from pld_ray.models.factory import create_student
 from pld_ray.models.features import WithFeatures
 from pld_ray.models.reused import ReusedClassifier
 from pld_ray.store.store import Store
+from pld_ray.sweep.checks import check_trials
 
 CPU = torch.device("cpu")
 
@@ -242,6 +243,18 @@ def test_a_trained_student_teaches_another(trained, experiment):
         record = run(student, store)
         assert record["metrics"]["teacher_top1"] == top1
     assert isinstance(load_student(student, store), ReusedClassifier)
+
+
+def test_a_teacher_is_checked_as_the_network_that_it_became(experiment):
+    """Its projected map has no map before a ReLU, though the network of the same name has one."""
+    (plain,) = (c.trial for c in plan(experiment(SMALL, "grid.loss=[ofd]")).cells)
+    base = plain.model_dump(mode="json")
+    teacher = base | {"loss": "simkd", "student": base["teacher"]["student"]}
+    reused = Trial.model_validate(base | {"teacher": teacher})
+    assert reused.teacher_name == plain.teacher_name
+    check_trials({"plain": plain})
+    with pytest.raises(InputError, match="ofd compares the teacher's feature maps before a ReLU"):
+        check_trials({"plain": plain, "reused": reused})
 
 
 def test_landscapes_move_what_was_trained(trained):

@@ -73,7 +73,7 @@ def check_trials(pending: dict[str, Trial], address: str | None = None) -> Check
         if not trial.loss.needs_features and computed not in seen:
             seen.add(computed)
             check_loss(trial.loss, images[key].classes)
-        compared = f"{key} {trial.student!r} {trial.teacher_name} {trial.loss!r} {smallest}"
+        compared = f"{key} {trial.student!r} {trial.teacher!r} {trial.loss!r} {smallest}"
         if trial.loss.needs_features and compared not in seen:
             seen.add(compared)
             check_features(trial, *images[key].shape, smallest, images[key].train_labels)
