@@ -10,12 +10,16 @@ import torch
 from small import run, weights
 
 from pld_ray.config.gangs import stream_key
+from pld_ray.config.parts import Model
 from pld_ray.config.planning import plan
 from pld_ray.config.trial import Trial
 from pld_ray.data.datasets import load
 from pld_ray.distill import keeping, memory, running
+from pld_ray.distill.distiller import FrozenTeacher
 from pld_ray.distill.loop import train, train_gang
 from pld_ray.distill.running import TrainingError
+from pld_ray.models.factory import create_model
+from pld_ray.models.features import WithFeatures
 from pld_ray.store.store import Store
 
 SMALL = """
@@ -143,8 +147,6 @@ def test_losses_that_need_more_features_share_one_pass_and_resume(experiment, mo
 def test_logits_that_the_pass_for_features_does_not_give_are_computed_apart(
     experiment, monkeypatch
 ):
-    from pld_ray.models.features import WithFeatures
-
     forward = WithFeatures.forward
 
     def other(self, x):
@@ -157,6 +159,24 @@ def test_logits_that_the_pass_for_features_does_not_give_are_computed_apart(
     same(trials, alone, gang)
     seen = sum(gang.record(trial.id)["teacher_images"] for trial in trials)
     assert seen == len(load(trials[0].data).val) + 2 * 3 * 150
+
+
+def test_each_set_of_features_is_compared_with_the_logits_of_the_network(monkeypatch):
+    """The pass with the maps before a ReLU says nothing about the pass without them."""
+    forward = WithFeatures.forward
+
+    def other(self, x):
+        logits, features = forward(self, x)
+        return logits + (0 if self.further else 1e-3), features
+
+    monkeypatch.setattr(WithFeatures, "forward", other)
+    teacher = FrozenTeacher(create_model(Model(name="resnet8"), 10, 1, 8))
+    x = torch.randn(2, 1, 8, 8)
+    for further, passes in (("preact", 2), ("preact", 1), ("", 2), ("", 2), ("preact", 1)):
+        teacher.images_seen = 0
+        logits, _ = teacher.logits_and_features(x, frozenset(filter(None, [further])))
+        assert teacher.images_seen == passes * len(x)
+        assert torch.equal(logits, teacher(x))
 
 
 @pytest.mark.parametrize("first", [0, 2])

@@ -16,6 +16,7 @@ from pld_ray.config.parts import Data, Model
 from pld_ray.config.planning import plan
 from pld_ray.data.datasets import check_augmentation, load, size
 from pld_ray.data.drawn import DrawnImages
+from pld_ray.data.mixing import MixedLabels
 from pld_ray.data.sampling import batches, order
 from pld_ray.data.stream import Stream
 from pld_ray.data.workers import GREY, cutout
@@ -314,3 +315,6 @@ def test_fit_takes_both_views_and_refuses_one():
     assert rows.train_loss[0] == pytest.approx(expected(logits, given, labels).item(), rel=1e-4)
     with pytest.raises(InputError, match="train_loader: the loss takes two views of each image"):
         fit(distiller, [(x[:8], y[:8])], 1, device="cpu", progress=False)
+    mixed = MixedLabels(labels, labels.flip(0), torch.ones(len(labels)))
+    with pytest.raises(ValueError, match="MLKDLoss compares two views of one image"):
+        distiller(first, mixed)

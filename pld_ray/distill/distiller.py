@@ -55,7 +55,8 @@ class FrozenTeacher(nn.Module):
         self.renormalize = renormalize
         self.precision = precision
         self.images_seen = 0
-        self.one_pass: bool | None = None  # whether the pass for the features gives the same logits
+        # whether the pass for these further features gives the same logits
+        self.one_pass: dict[frozenset[str], bool] = {}
 
     def train(self, mode: bool = True) -> FrozenTeacher:
         """Stay in evaluation mode: dropout is off, batch norm uses its running statistics."""
@@ -79,14 +80,15 @@ class FrozenTeacher(nn.Module):
     ) -> tuple[Tensor, Features]:
         """Return what `forward` and `features` return, to the bit.
 
-        One pass gives both, unless the first call finds that its logits are not those of `forward`.
+        One pass gives both, unless the first call with these features finds that its logits are not
+        those of `forward`.
         """
         logits, features = self._run(WithFeatures(self.network, further), images)
-        if self.one_pass:
+        if self.one_pass.get(further):
             return logits.float(), features
         expected = self(images)
-        if self.one_pass is None:
-            self.one_pass = torch.equal(expected, logits.float())
+        if further not in self.one_pass:
+            self.one_pass[further] = torch.equal(expected, logits.float())
         return expected, features
 
     @torch.no_grad()
@@ -348,6 +350,11 @@ class Distiller(nn.Module):
             ValueError: Shapes or class counts of student, teacher and labels do not fit.
         """
         target: Any = teacher_logits
+        if self.paired and isinstance(labels, MixedLabels):
+            raise ValueError(
+                f"{type(self.loss).__name__} compares two views of one image, and a mixed image "
+                "shows two: expected class indices as labels"
+            )
         if self._network[1] is not self.student:  # it was replaced by another module
             self._use_student()
         if self.compares_features:
