@@ -52,7 +52,8 @@ def test_its_miniature_has_the_same_cells(name):
     if not small.experiment.search:  # what a search will choose is not known
         assert [c.trial.id for c in small.originals] == [c.trial.id for c in whole.cells]
     for little, great in zip(small.cells, whole.cells, strict=True):
-        assert little.trial.loss == great.trial.loss and little.trial.seed == great.trial.seed
+        # the networks of a miniature are others, to which rules may not apply
+        assert little.shown.loss == great.shown.loss and little.trial.seed == great.trial.seed
         assert little.trial.data.name == "digits" and little.trial.workers == 1
         assert little.trial.epochs * 10 < max(great.trial.epochs, 601)
     assert len({c.trial.id for c in small.cells}) == len({c.trial.id for c in whole.cells})
