@@ -15,7 +15,7 @@ from small import SMALL, cells, run
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-from pld_ray import losses
+from pld_ray import losses, reuse_classifier
 from pld_ray.config.parts import Data
 from pld_ray.config.planning import plan
 from pld_ray.data import stream
@@ -62,6 +62,8 @@ def test_a_step_makes_no_host_wait_and_copies_nothing(monkeypatch, name):
     with torch.device("meta"):
         student, teacher = (timm.create_model(n, num_classes=1100) for n in ("resnet8", "resnet20"))
         images, labels = torch.randn(8, 3, 32, 32), torch.zeros(8, dtype=torch.int64)
+        if name == "simkd":
+            student = reuse_classifier(student, teacher, images)
     distiller = Distiller(student, teacher, loss)
     distiller.connect(images, torch.arange(40) % 4)
     distiller.loss.notice(torch.randn(8, 1100))  # as before the first epoch of a trial

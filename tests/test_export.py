@@ -47,4 +47,4 @@ def test_another_ending_is_refused(tmp_path):
     with pytest.raises(InputError, match="expected a name that ends in .csv or .parquet"):
         results.export(None, to=tmp_path / "x.xls", storage=str(tmp_path))
     with pytest.raises(InputError, match="there are no trials"):
-        results.export(None, None, False, str(tmp_path), tmp_path / "x.csv")
+        results.export(None, to=tmp_path / "x.csv", storage=str(tmp_path))
