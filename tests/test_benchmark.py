@@ -146,6 +146,19 @@ def test_each_method_is_one_row(plans, tmp_path):
         assert set(rows.loc[rows["reference"], "method"]) == {"PLD"}
 
 
+def test_dot_has_all_pairs_and_shares_kd_with_sgd(plans):
+    made = plan(load_experiment("benchmark_dot"))
+    assert {pair_of(cell) for cell in made.cells} == HOMOGENEOUS.keys() | HETEROGENEOUS.keys()
+    new = made.trials.keys() - plans[0].trials.keys() - plans[1].trials.keys()
+    assert len(made.cells) == 13 * 2 * 3 and len(made.trials) == 6 + 13 * 2 * 3
+    assert new == {cell.trial.id for cell in made.cells if cell.trial.optimizer.name == "dot"}
+    assert len(new) == 13 * 3
+    rates = {(made.trials[key].optimizer.lr, made.trials[key].student.name[:2]) for key in new}
+    mobile = {(0.01, "mo"), (0.01, "sh")}
+    assert rates == mobile | {(0.05, "wr"), (0.05, "re"), (0.05, "vg")}
+    assert {made.trials[key].optimizer.args.get("delta", 0.075) for key in new} == {0.075}
+
+
 def test_imagenet():
     made = plan(load_experiment("benchmark_imagenet"))
     pairs = {

@@ -155,6 +155,17 @@ def test_settings_decide_which_method_of_the_literature_a_loss_is(loss, name, ex
     assert {literature.method_name(cell.trial) for cell in made.cells} == {name}
 
 
+def test_kd_with_dot_is_a_method_of_the_literature(tmp_path):
+    made = plan(load_experiment("benchmark_dot"))
+    named = {(c.trial.optimizer.name, literature.method_name(c.trial)) for c in made.cells}
+    assert named == {("momentum", "kd"), ("dot", "dot")}
+    dkd = plan(load_experiment("benchmark_dot", {"loss.name": "dkd"})).cells[3].trial
+    assert (dkd.optimizer.name, literature.method_name(dkd)) == ("dot", "")
+    found = literature.compare(frames.frame(made, Store(tmp_path))).cells
+    rows = found[found["name"] == "dot"].dropna(subset="low").set_index("student")["low"]
+    assert rows.to_dict() == {"resnet8x4": 75.12, "vgg8_cifar": 73.77, "shufflenetv2": 75.55}
+
+
 @pytest.mark.parametrize(
     ("network", "family"),
     [

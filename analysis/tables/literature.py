@@ -145,12 +145,15 @@ def method_name(trial: Trial) -> str:
     """Return the name in literature.csv of the method of a trial, or "" if it has none there.
 
     It is the name of the loss, with "ls_" before it if the logits of teacher and student are
-    standardized (Sun et al. 2024). Sources have no KD with another divergence.
+    standardized (Sun et al. 2024), or "dot" for KD with the optimizer DOT. Sources have no KD with
+    another divergence, and no other loss with DOT.
     """
     standardize = getattr(trial.loss, "standardize", "none")
     divergence = getattr(trial.loss, "divergence", "forward_kl")
     if divergence != "forward_kl" or standardize not in ("none", "both"):
         return ""
+    if trial.optimizer.name == "dot":
+        return "dot" if (trial.loss.name, standardize) == ("kd", "none") else ""
     return ("ls_" if standardize == "both" else "") + trial.loss.name
 
 
