@@ -178,6 +178,8 @@ def test_fit_with_a_name_and_with_an_object():
         else:
             chosen = DOT(weights, 0.1) if kind == "object" else kind
             fit(distiller, batches, 1, optimizer=chosen, lr=0.1, schedule="constant")
+            distiller(*batches[0])
+            copy.deepcopy(distiller)  # later losses keep no graph, which cannot be copied
         found.append(distiller.student.weight.detach())
     assert torch.equal(found[0], found[1]) and torch.equal(found[1], found[2])
     sgd = Distiller(copy.deepcopy(student), teacher, create_loss("kd"))

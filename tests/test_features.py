@@ -22,7 +22,7 @@ from pld_ray.distill.steps import Target
 from pld_ray.distill.teacher import _cast_weights
 from pld_ray.errors import InputError
 from pld_ray.losses import FeatureLoss, Features, TeacherLayers
-from pld_ray.losses.features import _same_size
+from pld_ray.losses.feature_loss import same_size
 from pld_ray.models.checks import check_features
 from pld_ray.models.features import WithFeatures, check_further
 from pld_ray.store.store import Store
@@ -172,7 +172,7 @@ def test_losses_against_loops(batch, reference):
 def test_pooling_is_that_of_torch(size):
     x = torch.randn(2, 3, 8, 6, dtype=torch.float64, requires_grad=True)
     small = torch.zeros(2, 1, *size, dtype=torch.float64)
-    found, expected = _same_size(x, small)[0], F.adaptive_avg_pool2d(x, size)
+    found, expected = same_size(x, small)[0], F.adaptive_avg_pool2d(x, size)
     torch.testing.assert_close(found, expected)
     gradients = (torch.autograd.grad(y.square().sum(), x)[0] for y in (found, expected))
     torch.testing.assert_close(*gradients)

@@ -16,7 +16,7 @@ from pld_ray import Distiller, fit
 from pld_ray.config.planning import plan
 from pld_ray.data.mixing import MixedLabels
 from pld_ray.losses import REGISTRY, Features, create_loss
-from pld_ray.losses.features import TeacherLayers
+from pld_ray.losses.feature_loss import TeacherLayers
 from pld_ray.store.store import Store
 
 TERMED = [name for name, params in REGISTRY.items() if "ce_weight" in params.model_fields]

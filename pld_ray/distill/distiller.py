@@ -18,7 +18,7 @@ from pld_ray.data.mixing import MixedLabels
 from pld_ray.distill.device import Precision, autocast
 from pld_ray.errors import InputError
 from pld_ray.losses.common import DistillationLoss, LossOfTerms
-from pld_ray.losses.features import FeatureLoss, Features
+from pld_ray.losses.feature_loss import FeatureLoss, Features
 from pld_ray.losses.plackett_luce import PLDLoss
 from pld_ray.losses.registry import CLASSES, REGISTRY
 from pld_ray.models.features import (
@@ -315,6 +315,40 @@ class Distiller(nn.Module):
             return network(images)
         return torch.cat([check_logits(name, network(view)) for view in images.chunk(2)])
 
+    def _check_call(
+        self, labels: Tensor | MixedLabels, teacher_logits: Tensor | None, index: Tensor | None
+    ) -> None:
+        """Raise ValueError if the loss cannot use what `forward` got."""
+        name = type(self.loss).__name__
+        if self.paired and isinstance(labels, MixedLabels):
+            raise ValueError(
+                f"{name} compares two views of one image, and a mixed image shows two: expected "
+                "class indices as labels"
+            )
+        if self.compares_features and teacher_logits is not None:
+            raise ValueError(f"{name} compares features: expected no teacher_logits")
+        if not self.connected:
+            raise ValueError(
+                f"{name} compares features: call distiller.connect(images) once, before the "
+                "optimizer is made"
+            )
+        if self.takes_samples and index is None:
+            raise ValueError(
+                f"{name} keeps a memory of the training samples: expected "
+                "distiller(images, labels, index=...), with the indices of the images"
+            )
+
+    def _teacher_outputs(self, images: Tensor) -> Any:
+        """Return what the loss takes from the teacher network: features, or logits [B, C]."""
+        if self.teacher is None:
+            raise ValueError(
+                f"{type(self.loss).__name__} needs a teacher: expected a teacher network or "
+                "teacher_logits"
+            )
+        if self.compares_features:
+            return self.teacher.features(images, self.loss.teacher_further)
+        return self._outputs("teacher", self.teacher, images)
+
     def forward(
         self,
         images: Tensor,
@@ -349,42 +383,13 @@ class Distiller(nn.Module):
         Raises:
             ValueError: Shapes or class counts of student, teacher and labels do not fit.
         """
-        target: Any = teacher_logits
-        if self.paired and isinstance(labels, MixedLabels):
-            raise ValueError(
-                f"{type(self.loss).__name__} compares two views of one image, and a mixed image "
-                "shows two: expected class indices as labels"
-            )
+        self._check_call(labels, teacher_logits, index)
         if self._network[1] is not self.student:  # it was replaced by another module
             self._use_student()
-        if self.compares_features:
-            if teacher_logits is not None:
-                raise ValueError(
-                    f"{type(self.loss).__name__} compares features: expected no teacher_logits"
-                )
-            if not self.connected:
-                raise ValueError(
-                    f"{type(self.loss).__name__} compares features: call "
-                    "distiller.connect(images) once, before the optimizer is made"
-                )
-            if self.takes_samples and index is None:
-                raise ValueError(
-                    f"{type(self.loss).__name__} keeps a memory of the training samples: expected "
-                    "distiller(images, labels, index=...), with the indices of the images"
-                )
-            assert self.teacher is not None
-            target = teacher_features
-            if target is None:
-                with self.clock("teacher"):
-                    target = self.teacher.features(images, self.loss.teacher_further)
-        elif target is None and self.needs_teacher:
-            if self.teacher is None:
-                raise ValueError(
-                    f"{type(self.loss).__name__} needs a teacher: expected a teacher network or "
-                    "teacher_logits"
-                )
+        target: Any = teacher_features if self.compares_features else teacher_logits
+        if target is None and self.needs_teacher:
             with self.clock("teacher"):
-                target = self._outputs("teacher", self.teacher, images)
+                target = self._teacher_outputs(images)
         with self.clock("student"), autocast(images.device, self.precision):
             outputs = self._outputs("student", self._network[0], images)
         with self.clock("loss"):

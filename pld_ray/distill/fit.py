@@ -119,6 +119,8 @@ def fit(
                 batches = checked_batches(val_loader, place, "val_loader")
                 row |= _scores(student, batches, distiller.precision)
             rows.append(row)
+    if isinstance(stepper, DOT):  # later losses would keep their graphs in memory
+        distiller.loss.keeps_graphs = False
     if average is not None:
         distiller.student.load_state_dict(average.module.state_dict())
     if not all(torch.isfinite(parameter).all() for parameter in distiller.student.parameters()):

@@ -28,7 +28,7 @@ from pld_ray.data.stream import Batch
 from pld_ray.distill.device import Clock
 from pld_ray.distill.distiller import Distiller
 from pld_ray.distill.optimization import MovingAverage, is_capturable, update
-from pld_ray.losses.features import Features
+from pld_ray.losses.feature_loss import Features
 
 WARM_UP = 3
 """Steps before a graph is captured. They create what later steps keep: compiled kernels, the state

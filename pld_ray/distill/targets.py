@@ -21,7 +21,7 @@ from pld_ray.distill.bank import Bank
 from pld_ray.distill.running import Run
 from pld_ray.distill.steps import Target
 from pld_ray.distill.teacher import Teacher
-from pld_ray.losses.features import FeatureLoss, Features
+from pld_ray.losses.feature_loss import FeatureLoss, Features
 
 ON_DEVICE = 2**28
 """Bytes of the teacher's logits of a view that are copied to the device at once."""

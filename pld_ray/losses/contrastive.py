@@ -17,7 +17,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pld_ray.losses.features import FeatureLoss, Features
+from pld_ray.losses.feature_loss import FeatureLoss, Features
 from pld_ray.losses.parameters import Temperature, Weight
 from pld_ray.losses.registry import register_loss
 

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from pld_ray.losses.features import FeatureLoss, Features, TeacherLayers, average_pool
+from pld_ray.losses.feature_loss import FeatureLoss, Features, TeacherLayers, average_pool
 from pld_ray.losses.parameters import Weight
 from pld_ray.losses.registry import register_loss
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pld_ray.losses.divergence import kl_divergence
-from pld_ray.losses.features import FeatureLoss, Features, TeacherLayers
+from pld_ray.losses.feature_loss import FeatureLoss, Features, TeacherLayers
 from pld_ray.losses.parameters import Temperature, Weight
 from pld_ray.losses.registry import register_loss
 

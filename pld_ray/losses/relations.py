@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from pld_ray.losses.features import FeatureLoss, Features
+from pld_ray.losses.feature_loss import FeatureLoss, Features
 from pld_ray.losses.parameters import Weight
 from pld_ray.losses.registry import register_loss
 

@@ -8,7 +8,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
-from pld_ray.losses.features import FeatureLoss, Features, _same_size
+from pld_ray.losses.feature_loss import FeatureLoss, Features, same_size
 from pld_ray.losses.parameters import Weight
 from pld_ray.losses.registry import register_loss
 
@@ -51,4 +51,4 @@ class SimKDLoss(FeatureLoss):
     def distance(self, student: Features, teacher: Features) -> Tensor:
         """Return the weighted distance; see `FeatureLoss.distance`."""
         maps = (of.further["last"][0] for of in (student, teacher))
-        return self.weight * F.mse_loss(*_same_size(*maps))
+        return self.weight * F.mse_loss(*same_size(*maps))

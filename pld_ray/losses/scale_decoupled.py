@@ -11,7 +11,7 @@ from torch import Tensor
 from pld_ray.errors import InputError
 from pld_ray.losses.decoupled import DKDLoss, NKDLoss
 from pld_ray.losses.divergence import KDLoss
-from pld_ray.losses.features import FeatureLoss, Features
+from pld_ray.losses.feature_loss import FeatureLoss, Features
 from pld_ray.losses.parameters import Temperature, Weight
 from pld_ray.losses.registry import register_loss
 

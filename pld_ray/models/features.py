@@ -12,7 +12,7 @@ from timm.models.resnet import ResNet
 from torch import Tensor, nn
 
 from pld_ray.errors import InputError
-from pld_ray.losses.features import FeatureLoss, Features, TeacherLayers, average_pool
+from pld_ray.losses.feature_loss import FeatureLoss, Features, TeacherLayers, average_pool
 from pld_ray.models import timm_resnet
 
 

@@ -11,7 +11,7 @@ from timm.models import PretrainedCfg, build_model_with_cfg, register_model
 from torch import Tensor, nn
 
 from pld_ray.errors import InputError
-from pld_ray.losses.features import average_pool
+from pld_ray.losses.feature_loss import average_pool
 from pld_ray.models.features import check_linear_head, feature_stages, probe_features
 
 
