@@ -1,6 +1,6 @@
 """Test fault tolerance: inject random faults while the demo's grid runs.
 
-    .venv/bin/python benchmarks/chaos.py    # 50 faults, 15 minutes on 2 cores
+    .venv/bin/python benchmarks/chaos.py    # 50 faults, 20 minutes on 2 cores
 
 The script runs `pld-ray run demo` without faults. Then it runs the same command in a second storage
 and injects a fault every few seconds:
