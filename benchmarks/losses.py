@@ -195,6 +195,7 @@ def measure(
     Returns:
         One row per loss: median milliseconds, median and quartiles of the ratio to KD, peak MiB.
     """
+    gc.freeze()  # what is there stays: the collections below need not look at it
     runs = methods(inputs(batch, classes, device))
     for run in runs.values():
         run()

@@ -186,4 +186,5 @@ def mlkd(student, teacher, labels, taus, ce_weight, kd_weight, variant, standard
 
 
 def standardize(logits):
-    return (logits - logits.mean(1, keepdims=True)) / logits.std(1, ddof=1, keepdims=True)
+    # the authors' code adds 1e-7, which counts where two classes have nearly the same logit
+    return (logits - logits.mean(1, keepdims=True)) / (logits.std(1, ddof=1, keepdims=True) + 1e-7)

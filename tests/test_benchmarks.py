@@ -31,6 +31,7 @@ def test_losses(tmp_path, monkeypatch, capsys):
 @pytest.mark.slow
 def test_steps(monkeypatch, capsys):
     benchmark = runpy.run_path(str(FOLDER / "steps.py"))
+    monkeypatch.setitem(benchmark["main"].__globals__, "BATCH", 4)
     monkeypatch.setattr(sys, "argv", ["steps.py", "--quick", "--rounds", "2"])
     benchmark["main"]()
     rows = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines() if "|" in line]

@@ -436,7 +436,7 @@ def test_the_articles_class(pair, tmp_path):
 def test_the_example_runs(tmp_path, monkeypatch, capsys):
     example = Path(__file__).parents[1] / "examples" / "digits.py"
     monkeypatch.setattr(
-        sys, "argv", [str(example), "--epochs", "8", "--folder", str(tmp_path / "s")]
+        sys, "argv", [str(example), "--epochs", "6", "--folder", str(tmp_path / "s")]
     )
     runpy.run_path(str(example), run_name="__main__")
     printed = capsys.readouterr().out

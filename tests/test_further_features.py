@@ -282,8 +282,10 @@ def test_networks_that_are_accepted(experiment):
         ("resnet20", "resnet56"), ("wrn_40_1", "wrn_40_2"), ("vgg8_cifar", "vgg13_cifar"),
         ("shufflenetv2", "resnet32x4"), ("resnet18", "resnet34"), ("vgg8_cifar", "resnet50_cifar"),
     ):  # fmt: skip
-        for loss in ("ofd", "reviewkd", "srrl", preact):
-            check(student, teacher, loss)
+        check(student, teacher, "ofd")
+        check(student, teacher, preact)
+    for loss in ("ofd", "reviewkd", "srrl"):
+        check("resnet8x4", "resnet32x4", loss)
     check("mobilenetv2_cifar", "vgg13_cifar", "ofd")
     for loss in ("reviewkd", "srrl"):
         check("mobilenetv2_cifar", "vgg13_cifar", loss)

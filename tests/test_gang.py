@@ -22,14 +22,15 @@ from pld_ray.models.factory import create_model
 from pld_ray.models.features import WithFeatures
 from pld_ray.store.store import Store
 
-SMALL = """
+ROWS = 2 * 32 + 22  # training images: batches of 32, and one of 22
+SMALL = f"""
 base:
-  data: {name: digits, pad: 1, flip: true, limit: 150}
+  data: {{name: digits, pad: 1, flip: true, limit: {ROWS}}}
   student: resnet8
-  teacher: {name: resnet8, train: {epochs: 1}}
+  teacher: {{name: resnet8, train: {{epochs: 1}}}}
   epochs: 3
   batch_size: 32
-grid: {loss: [ce]}
+grid: {{loss: [ce]}}
 """
 SMALL_VIT = {"img_size": 8, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2}
 DROPOUT = {
@@ -120,11 +121,11 @@ def test_what_is_the_same_is_done_once(experiment, monkeypatch):
     seen = sum(gang.record(trial.id)["teacher_images"] for trial in trials)
     # validation once; each epoch once, logits and features in one pass; the first batch twice, to
     # find that this gives the same logits
-    assert seen == len(images.val) + 3 * 150 + 32
+    assert seen == len(images.val) + 3 * ROWS + 32
     for trial in trials:
         run(trial, alone)
     apart = sum(alone.record(trial.id)["teacher_images"] for trial in trials)
-    assert apart == 3 * (len(images.val) + 3 * 150)
+    assert apart == 3 * (len(images.val) + 3 * ROWS)
 
 
 def test_losses_that_need_more_features_share_one_pass_and_resume(experiment, monkeypatch):
@@ -141,7 +142,7 @@ def test_losses_that_need_more_features_share_one_pass_and_resume(experiment, mo
     same(trials, alone, gang)
     seen = sum(gang.record(trial.id)["teacher_images"] for trial in trials)
     # the pass of one epoch of two gangs and of two epochs of one; logits for DIST, and their check
-    assert seen == 3 * len(load(trials[0].data).val) + 4 * 150 + 2 * 32
+    assert seen == 3 * len(load(trials[0].data).val) + 4 * ROWS + 2 * 32
 
 
 def test_logits_that_the_pass_for_features_does_not_give_are_computed_apart(
@@ -158,7 +159,7 @@ def test_logits_that_the_pass_for_features_does_not_give_are_computed_apart(
     together(trials, gang)
     same(trials, alone, gang)
     seen = sum(gang.record(trial.id)["teacher_images"] for trial in trials)
-    assert seen == len(load(trials[0].data).val) + 2 * 3 * 150
+    assert seen == len(load(trials[0].data).val) + 2 * 3 * ROWS
 
 
 def test_each_set_of_features_is_compared_with_the_logits_of_the_network(monkeypatch):
