@@ -99,7 +99,7 @@ def test_loss_scale_and_memories_against_loops():
         value = loss.distance(Features([], s), Features([], t), index)
         assert value.item() == pytest.approx(expected, rel=1e-10)
         scales = scales or found  # those of the first batch
-        np.testing.assert_allclose(loss.scale.numpy(), scales, rtol=1e-12)
+        np.testing.assert_allclose(loss.log_scale.exp().numpy(), scales, rtol=1e-12)
         for memory, new in zip(memories, (mine, theirs), strict=True):
             for row, i in enumerate(index.tolist()):
                 memory[i] = unit(MOMENTUM * memory[i] + (1 - MOMENTUM) * new[row])
@@ -110,12 +110,36 @@ def test_loss_scale_and_memories_against_loops():
     assert all(torch.equal(x, before[name]) for name, x in loss.state_dict().items())
 
 
+def test_exponentials_larger_than_any_float32_are_summed_by_their_logarithms():
+    tau, index = 0.002, torch.arange(BATCH)  # exp(1 / 0.002) is 1e217
+    loss, student, teacher = made(weight=1.0, temperature=tau)
+    loss, student, teacher = loss.float(), student.float(), teacher.float()
+    scales = None
+    for _ in range(3):
+        memories = [m.double().numpy() for m in (loss.teacher_memory, loss.student_memory)]
+        pairs = list(zip(vectors(loss, student, teacher), memories, strict=True))
+        negatives = drawn(loss, index)
+        a = [  # logarithms of a_ij times Z
+            np.array([m[[i, *negatives[i]]] @ v[i] / tau for i in range(BATCH)]) for v, m in pairs
+        ]
+        scales = scales or [np.logaddexp.reduce(x.ravel()) + math.log(COUNT / x.size) for x in a]
+        total, noise = 0.0, K / COUNT
+        for x, log_z in zip(a, scales, strict=True):
+            together = np.logaddexp(x - log_z, math.log(noise + 1e-7))
+            total += (together[:, 0] - (x - log_z)[:, 0]).sum() / BATCH
+            total += (together[:, 1:] - math.log(noise)).sum() / BATCH
+        value = loss.distance(Features([], student), Features([], teacher), index)
+        assert value.item() == pytest.approx(total, rel=1e-5)
+        gradients = torch.autograd.grad(value, list(loss.parameters()))
+        assert all(gradient.isfinite().all() for gradient in gradients)
+
+
 def test_gradients_are_those_of_differences():
     loss, student, teacher = made(weight=0.7)
     index = torch.tensor([3, 17, 8, 21, 39, 0])
     loss.distance(Features([], student), Features([], teacher), index)
     loss.eval()  # what follows changes neither Z nor the memories
-    negatives, scales = drawn(loss, index), loss.scale.tolist()
+    negatives, scales = drawn(loss, index), loss.log_scale.exp().tolist()
     memories = loss.teacher_memory.numpy(), loss.student_memory.numpy()
 
     def value(features):
@@ -292,9 +316,10 @@ def test_a_killed_trial_resumes_to_the_bit_and_keeps_no_memory_in_the_student(
     assert record["metrics"]["train_loss"] == broken.record(trial.id)["metrics"]["train_loss"]
     assert "student_memory" not in whole.load_weights(trial)
     assert {name for name in kept[0] if "." not in name} == {
-        "student_memory", "teacher_memory", "scale"
+        "student_memory", "teacher_memory", "log_scale"
     }  # fmt: skip
-    assert torch.equal(kept[0]["scale"], kept[2]["scale"]) and (kept[0]["scale"] > 0).all()
+    assert torch.equal(kept[0]["log_scale"], kept[2]["log_scale"])
+    assert kept[0]["log_scale"].isfinite().all()
     assert not torch.equal(kept[0]["student_memory"], kept[2]["student_memory"])
     # each of the 150 samples was in a batch, so that its vector has length 1
     lengths = kept[0]["teacher_memory"].norm(dim=1)
@@ -384,7 +409,7 @@ def test_no_step_copies_the_memory_between_workers(monkeypatch):
     running.share_gradients(distiller, CPU)
     assert {name for name in left_out if name.startswith("loss.")} == {
         f"loss.{name}"
-        for name in ("student_memory", "teacher_memory", "scale", "labels", "order", "starts")
+        for name in ("student_memory", "teacher_memory", "log_scale", "labels", "order", "starts")
     }
 
 

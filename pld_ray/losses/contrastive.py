@@ -9,6 +9,7 @@ loss(student_logits, labels, student_features, teacher_features, index)
 
 from __future__ import annotations
 
+import math
 from typing import Annotated
 
 import torch
@@ -58,7 +59,7 @@ class CRDLoss(FeatureLoss):
 
     student_memory: Tensor  # [n, dim]
     teacher_memory: Tensor  # [n, dim]
-    scale: Tensor  # Z of both sides, [2]
+    log_scale: Tensor  # log Z of both sides, [2]; -inf before the first batch
     labels: Tensor  # [n]
     order: Tensor  # a permutation of the samples, [n]
     starts: Tensor  # for each sample, the place in `order` where the candidates of its batch begin
@@ -106,7 +107,7 @@ class CRDLoss(FeatureLoss):
         bound = (3 / self.dim) ** 0.5
         for name in ("student_memory", "teacher_memory"):
             self.register_buffer(name, torch.empty(count, self.dim).uniform_(-bound, bound))
-        self.register_buffer("scale", torch.zeros(2))
+        self.register_buffer("log_scale", torch.full((2,), -torch.inf))
         order, starts = _draw(count)
         for name, new in (("labels", labels.clone()), ("order", order), ("starts", starts)):
             self.register_buffer(name, new, persistent=False)
@@ -134,13 +135,16 @@ class CRDLoss(FeatureLoss):
             )
             for v, memory in ((s, self.teacher_memory), (t, self.student_memory))
         ]
-        scale = self.scale if self.begun else self._first_scale(scores, chosen)
+        log_scale = self.log_scale if self.begun else self._first_scale(scores, chosen)
         if self.training:
             if not self.begun:
-                self.scale.copy_(scale)
+                self.log_scale.copy_(log_scale)
                 self.begun = True
             self._remember(index, s.detach(), t.detach())
-        sides = [self._contrast(*score, chosen, z) for score, z in zip(scores, scale, strict=True)]
+        sides = [
+            self._contrast(*score, chosen, log_z)
+            for score, log_z in zip(scores, log_scale, strict=True)
+        ]
         return self.weight * torch.stack(sides).sum()
 
     def draw(self, own: Tensor) -> tuple[Tensor, Tensor]:
@@ -163,7 +167,7 @@ class CRDLoss(FeatureLoss):
         return candidates, other & (other.cumsum(1, dtype=torch.int32) <= self.negatives)
 
     def _contrast(
-        self, positive: Tensor, negative: Tensor, chosen: Tensor, scale: Tensor
+        self, positive: Tensor, negative: Tensor, chosen: Tensor, log_scale: Tensor
     ) -> Tensor:
         """Return the loss of one side.
 
@@ -171,24 +175,29 @@ class CRDLoss(FeatureLoss):
             positive: Products of the vectors with those of the same samples, [B].
             negative: Products with those of the candidates, [B, N].
             chosen: Which candidates are negatives, bool [B, N].
-            scale: Z of this side, a scalar.
+            log_scale: log Z of this side, a scalar.
         """
+        # With d = c + EPS: log((a + d) / a) = softplus(log d - log a), and
+        # log((a + d) / c) = softplus(log a - log d) + log(d / c). No exponential is too large.
         noise = self.negatives / len(self.labels)
-        shift = (noise * scale).log()
-        same = positive - shift  # log(a / c)
-        attracted = torch.log1p(same.exp() + EPS / noise) - same
-        repelled = torch.log1p((negative - shift).exp() + EPS / noise)
+        shift = log_scale + math.log(noise + EPS)
+        attracted = F.softplus(shift - positive)
+        repelled = F.softplus(negative - shift) + math.log1p(EPS / noise)
         return (attracted.sum() + repelled.where(chosen, 0).sum()) / len(positive)
 
     @torch.no_grad()
     def _first_scale(self, scores: list[tuple[Tensor, Tensor]], chosen: Tensor) -> Tensor:
-        """Return Z of both sides, from the products of the first batch."""
-        sums = [p.exp().sum() + n.exp().where(chosen, 0).sum() for p, n in scores]
+        """Return log Z of both sides, from the products of the first batch."""
+        every = [torch.cat([p[:, None], n.where(chosen, -torch.inf)], 1) for p, n in scores]
+        largest = torch.stack([each.max() for each in every])
+        if _workers() > 1:
+            dist.all_reduce(largest, dist.ReduceOp.MAX)
+        sums = [(each - most).exp().sum() for each, most in zip(every, largest, strict=True)]
         count = torch.full_like(sums[0], len(chosen) * (1 + self.negatives))
         total = torch.stack([*sums, count])
         if _workers() > 1:
             dist.all_reduce(total)
-        return total[:2] / total[2] * len(self.labels)
+        return largest + (total[:2] / total[2] * len(self.labels)).log()
 
     @torch.no_grad()
     def _remember(self, index: Tensor, student: Tensor, teacher: Tensor) -> None:
@@ -204,7 +213,7 @@ class CRDLoss(FeatureLoss):
 
     def _continue(self) -> None:
         """Use the Z that was loaded, if it was known."""
-        self.begun = bool((self.scale > 0).all())
+        self.begun = bool(self.log_scale.isfinite().all())
 
 
 def _draw(count: int) -> tuple[Tensor, Tensor]:
