@@ -242,6 +242,18 @@ def test_the_series_of_cc_approaches_the_gaussian_kernel():
     torch.testing.assert_close(found, (gaussian[0] - gaussian[1]).square().mean())
 
 
+@pytest.mark.parametrize("gamma", [0.4, 80.0])  # exp(-160) is no float32
+def test_the_series_of_cc_may_have_any_order(gamma):
+    x, y = (1 + draw(4, 5, seed=seed) / 10 for seed in (0, 1))  # near each other
+    a, b = (each / each.norm(dim=1, keepdim=True) for each in (x, y))
+    gaussian = [torch.exp(-gamma * torch.cdist(each, each) ** 2) for each in (a, b)]
+    loss = losses.CCLoss("rbf", weight=1.0, gamma=gamma, order=500)  # 500! is no float64
+    found = loss.distance(Features([], x.float()), Features([], y.float()))
+    expected = (gaussian[0] - gaussian[1]).square().mean().float()
+    assert expected > 1e-5
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=0)
+
+
 @pytest.mark.parametrize(("name", "settings"), FORMS, ids=str)
 def test_gradients_against_differences(name, settings):
     shapes = [(3, 3, 3), (5, 2, 2)]

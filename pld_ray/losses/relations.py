@@ -380,6 +380,10 @@ class CCLoss(FeatureLoss):
     def _kernel(self, x: Tensor) -> Tensor:
         """Return the kernel matrix [B, B] of x [B, dim]."""
         unit = F.normalize(x)
-        scaled = 2 * self.gamma * (unit @ unit.T)
-        series = [scaled**p / math.factorial(p) for p in range(self.order + 1)]
-        return math.exp(-2 * self.gamma) * torch.stack(series).sum(0)
+        cosines, width = unit @ unit.T, 2 * self.gamma
+        # The factors are computed by their logarithms: each is at most 1, their parts may overflow.
+        log_width = math.log(width)
+        factors = [
+            math.exp(p * log_width - math.lgamma(p + 1) - width) for p in range(self.order + 1)
+        ]
+        return torch.stack([factor * cosines**p for p, factor in enumerate(factors)]).sum(0)
