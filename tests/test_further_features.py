@@ -16,6 +16,7 @@ from pld_ray.losses import Features, TeacherLayers
 from pld_ray.losses.overhaul import batch_norm_margins, partial_squares
 from pld_ray.losses.review import hierarchical_context
 from pld_ray.models.checks import check_features
+from pld_ray.models.features import WithFeatures
 
 
 def drawn(seed, shapes, width, preact=True):
@@ -308,3 +309,21 @@ def test_networks_that_are_accepted(experiment):
     other = TeacherLayers("own", nn.Conv2d(3, 10, 1), [])
     with pytest.raises(ValueError, match=r"srrl: the last layer of own is a Conv2d: expected a te"):
         losses.SRRLLoss().borrow(other)
+
+
+@pytest.mark.parametrize("name", ["resnetv2_50", "resnet10t", "test_vit4"])
+def test_the_logits_are_those_of_the_network(name):
+    torch.manual_seed(0)
+    network = timm.create_model(name, num_classes=5, in_chans=1).eval()
+    size = network.default_cfg["input_size"][1] if "vit" in name else 32
+    images = torch.randn(2, 1, size, size)
+    with torch.no_grad():
+        logits, features = WithFeatures(network)(images)
+        assert torch.equal(logits, network(images))
+    assert features.pooled.ndim == 2
+
+
+def test_a_network_with_several_classifiers_is_told():
+    network = timm.create_model("deit_tiny_distilled_patch16_224", img_size=8, patch_size=4)
+    with pytest.raises(InputError, match="deit_tiny_distilled_.* has several classifiers, .*: exp"):
+        Distiller(network, timm.create_model("resnet10t"), losses.CCLoss())

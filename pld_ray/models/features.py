@@ -71,24 +71,32 @@ class WithFeatures(nn.Module):
 
     Args:
         network: A timm network, or one with the same methods `forward_intermediates`,
-            `forward_head` and `get_classifier`. Its weights and their names stay as they are.
+            `forward_head` and `get_classifier`. Its weights and their names stay as they are. Its
+            classifier is one layer: a linear one, or a convolution of 1x1 pixels.
         further: The features to return beyond `stages` and `pooled`. "preact" needs a ResNet of
             timm, or a network with the attribute `has_preactivations` and the methods
             `forward_preactivations` and `last_norms` of `CifarNet`. "cells2" and the like, and
             "last", need a network with a linear head (see `has_linear_head`).
+
+    Raises:
+        InputError: The network gives no intermediate features, or has several classifiers.
     """
 
     def __init__(self, network: nn.Module, further: frozenset[str] = frozenset()) -> None:
         super().__init__()
-        self.network = network
+        self.network: Any = network
         self.stages = feature_stages(network)
+        if not isinstance(self.network.get_classifier(), nn.Module):
+            raise InputError(
+                f"{_name(network)} has several classifiers, so that its logits are not those of "
+                "one layer: expected a loss on logits, such as kd, or a network with one classifier"
+            )
         self.further = further
         self.scales = _scales(further)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Features]:
         """Return the logits [B, C] and the features of images [B, channels, H, W]."""
-        network: Any = self.network
-        further = {}
+        network, further = self.network, {}
         if "preact" in self.further:
             if isinstance(network, ResNet):
                 found = timm_resnet.forward_preactivations(network, x, self.stages)
@@ -98,7 +106,11 @@ class WithFeatures(nn.Module):
         else:
             last, stages = network.forward_intermediates(x, indices=self.stages)
         pooled = network.forward_head(last, pre_logits=True)
-        logits = network.get_classifier()(pooled)
+        classifier: Any = network.get_classifier()
+        if isinstance(classifier, nn.Conv2d):  # such as of timm's ResNetV2
+            logits = classifier(pooled[:, :, None, None]).flatten(1)
+        else:
+            logits = classifier(pooled)
         if "last" in self.further:
             further["last"] = [last]
         for scale in self.scales:
