@@ -148,3 +148,17 @@ def test_a_loss_is_created_by_its_name_or_by_its_settings():
         create_loss("kdd")
     with pytest.raises(ValueError, match=r"kd: temperature is 0"):
         create_loss("kd", temperature=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "said"),
+    [
+        ("cc", {"weight": True}, "cc: .*weight is True: expected a number"),
+        ("sdd", {"ce_weight": False}, "sdd: .*ce_weight is False: expected a number"),
+        ("mlkd", {"temperatures": [2, True]}, "mlkd: .*temperatures has True: expected numbers"),
+        ("sdd", {"scales": 9}, "sdd: scales is 9: Input should be less than or equal to 8"),
+    ],
+)
+def test_a_switch_or_a_size_that_no_machine_has_is_not_a_number(name, given, said):
+    with pytest.raises(ValueError, match=said):
+        create_loss(name, **given)

@@ -6,7 +6,7 @@ built-in types. Nothing here imports torch, so that a plan is made without it.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, model_validator
 from pydantic_core import PydanticCustomError
@@ -33,17 +33,29 @@ TopK = Annotated[int | str | None, PlainValidator(_top_k)]
 def refuse_switches(model: type[BaseModel], values: Any) -> Any:
     """Return the values of a model's fields, unless true or false stands for a number.
 
-    Pydantic would take true for 1.
+    Pydantic would take true for 1, also in a list of numbers.
 
     Raises:
         ValueError: It does. The message names the field.
     """
     for name, value in values.items() if isinstance(values, dict) else ():
-        if isinstance(value, bool) and (field := model.model_fields.get(name)) is not None:
-            kinds = {field.annotation, *get_args(field.annotation)}
+        given = value if isinstance(value, list | tuple) else [value]
+        switch = next((each for each in given if isinstance(each, bool)), None)
+        if switch is not None and (field := model.model_fields.get(name)) is not None:
+            kinds = _kinds(field.annotation)
             if kinds & {int, float} and bool not in kinds:
-                raise ValueError(f"{name} is {value}: expected a number")
+                if given is value:
+                    raise ValueError(f"{name} has {switch}: expected numbers")
+                raise ValueError(f"{name} is {switch}: expected a number")
     return values
+
+
+def _kinds(annotation: Any) -> set[Any]:
+    """Return the types in an annotation, such as float in `tuple[Weight, ...] | None`."""
+    parts = get_args(annotation)
+    if get_origin(annotation) is Annotated:
+        return _kinds(parts[0])
+    return {annotation}.union(*map(_kinds, parts))
 
 
 class LossParams(BaseModel):

@@ -38,8 +38,8 @@ class SDDLoss(FeatureLoss):
 
     Args:
         base: The loss of each cell: "kd", "dkd" or "nkd". Default: "kd".
-        scales: The number of scales: the last one has 2^(scales - 1) cells along each side. The
-            paper uses 2 for networks of one family, and 3 for others. Default: 3.
+        scales: The number of scales, from 1 to 8: the last one has 2^(scales - 1) cells along each
+            side. The paper uses 2 for networks of one family, and 3 for others. Default: 3.
         temperature: Temperature of the base, above 0. The authors use 1 on ImageNet. Default: 4.
         weight: Weight of the cells, at least 0. Default: 0.9 for kd, otherwise 1.
         ce_weight: Weight of the cross-entropy with the labels, at least 0. Default: 0.1 for kd,
@@ -55,7 +55,7 @@ class SDDLoss(FeatureLoss):
     def __init__(
         self,
         base: Literal["kd", "dkd", "nkd"] = "kd",
-        scales: Annotated[int, Field(ge=1)] = 3,
+        scales: Annotated[int, Field(ge=1, le=8)] = 3,
         temperature: Temperature = 4.0,
         weight: Weight | None = None,
         ce_weight: Weight | None = None,
