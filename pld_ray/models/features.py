@@ -84,9 +84,10 @@ class WithFeatures(nn.Module):
 
     def __init__(self, network: nn.Module, further: frozenset[str] = frozenset()) -> None:
         super().__init__()
-        self.network: Any = network
+        of: Any = network
+        self.network = of
         self.stages = feature_stages(network)
-        if not isinstance(self.network.get_classifier(), nn.Module):
+        if not isinstance(of.get_classifier(), nn.Module):
             raise InputError(
                 f"{_name(network)} has several classifiers, so that its logits are not those of "
                 "one layer: expected a loss on logits, such as kd, or a network with one classifier"
