@@ -449,3 +449,9 @@ def test_the_memory_and_z_of_two_workers_are_those_of_one(tmp_path):
     torch.testing.assert_close((4 * first + 3 * second) / 7, value.detach())
     for name, expected in loss.state_dict().items():
         torch.testing.assert_close(ours[name], expected)
+
+
+@pytest.mark.parametrize("labels", [torch.zeros(3, 2).long(), torch.zeros(3), 7])
+def test_labels_that_are_no_class_indices_are_told(labels):
+    with pytest.raises(ValueError, match=r"crd: the labels are .*: expected class indices"):
+        CRDLoss().connect_samples(labels)

@@ -17,6 +17,7 @@ from pld_ray.losses.overhaul import batch_norm_margins, partial_squares
 from pld_ray.losses.review import hierarchical_context
 from pld_ray.models.checks import check_features
 from pld_ray.models.features import WithFeatures
+from pld_ray.models.reused import reuse_classifier
 
 
 def drawn(seed, shapes, width, preact=True):
@@ -327,3 +328,10 @@ def test_a_network_with_several_classifiers_is_told():
     network = timm.create_model("deit_tiny_distilled_patch16_224", img_size=8, patch_size=4)
     with pytest.raises(InputError, match="deit_tiny_distilled_.* has several classifiers, .*: exp"):
         Distiller(network, timm.create_model("resnet10t"), losses.CCLoss())
+
+
+@pytest.mark.parametrize("factor", [0, -1, 1.5, True])
+def test_a_factor_of_simkd_is_a_whole_number_from_1(factor):
+    networks = (timm.create_model("resnet8", num_classes=3, in_chans=1) for _ in range(2))
+    with pytest.raises(InputError, match="simkd: factor is .*: expected a whole number from 1"):
+        reuse_classifier(*networks, torch.zeros(1, 1, 8, 8), factor=factor)

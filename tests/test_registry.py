@@ -162,3 +162,8 @@ def test_a_loss_is_created_by_its_name_or_by_its_settings():
 def test_a_switch_or_a_size_that_no_machine_has_is_not_a_number(name, given, said):
     with pytest.raises(ValueError, match=said):
         create_loss(name, **given)
+
+
+def test_losses_on_features_have_no_options_of_losses_on_logits():
+    with pytest.raises(TypeError, match="unexpected keyword argument 'ignore_index'"):
+        create_loss("nst", ignore_index=0)

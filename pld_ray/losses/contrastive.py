@@ -89,6 +89,9 @@ class CRDLoss(FeatureLoss):
 
     def connect_samples(self, labels: Tensor) -> None:
         """Create the memories; see `FeatureLoss.connect_samples`."""
+        if not isinstance(labels, Tensor) or labels.ndim != 1 or labels.dtype != torch.int64:
+            shown = f"{labels.dtype} {list(labels.shape)}" if isinstance(labels, Tensor) else labels
+            raise ValueError(f"crd: the labels are {shown}: expected class indices, int64 [N]")
         count = len(labels)
         if count and int(labels.min()) < 0:
             raise ValueError(f"crd: a label is {int(labels.min())}: expected class indices from 0")

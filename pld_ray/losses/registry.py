@@ -160,6 +160,8 @@ def _checked(init: Callable[..., None], params: type[LossParams]) -> Callable[..
     @wraps(init)
     def checked(self: Any, *args: Any, **kwargs: Any) -> None:
         own = set() if rest else kwargs.keys() & OPTIONS - given_names
+        if not hasattr(self, "set_options"):  # a loss on features has no such options
+            own = set()
         left = {option: kwargs.pop(option) for option in own}
         given = signature.bind(self, *args, **kwargs).arguments
         given.pop(next(iter(signature.parameters)))

@@ -47,6 +47,8 @@ class ReusedClassifier(nn.Module):
         factor: int,
     ) -> None:
         super().__init__()
+        if type(factor) is not int or factor < 1:
+            raise InputError(f"simkd: factor is {factor!r}: expected a whole number from 1")
         if factor > width:
             raise InputError(
                 f"simkd: factor is {factor}: expected at most the {width} channels of the "
