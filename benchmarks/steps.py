@@ -76,8 +76,8 @@ class Gathered(CRDLoss):
             vectors = memory[rows.flatten()].view(*rows.shape, self.dim)
             values = (torch.bmm(vectors, v[:, :, None])[:, :, 0] / self.temperature).exp()
             if not self.begun:
-                self.scale[side] = values.detach().mean() * len(self.labels)
-            values = values / self.scale[side].clone()  # the other side changes the scale in place
+                self.log_scale[side] = (values.detach().mean() * len(self.labels)).log()
+            values = values / self.log_scale[side].exp()
             first = values[:, 0] / (values[:, 0] + noise + EPS)
             total = total - first.log().sum() - (noise / (values[:, 1:] + noise + EPS)).log().sum()
         self.begun = True

@@ -251,6 +251,15 @@ def test_a_plain_loop_and_fit_are_told_what_is_missing():
         ValueError, match=r"expected distiller\.connect\(images, labels\), with the"
     ):
         distiller.connect(images)
+    for wrong, shown in (
+        (labels.float(), r"float32 \[30\]"),
+        (labels[:, None], r"int64 \[30, 1\]"),
+    ):
+        with pytest.raises(
+            ValueError, match=f"labels is torch.{shown}: expected the class indices"
+        ):
+            distiller.connect(images, wrong)
+    small()[0].connect(images, labels.tolist())
     whole = TensorDataset(images, labels, torch.arange(30))
     with pytest.raises(InputError, match=r"call distiller\.connect\(images, labels\) before fit"):
         fit(distiller, DataLoader(whole, 8), 1, progress=False)

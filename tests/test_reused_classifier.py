@@ -1,5 +1,6 @@
 """SimKD: the projected map against loops, and the trained student wherever it is loaded again."""
 
+import copy
 import shutil
 
 import numpy as np
@@ -153,6 +154,20 @@ def test_what_cannot_work_is_told():
     made = make(network("resnet8"), network("resnet8"))
     with pytest.raises(InputError, match="the teacher has 7 classes, but the student has 10"):
         made.copy_classifier(network("resnet8", classes=7))
+
+
+def test_the_classifier_must_be_that_of_the_teacher():
+    teacher, other, student, wide = (
+        timm.create_model(name, num_classes=10) for name in ("resnet8",) * 3 + ("wrn_16_2",)
+    )
+    images = torch.zeros(1, 3, 32, 32)
+    student = reuse_classifier(student, teacher, images)
+    Distiller(student, copy.deepcopy(teacher), SimKDLoss()).connect(images)
+    for wrong in (other, wide):
+        with pytest.raises(ValueError, match="SimKDLoss: the student has the classifier of anothe"):
+            Distiller(student, wrong, SimKDLoss()).connect(images)
+    assert student.has_classifier_of(teacher.bfloat16())
+    assert not student.has_classifier_of(other.bfloat16())
 
 
 SMALL = """

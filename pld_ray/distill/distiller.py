@@ -214,6 +214,15 @@ class Distiller(nn.Module):
         """Create what the loss learns and keeps; see `connect`. one: [1, channels, H, W]."""
         assert self.teacher is not None and isinstance(self.loss, FeatureLoss)
         loss, teacher = self.loss, self.teacher.network
+        if (
+            loss.reuses_classifier
+            and isinstance(self.student, ReusedClassifier)
+            and not self.student.has_classifier_of(teacher)
+        ):
+            raise ValueError(
+                f"{type(loss).__name__}: the student has the classifier of another teacher: "
+                "expected reuse_classifier(student, teacher, images) with this teacher"
+            )
         with autocast(one.device, self.precision):  # in which the teacher's weights may be
             features = (
                 probe_features(self.student, one, loss.student_further),
@@ -227,7 +236,13 @@ class Distiller(nn.Module):
                     f"{type(loss).__name__} keeps a memory of the training samples: expected "
                     "distiller.connect(images, labels), with the labels of all of them"
                 )
-            loss.connect_samples(labels.cpu().long())
+            given = torch.as_tensor(labels).cpu()
+            if given.is_floating_point() or given.ndim != 1:
+                raise ValueError(
+                    f"labels is {given.dtype} {list(given.shape)}: expected the class indices of "
+                    "all training samples, integers [N]"
+                )
+            loss.connect_samples(given.long())
             self.samples = len(labels)
         self.connected = True
 

@@ -83,6 +83,18 @@ class ReusedClassifier(nn.Module):
             state["bias"] = torch.zeros(self.num_classes)
         self.classifier.load_state_dict(state)
 
+    def has_classifier_of(self, teacher: nn.Module) -> bool:
+        """Return whether the classifier is that of this teacher, whose weights may be bfloat16."""
+        theirs: nn.Linear = teacher.get_classifier()  # type: ignore[operator]
+        bias = torch.zeros(1) if theirs.bias is None else theirs.bias
+        return all(
+            torch.equal(own.to(other), other)
+            for own, other in (
+                (self.classifier.weight, theirs.weight),
+                (self.classifier.bias, bias.expand(theirs.out_features)),
+            )
+        )
+
     def get_classifier(self) -> nn.Module:
         """Return the last linear layer."""
         return self.classifier
