@@ -64,6 +64,8 @@ def test_a_step_makes_no_host_wait_and_copies_nothing(monkeypatch, name):
         images, labels = torch.randn(8, 3, 32, 32), torch.zeros(8, dtype=torch.int64)
         if name == "simkd":
             student = reuse_classifier(student, teacher, images)
+            # tensors of this device have no values to compare
+            monkeypatch.setattr(type(student), "has_classifier_of", lambda *_: True)
     distiller = Distiller(student, teacher, loss)
     distiller.connect(images, torch.arange(40) % 4)
     distiller.loss.notice(torch.randn(8, 1100))  # as before the first epoch of a trial
