@@ -15,7 +15,7 @@ from pld_ray.config.planning import plan
 from pld_ray.config.trial import Trial
 from pld_ray.data.datasets import load
 from pld_ray.distill import keeping, memory, running
-from pld_ray.distill.distiller import FrozenTeacher
+from pld_ray.distill.frozen_teacher import FrozenTeacher
 from pld_ray.distill.loop import train, train_gang
 from pld_ray.distill.running import TrainingError
 from pld_ray.models.factory import create_model

@@ -27,8 +27,9 @@ from pld_ray.config.registry import BUILT_IN_OPTIMIZERS
 from pld_ray.config.validation import validated
 from pld_ray.distill import metrics
 from pld_ray.distill.device import Precision, autocast, pick_device, pick_precision
-from pld_ray.distill.distiller import Distiller, check_logits
+from pld_ray.distill.distiller import Distiller
 from pld_ray.distill.dot import DOT
+from pld_ray.distill.frozen_teacher import check_logits
 from pld_ray.distill.optimization import create_optimizer, create_schedule, update
 from pld_ray.errors import InputError, nearest
 

@@ -13,7 +13,7 @@ from pld_ray.config.parts import Weights
 from pld_ray.config.trial import Trial
 from pld_ray.data.images import Images
 from pld_ray.distill.device import memory_format, pick_precision
-from pld_ray.distill.distiller import FrozenTeacher
+from pld_ray.distill.frozen_teacher import FrozenTeacher
 from pld_ray.models.factory import (
     Renormalize,
     create_student,
