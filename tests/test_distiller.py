@@ -347,6 +347,16 @@ def test_what_cannot_be_distilled_is_one_sentence(pair, make, message):
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
+def test_a_last_batch_of_one_image_is_told(pair):
+    student, teacher = pair
+    x, y = batch()
+    student.norm = nn.BatchNorm1d(4)
+    student.forward = lambda images: student.norm(Small.forward(student, images))
+    wanted = "train_loader: a batch has one image, on which batch norm cannot train"
+    with pytest.raises(InputError, match=wanted):
+        fit(Distiller(student, teacher), [(x, y), (x[:1], y[:1])], 1, progress=False)
+
+
 def test_a_network_that_was_a_teacher_is_frozen(pair):
     student, teacher = pair
     Distiller(student, teacher)

@@ -191,6 +191,8 @@ def test_fit_with_a_name_and_with_an_object():
     ("make", "said"),
     [
         (lambda w: DOT(w, -1.0), "lr is -1.0: expected a number of at least 0"),
+        (lambda w: DOT(w, "a"), "lr is 'a': expected a number of at least 0"),
+        (lambda w: DOT(w, 0.1, momentum=None), "momentum is None: expected a number of at least 0"),
         (lambda w: DOT(w, 0.1, delta=0.1), "delta is 0.1: expected .* momentum is 0.9"),
         (lambda w: DOT(w, 0.1, momentum=0.05), "delta is 0.075: expected .* momentum is 0.05"),
         (lambda w: DOT(w, 0.1).step(), r"expected a call of optimizer.backward\(ce, kd\) before"),

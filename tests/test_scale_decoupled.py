@@ -141,6 +141,8 @@ def test_a_mixed_image_has_the_weighted_mean_of_both_losses(cells, base):
             expected += part * loss(logits[i : i + 1], each[None], *one) / 5
     found = loss(logits, soft, student, teacher)
     assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+    with pytest.raises(ValueError, match="soft labels with more than two classes for an image"):
+        loss(logits, torch.full((5, 4), 0.25), student, teacher)
 
 
 @pytest.mark.parametrize(

@@ -52,15 +52,15 @@ class DOT(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         delta: float = 0.075,
     ) -> None:
-        for name, value in (("lr", lr), ("weight_decay", weight_decay), ("delta", delta)):
-            if not value >= 0:
+        given = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "delta": delta}
+        for name, value in given.items():
+            if not isinstance(value, int | float | Tensor) or not value >= 0:
                 raise ValueError(f"{name} is {value!r}: expected a number of at least 0")
         if not 0 <= momentum - delta <= momentum + delta < 1:
             raise ValueError(
                 f"delta is {delta!r}: expected momentum - delta of at least 0 and momentum + delta "
                 f"below 1, where momentum is {momentum!r}"
             )
-        given = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "delta": delta}
         super().__init__(params, given)
 
     def backward(self, ce: Tensor, kd: Tensor) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pandas as pd
@@ -32,6 +33,7 @@ from pld_ray.distill.dot import DOT
 from pld_ray.distill.frozen_teacher import check_logits
 from pld_ray.distill.optimization import create_optimizer, create_schedule, update
 from pld_ray.errors import InputError, nearest
+from pld_ray.models.checks import ONE_IMAGE
 
 Batch = tuple[Tensor, ...]  # images [B, channels, H, W], labels [B] and maybe indices [B]
 
@@ -202,7 +204,8 @@ def _train_epoch(
         step = epoch * steps + number
         schedule.step_update(step)
         rate = optimizer.param_groups[0]["lr"]
-        loss = distiller(images, labels, index=index[0] if index else None)
+        with _one_image_told():
+            loss = distiller(images, labels, index=index[0] if index else None)
         size = len(images) // (2 if distiller.paired else 1)
         losses = losses + distiller.with_terms(loss).double() * size
         update(loss, distiller, optimizer, step, clip_grad, ema)
@@ -221,6 +224,20 @@ def _train_epoch(
         "lr": rate,
         "images_per_second": seen / (time.perf_counter() - started),
     }
+
+
+@contextmanager
+def _one_image_told() -> Iterator[None]:
+    """Say what can be done about a batch norm that is given a batch of one image."""
+    try:
+        yield
+    except ValueError as error:
+        if ONE_IMAGE not in str(error):
+            raise
+        raise InputError(
+            "train_loader: a batch has one image, on which batch norm cannot train: expected two "
+            "or more, for example with drop_last=True in the DataLoader"
+        ) from None
 
 
 @torch.no_grad()

@@ -52,7 +52,7 @@ class CRDLoss(FeatureLoss):
         negatives: The number of negatives K of each sample, at least 1. Default: 16384.
         temperature: Divides the products of the vectors, above 0. Default: 0.07.
         momentum: The share of the old vector in a memory, from 0 to below 1. Default: 0.5.
-        dim: The length of the vectors, at least 1. Default: 128.
+        dim: The length of the vectors, 1 to 65,536. Default: 128.
         weight: Weight of the distance, at least 0. Default: 0.8.
         ce_weight: Weight of the cross-entropy with the labels, at least 0. Default: 1.
     """
@@ -69,7 +69,7 @@ class CRDLoss(FeatureLoss):
         negatives: Annotated[int, Field(ge=1)] = 16384,
         temperature: Temperature = 0.07,
         momentum: Annotated[float, Field(ge=0, lt=1)] = 0.5,
-        dim: Annotated[int, Field(ge=1)] = 128,
+        dim: Annotated[int, Field(ge=1, le=65_536)] = 128,
         weight: Weight = 0.8,
         ce_weight: Weight = 1.0,
     ) -> None:

@@ -341,7 +341,7 @@ class CCLoss(FeatureLoss):
         weight: Weight of the distance, at least 0. Default: 0.02 for "differences", as in the CRD
             repository, and 100 for "rbf", as in Knowledge-Distillation-Zoo on CIFAR-10.
         ce_weight: Weight of the cross-entropy with the labels, at least 0. Default: 1.
-        dim: Width of x and y, at least 1. Default: 128.
+        dim: Width of x and y, 1 to 65,536. Default: 128.
         gamma: Inverse width of the Gaussian kernel, above 0; for "rbf" only. Default: 0.4.
         order: Order of its series, at least 1; for "rbf" only. Default: 2.
     """
@@ -351,7 +351,7 @@ class CCLoss(FeatureLoss):
         form: Literal["differences", "rbf"] = "differences",
         weight: Weight | None = None,
         ce_weight: Weight = 1.0,
-        dim: Annotated[int, Field(ge=1)] = 128,
+        dim: Annotated[int, Field(ge=1, le=65_536)] = 128,
         gamma: Annotated[float, Field(gt=0)] = 0.4,
         order: Annotated[int, Field(ge=1)] = 2,
     ) -> None:

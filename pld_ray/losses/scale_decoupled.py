@@ -89,7 +89,17 @@ class SDDLoss(FeatureLoss):
         self.warmup = min((epoch + 1) / self.warmup_epochs, 1.0) if self.warmup_epochs else 1.0
 
     def distance(self, student: Features, teacher: Features, labels: Tensor) -> Tensor:  # type: ignore[override]
-        """Return the weighted distance; see `FeatureLoss.distance`."""
+        """Return the weighted distance; see `FeatureLoss.distance`.
+
+        Args:
+            student: Features of the student.
+            teacher: Features of the teacher.
+            labels: Class indices, int64 [B], or for mixed images the shares of their classes
+                [B, C], of which at most two are above 0.
+
+        Raises:
+            ValueError: More than two are above 0. It is raised on the CPU only.
+        """
         s, t = (
             torch.cat([of.further[name][0] for name in self.cells], 1) for of in (student, teacher)
         )  # [B, cells, C]; the first cell is the whole image
@@ -98,6 +108,12 @@ class SDDLoss(FeatureLoss):
             classes, shares = labels[:, None], None
         else:  # a mixed image has two labels, or twice the same one
             shares, classes = labels.topk(2)
+            # read on the CPU only: a GPU would have to be waited for
+            if shares.is_cpu and not torch.allclose(shares.sum(1), labels.sum(1)):
+                raise ValueError(
+                    "sdd: soft labels with more than two classes for an image: expected class "
+                    "indices [B], or those of images that are mixed from two"
+                )
         total = s.new_zeros(())
         for i in range(classes.shape[1]):
             label = classes[:, i : i + 1]
