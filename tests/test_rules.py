@@ -82,6 +82,14 @@ def test_set_overrides_rules(experiment):
             "{when: {loss: ce}, set: {student: resnet8}}",
             r"rules\[0\].set.student: grid varies this",
         ),
+        ("{when: {loss: dkd}, set: {loss.name: kd}}", r"rules\[0\].set.loss: grid varies this"),
+        ("{when: {loss: ce}, set: {student.name: vgg8}}", "set.student: grid varies this field"),
+        ("{when: {loss: kd}, set: {seed: 3}}", r"rules\[0\].set.seed: a rule changes no loss"),
+        ("{when: {loss: kd}, set: {teacher: resnet8}}", "set.teacher: a rule changes no loss"),
+        (
+            "{when: {loss: kd}, set: {teacher: {train: {epochs: 3}}}}",
+            "set.teacher.train.epochs: a rule changes no loss, network, teacher or seed",
+        ),
         ("{when: {loss: ce}, set: {optimizer.rate: 1}}", "optimizer.rate: unknown field"),
         ("{when: {loss: ce}, set: {}}", r"rules.0.set|rules\[0\].set|rules.set"),
         ("{when: {loss: ce}}", "rules.*set"),
@@ -91,6 +99,25 @@ def test_set_overrides_rules(experiment):
 def test_bad_rules(experiment, rule, said):
     with pytest.raises(InputError, match=said):
         cells(experiment, rule)
+
+
+def test_a_rule_sets_no_field_that_varies_by_another_spelling(experiment):
+    text = TEXT.replace("loss: [ce, {name: dkd, beta: 2}, {name: kd, temperature: [1, 4]}]", "GRID")
+    text = text.replace("epochs: 2", "epochs: 2\n  loss: kd").replace("RULES", "  - RULE")
+    for grid, rule, said in (
+        ("optimizer.lr: [1, 2]", "optimizer: {lr: 0.1}", "set.optimizer.lr: grid varies this"),
+        ("loss.temperature: [1, 2]", "loss: dkd", "set.loss: a rule changes no loss"),
+        ("loss.temperature: [1, 2]", "loss: {temperature: 3}", "set.loss.temperature: grid varies"),
+    ):
+        rule = f"{{when: {{student: resnet8}}, set: {{{rule}}}}}"
+        with pytest.raises(InputError, match=said):
+            plan(experiment(text.replace("GRID", grid).replace("RULE", rule)))
+
+
+def test_a_rule_sets_how_the_logits_of_a_teacher_are_kept(experiment):
+    found = cells(experiment, "{when: {loss: dkd}, set: {teacher.logits: live, teacher.views: 1}}")
+    kept = {loss: cell.trial.teacher_logits for (_, loss, _), cell in found.items()}
+    assert kept == {"ce": "float16", "dkd": "live", "kd": "float16"}
 
 
 def test_a_plan_says_which_rule_set_what(experiment, cli, tmp_path):
@@ -121,6 +148,15 @@ def test_rules_apply_in_searches_and_miniatures(experiment, tmp_path):
     wrong = text.replace("optimizer.lr: 0.01", "epochs: 9")
     with pytest.raises(InputError, match=r"rules\[0\].set.epochs: search.space varies this field"):
         search.look(experiment(wrong, *more), store)
+    space = "search.space={kd.temperature: {choice: [1, 4]}, dkd.ce_weight: {choice: [1, 2]}}"
+    grid = "grid.loss=[ce, kd, dkd]"
+    other, same = (
+        text.replace(SLOW, f"{{when: {{loss: {loss}}}, set: {{loss.temperature: 2}}}}")
+        for loss in ("dkd", "'*kd'")
+    )
+    search.look(experiment(other, *more, space, grid), store)
+    with pytest.raises(InputError, match=r"rules\[0\].set.loss.temperature: search.space varies"):
+        search.look(experiment(same, *more, space, grid), store)
     from pld_ray.config.experiment import load_experiment
 
     small = plan(load_experiment(experiment(text, name="whole"), smoke=True))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -199,17 +199,37 @@ def plan(experiment: Experiment) -> Plan:
     return Plan(experiment, tuple(cells))
 
 
-def check_rules(experiment: Experiment, cells: Iterable[Cell]) -> None:
-    """Raise InputError for a rule that sets what varies, or that applies to none of the cells."""
+OF_GRID = {"loss", "student", "teacher", "seed"}  # what the rows of tables and pairs are named by
+OF_TEACHER = {"teacher.logits", "teacher.views"}  # they leave the teacher as it is
+
+
+def check_rules(experiment: Experiment, cells: Sequence[Cell]) -> None:
+    """Raise InputError for a rule that sets what it must not, or that applies to none of the cells.
+
+    It must not set what varies, or what makes a cell another row: tables name it as the grid does.
+    """
     varied = {f for key, values in experiment.grid.items() for f in axis(key, values, "")[0]}
     searched = set() if experiment.search is None else set(experiment.search.space)
+    ruled = {(number, cell.trial.loss.name) for cell in cells for number in cell.rules}
     for number, rule in enumerate(experiment.rules):
-        for field in rule.set:
-            where = "grid" if field in varied else "search.space" if field in searched else None
+        losses = {"loss", *(loss for each, loss in ruled if each == number)}
+        for field in [*rule.set, *rule.fields]:
+            first, _, parameter = field.partition(".")
+            # a search names a parameter of one loss NAME.PARAMETER
+            names = {f"{loss}.{parameter}" for loss in losses} if first == "loss" else {field}
+            where = "grid" if field in varied else "search.space" if names & searched else None
+            said = f"{experiment.name}: rules[{number}].set.{field}"
             if where is not None:
                 raise InputError(
-                    f"{experiment.name}: rules[{number}].set.{field}: {where} varies this field: "
-                    "expected a field that does not vary"
+                    f"{said}: {where} varies this field: expected a field that does not vary"
+                )
+            if field in rule.fields and (
+                field in OF_GRID or (first == "teacher" and field not in OF_TEACHER)
+            ):
+                raise InputError(
+                    f"{said}: a rule changes no loss, network, teacher or seed, because tables "
+                    "name a cell as the grid does: expected this field in grid or base, and seeds "
+                    "beside them"
                 )
     unused = set(range(len(experiment.rules))) - {n for cell in cells for n in cell.rules}
     part = bool(experiment.methods or experiment.pairs)

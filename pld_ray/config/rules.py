@@ -6,7 +6,7 @@ rules:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -32,6 +32,21 @@ class Rule(Part):
     def applies(self, raw: Mapping[str, Any]) -> bool:
         """Return whether the rule applies to a cell with these settings."""
         return all(_fits(_value(raw, field), wanted) for field, wanted in self.when.items())
+
+    @property
+    def fields(self) -> list[str]:
+        """The dotted fields that the rule sets; the name of a named entry is the entry itself."""
+        return [leaf for field, value in self.set.items() for leaf in _leaves(field, value)]
+
+
+def _leaves(field: str, value: Any) -> Iterator[str]:
+    """Yield the dotted fields of a value that may be a mapping."""
+    if isinstance(value, dict) and value:
+        for key, part in value.items():
+            yield from _leaves(f"{field}.{key}", part)
+    else:
+        first, _, last = field.partition(".")
+        yield first if last == "name" else field
 
 
 def _value(raw: Any, field: str) -> Any:
