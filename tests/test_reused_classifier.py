@@ -260,6 +260,26 @@ def test_a_trained_student_teaches_another(trained, experiment):
     assert isinstance(load_student(student, store), ReusedClassifier)
 
 
+def test_an_exported_student_teaches_as_the_network_that_the_error_names(
+    trained, experiment, tmp_path
+):
+    trial, store = trained
+    export_student(trial, store, tmp_path / "folder")
+
+    def taught(entry):
+        text = SMALL.replace("{name: resnet8x4, train: {epochs: 2}}", entry).replace("simkd", "kd")
+        return plan(experiment(text, "epochs=1")).cells[0].trial
+
+    weights = f"weights: {tmp_path / 'folder'}"
+    with pytest.raises(InputError, match=r"the config.json beside it is for \{name: ") as error:
+        check_trials({"kd": taught(f"{{name: resnet8, {weights}}}")})
+    entry = str(error.value).rpartition("is for {")[2].removesuffix("}")
+    student = taught(f"{{{entry}, {weights}}}")
+    check_trials({"kd": student})
+    top1 = store.record(trial.id)["metrics"]["top1"]
+    assert run(student, store)["metrics"]["teacher_top1"] == top1
+
+
 def test_a_teacher_is_checked_as_the_network_that_it_became(experiment):
     """Its projected map has no map before a ReLU, though the network of the same name has one."""
     (plain,) = (c.trial for c in plan(experiment(SMALL, "grid.loss=[ofd]")).cells)

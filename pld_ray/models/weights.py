@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -124,11 +126,23 @@ def fit_weights(
                 detail = f"the network has no tensor {name!r}, which is in the file"
             elif want[1:] == got[1:] and want[0] == classes:
                 detail += f"; the file seems to be for {got[0]} classes, but the data has {classes}"
-            raise InputError(f"{where} do not fit {what!r}: {detail}")
+            raise InputError(f"{where} do not fit {what!r}: {detail}{_written_for(path, what)}")
         if fault := _fault(stored[name], wanted[name].dtype):
             raise InputError(f"{where}: tensor {name!r} {fault}")
     notes = [f"{where}: undone: {', '.join(undone)}"] if undone else []
     return stored, notes
+
+
+def _written_for(path: str, what: str) -> str:
+    """Return which other network the config.json of timm beside a file names, or ""."""
+    try:
+        known = json.loads(Path(path).with_name("config.json").read_text(encoding="utf-8"))
+        name, args = known["architecture"], dict(known.get("model_args") or {})
+    except (OSError, ValueError, TypeError, KeyError):
+        return ""
+    args.pop("in_chans", None)  # that of the data
+    entry = f"name: {name}" + (f", args: {json.dumps(args)}" if args else "")
+    return f"; the config.json beside it is for {{{entry}}}" if name != what or args else ""
 
 
 def _fault(tensor: Tensor, wanted: torch.dtype) -> str:
