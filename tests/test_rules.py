@@ -68,6 +68,26 @@ def test_all_fields_must_fit_and_later_rules_win(experiment):
     }
 
 
+@pytest.mark.parametrize(
+    ("when", "applies"),
+    [
+        ("{loss.beta: 8}", {"dkd"}),
+        ("{loss.temperature: 4}", {"kd", "dkd"}),
+        ("{loss.temperature: null}", {"ce"}),
+        ("{batch_size: 128, optimizer.momentum: 0.9}", {"ce", "kd", "dkd"}),
+        ("{schedule: cosine, data.flip: false, clip_grad: null}", {"ce", "kd", "dkd"}),
+        ("{schedule.warmup_epochs: 0, loss: kd}", {"kd"}),
+    ],
+)
+def test_a_field_that_is_not_set_has_its_default(experiment, when, applies):
+    rule = f"{{when: {when}, set: {{epochs: 3}}}}"
+    text = TEXT.replace("RULES", f"  - {rule}").replace("beta: 2}", "beta: 8}")
+    for dkd in ("{name: dkd, beta: 8}", "dkd"):
+        sets = [f"grid.loss=[ce, {{name: kd, temperature: 4}}, {dkd}]"]
+        made = plan(experiment(text, *sets))
+        assert {c.trial.loss.name for c in made.cells if c.trial.epochs == 3} == applies
+
+
 def test_set_overrides_rules(experiment):
     found = cells(experiment, SLOW, sets=("optimizer.lr=0.5", "loss.temperature=3"))
     assert {cell.trial.optimizer.lr for cell in found.values()} == {0.5}

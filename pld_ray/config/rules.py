@@ -10,10 +10,13 @@ from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
 from typing import Any
 
-from pydantic import Field
+from pydantic import BaseModel, Field
 
 from pld_ray.config.merge import merge, named, nest
+from pld_ray.config.parts import Data, Model, Optimizer, Schedule
+from pld_ray.config.trial import Trial
 from pld_ray.config.validation import Part
+from pld_ray.losses import REGISTRY
 
 
 class Rule(Part):
@@ -21,8 +24,9 @@ class Rule(Part):
 
     Attributes:
         when: The fields of a cell that decide, and for each the value or the list of values with
-            which the rule applies. A network, loss, optimizer, schedule or dataset is given by its
-            name. Texts may have the wildcards * and ?. All fields must fit.
+            which the rule applies. A field that is not set has its default. A network, loss,
+            optimizer, schedule or dataset is given by its name. Texts may have the wildcards * and
+            ?. All fields must fit.
         set: The fields that the rule sets, and their values.
     """
 
@@ -50,13 +54,42 @@ def _leaves(field: str, value: Any) -> Iterator[str]:
 
 
 def _value(raw: Any, field: str) -> Any:
-    """Return the value of a dotted field, None if it is not set; the name of a named entry."""
-    parts = field.split(".")
-    for number, part in enumerate(parts):
-        raw = named(parts[0], raw.get(part)) if number == 0 else raw.get(part)
-        if number + 1 < len(parts) and not isinstance(raw, dict):
+    """Return the value of a dotted field, or its default; the name of a named entry.
+
+    It is None if the field has no value, or belongs to another loss.
+    """
+    first, *rest = field.split(".")
+    value, model = named(first, raw.get(first)), _MODELS.get(first)
+    if first == "loss" and isinstance(value, dict):
+        model = REGISTRY.get(value.get("name"))  # type: ignore[arg-type]
+    if first not in raw:
+        value = _default(Trial, first)
+    for number, part in enumerate(rest):
+        if isinstance(value, BaseModel):
+            value = getattr(value, part, None)
+        elif not isinstance(value, dict):
             return None
-    return raw.get("name") if isinstance(raw, dict) else raw
+        elif part in value or number > 0 or model is None:
+            value = value.get(part)
+        else:
+            value = _default(model, part)
+    if isinstance(value, BaseModel):
+        return getattr(value, "name", None)
+    return value.get("name") if isinstance(value, dict) else value
+
+
+_MODELS: dict[str, type[BaseModel]] = {
+    "data": Data,
+    "student": Model,
+    "optimizer": Optimizer,
+    "schedule": Schedule,
+}
+
+
+def _default(model: type[BaseModel], field: str) -> Any:
+    """Return the default of a field, None if there is none."""
+    known = model.model_fields.get(field)
+    return None if known is None or known.is_required() else known.get_default()
 
 
 def _fits(value: Any, wanted: Any) -> bool:
