@@ -195,10 +195,13 @@ def test_what_a_rule_sets_makes_no_other_row(experiment, tmp_path):
     assert set(rows["setting"]) == {""} and len(rows) == 3 * 4
     found = dict(zip(rows["student"] + rows["method"], rows["trial.loss.beta"], strict=True))
     assert (found["resnet8DKD"], found["resnet20DKD"]) == (8, 2)  # the trials differ
-    grid = "{beta: [1, 2]}".join(text.split("{name: dkd, beta: 2}"))
-    grid = grid.replace("{beta: [1, 2]}", "{name: dkd, beta: [1, 2]}")
-    names = set(frames.frame(plan(experiment(grid)), Store(tmp_path))["method"])
+    grid = text.replace("beta: 2}", "beta: [1, 2]}")
+    epochs = experiment(grid.replace("loss.beta: 8, ", ""))
+    names = set(frames.frame(plan(epochs), Store(tmp_path))["method"])
     assert {"DKD (β = 1)", "DKD (β = 2)"} < names  # what the grid varies
+    said = r"rules\[0\] set what the grid varies: dkd beta 1 .* and dkd beta 2 .* become one trial"
+    with pytest.raises(InputError, match=said):
+        plan(experiment(grid))
 
 
 def test_a_rule_may_set_what_the_settings_need(experiment):

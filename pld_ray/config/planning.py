@@ -231,6 +231,16 @@ def check_rules(experiment: Experiment, cells: Sequence[Cell]) -> None:
                     "name a cell as the grid does: expected this field in grid or base, and seeds "
                     "beside them"
                 )
+    rows: dict[str, Cell] = {}
+    for cell in cells if experiment.rules else ():
+        other = rows.setdefault(cell.trial.id, cell)
+        if other.shown.id != cell.shown.id:
+            differ = _differences([other.shown, cell.shown])
+            raise InputError(
+                f"{experiment.name}: rules{sorted({*other.rules, *cell.rules})} set what the grid "
+                f"varies: {other.shown.label}{differ[0]} and {cell.shown.label}{differ[1]} become "
+                "one trial; expected fields that do not vary"
+            )
     unused = set(range(len(experiment.rules))) - {n for cell in cells for n in cell.rules}
     part = bool(experiment.methods or experiment.pairs)
     if unused and not part and experiment.miniature_of is None:  # a miniature has other networks
