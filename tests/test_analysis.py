@@ -2,6 +2,7 @@ import csv
 import math
 from dataclasses import replace
 
+import matplotlib
 import numpy as np
 import pandas as pd
 import pytest
@@ -368,3 +369,28 @@ def test_the_first_settings_and_the_reference_are_printed(experiment, tmp_path):
     assert "It is measured on held-out training images." in said and "the first" not in said
     paths = comparison_printing.write(own, tmp_path / "out", made.experiment, 1)
     assert len(pd.read_csv(paths[1])) == 15 and len(pd.read_csv(paths[-1])) == 6
+
+
+def test_the_lines_and_the_legend_of_many_methods_can_be_read():
+    names = [f"method {i}" for i in range(25)]
+    colours = {name: style.PALETTE[i % len(style.PALETTE)] for i, name in enumerate(names)}
+    rows = [
+        {"student": student, "teacher": "t", "setting": "", "method": name, "epoch": epoch}
+        | {"loss_ce": 1 / (epoch + i), "loss_kd": 0.1, "top1": i + epoch}
+        for student in ("s", "u")
+        for i, name in enumerate(names)
+        for epoch in (1, 2)
+    ]
+    for draw in (methods.term_curves, methods.profiles):
+        with matplotlib.rc_context(style.STYLE):
+            figure = draw(pd.DataFrame(rows), colours)
+        axes = figure.axes
+        looks = [(line.get_color(), line.get_linestyle()) for line in axes[-1].get_lines()]
+        assert len(set(looks)) == 25
+        high = figure.get_figheight() * axes[-1].get_position().height
+        assert high > 1.5  # inches
+        legend = axes[-1].get_legend().get_window_extent()
+        assert legend.height / figure.dpi < figure.get_figheight() / (
+            len(axes) / 2 if len(axes) > 1 else 1
+        )
+        assert legend.x1 <= figure.bbox.x1

@@ -259,7 +259,8 @@ def ranks(ranking: pd.DataFrame, colours: dict[str, str]) -> Figure:
         left = place < half
         y = below + 0.22 * (place if left else len(names) - 1 - place)
         end = 1.0 if left else float(len(names))
-        axis.plot([value, value, end], [0.3, y, y], color=colours[name], lw=1.2)
+        line: Any = {"color": colours[name], "lw": 1.2, "clip_on": False}
+        axis.plot([value, value, end], [0.3, y, y], **line)
         at: Any = {"ha": "right" if left else "left", "va": "center", "fontsize": 8.5}
         gap = -0.05 if left else 0.05
         axis.text(end + gap * len(names) / 5, y, f"{escaped(name)}  {value:.2f}", **at)
@@ -276,7 +277,8 @@ def profiles(records: pd.DataFrame, colours: dict[str, str]) -> Figure:
         records: Records of finished trials.
         colours: The colour of each method.
     """
-    figure = Picture(figsize=(5.4, 3.2))
+    lines, columns = _lines(colours), _legend_columns(records)
+    figure = Picture(figsize=(5.4 + 1.1 * (columns - 1), 3.2))
     axis = figure.subplots()
     sections = ["student", "teacher", "setting"]
     levels = np.unique(records["top1"].to_numpy(dtype=float))
@@ -287,14 +289,15 @@ def profiles(records: pd.DataFrame, colours: dict[str, str]) -> Figure:
         mean = shares.mean(axis=0)
         error = np.sqrt((shares * (1 - shares) / counts).sum(axis=0)) / len(scores)
         colour = colours[str(method)]
-        axis.step(levels, mean, where="post", color=colour, lw=1.4, label=escaped(str(method)))
+        line = {"label": escaped(str(method)), **lines[str(method)]}
+        axis.step(levels, mean, where="post", **line)
         if records["method"].nunique() <= 6:
             band: Any = {"step": "post", "color": colour, "alpha": 0.1, "lw": 0}
             axis.fill_between(levels, mean - error, mean + error, **band)
     axis.set_ylim(0, 1.02)
     axis.set_xlabel("validation top-1 (%)")
     axis.set_ylabel("share of runs above it")
-    axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), ncols=columns)
     figure.tight_layout()
     return figure
 
@@ -333,20 +336,20 @@ def term_curves(curves: pd.DataFrame, colours: dict[str, str]) -> Figure:
 def _by_epoch(curves: pd.DataFrame, colours: dict[str, str], labels: dict[str, str]) -> Figure:
     """Draw metrics by epoch. labels: metric -> label of its axis; losses have logarithmic axes."""
     sections = list(curves.groupby(["student", "teacher", "setting"], sort=False))
-    figure = Picture(figsize=(7.6, 0.4 + 2.7 * len(sections)))
+    styles, columns = _lines(colours), _legend_columns(curves)
+    figure = Picture(figsize=(7.6 + 1.1 * (columns - 1), 0.4 + 2.7 * len(sections)))
     axes = figure.subplots(len(sections), len(labels), squeeze=False)
     for row, (key, section) in zip(axes, sections, strict=True):
         for axis, (metric, label) in zip(row, labels.items(), strict=True):
             for method, lines in section.groupby("method", sort=False):
                 by_epoch = lines.dropna(subset=metric).groupby("epoch")[metric]
                 mean, std = by_epoch.mean(), by_epoch.std().fillna(0)
-                colour = colours[str(method)]
                 point = "o" if len(mean) == 1 else ""
-                axis.plot(mean.index, mean, color=colour, lw=1.4, marker=point, label=method)
+                line = {"marker": point, "label": escaped(str(method)), **styles[str(method)]}
+                axis.plot(mean.index, mean, **line)
                 if metric == "top1" and section["method"].nunique() <= 6:
-                    axis.fill_between(
-                        mean.index, mean - std, mean + std, color=colour, alpha=0.13, lw=0
-                    )
+                    band: Any = {"color": colours[str(method)], "alpha": 0.13, "lw": 0}
+                    axis.fill_between(mean.index, mean - std, mean + std, **band)
             axis.set_xlabel("epoch")
             axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
             axis.set_ylabel(label)
@@ -355,9 +358,24 @@ def _by_epoch(curves: pd.DataFrame, colours: dict[str, str], labels: dict[str, s
                 for each in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
                     each(_PlainNumbers(minor_thresholds=(1, 0.4)))
         row[0].set_title(_title(key), loc="left")
-        row[-1].legend(loc="center left", bbox_to_anchor=(1, 0.5))
+        row[-1].legend(loc="center left", bbox_to_anchor=(1, 0.5), ncols=columns)
     figure.tight_layout()
     return figure
+
+
+def _lines(colours: dict[str, str]) -> dict[str, dict[str, Any]]:
+    """Return how the line of each method looks: those of one colour have different dashes."""
+    drawn: dict[str, int] = {}
+    found = {}
+    for method, colour in colours.items():
+        number = drawn[colour] = drawn.get(colour, -1) + 1
+        found[method] = {"color": colour, "lw": 1.4, "ls": ("-", "--", ":", "-.")[number % 4]}
+    return found
+
+
+def _legend_columns(rows: pd.DataFrame) -> int:
+    """Return the number of columns of a legend of all methods beside one row of axes."""
+    return -(-rows["method"].nunique() // 12)
 
 
 class _PlainNumbers(LogFormatter):
